@@ -1,0 +1,189 @@
+//! What a client can ask and be answered, free of any protocol. `wire` and `server::http` translate to and from it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::candidates::{Source, SourceSet};
+use crate::catalog::generation::Generation;
+use crate::context::{Degradation, StageTimings};
+use crate::error::Error;
+
+/// Names one call in flight on one shard. Chosen by the protocol side, opaque to everything behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket(pub u64);
+
+/// One call, borrowed from the bytes that it came in.
+#[derive(Clone, Copy, Debug)]
+pub enum Call<'a> {
+    /// A slate for a user.
+    Recommend(RecommendCall<'a>),
+    /// The nearest items to something.
+    Search(SearchCall<'a>),
+    /// Scores for given items.
+    Rank(RankCall<'a>),
+}
+
+/// Asks for a slate.
+#[derive(Clone, Copy, Debug)]
+pub struct RecommendCall<'a> {
+    /// Need not be known: unknown users get trending and context, flagged by a counter.
+    pub user_id: &'a str,
+    /// Key and value pairs in any order; a repeated key keeps its last value.
+    pub context: &'a [(&'a str, &'a str)],
+    /// Slate length, 1 to the configured maximum.
+    pub n_items: u32,
+    /// Text query; turns the search source on.
+    pub query: Option<&'a str>,
+    /// Return sources' scores and what the re-ranker did to each item. Bypasses the cache.
+    pub explain: bool,
+    /// Return stage timings.
+    pub timings: bool,
+    /// Answer from a fresh computation, and do not store it.
+    pub no_cache: bool,
+    /// Time budget; the configured default when absent, capped by the configured maximum.
+    pub deadline: Option<Duration>,
+}
+
+/// What a search starts from.
+#[derive(Clone, Copy, Debug)]
+pub enum SearchBy<'a> {
+    /// A vector of the catalogue's dimension, f32.
+    Vector(&'a [f32]),
+    /// An item's embedding; the item itself is not returned.
+    Item(&'a str),
+    /// A user's embedding; seen items are not returned.
+    User(&'a str),
+    /// Words.
+    Text(&'a str),
+}
+
+/// Asks for the nearest items.
+#[derive(Clone, Copy, Debug)]
+pub struct SearchCall<'a> {
+    /// Where to start.
+    pub by: SearchBy<'a>,
+    /// Number of items, 1 to 10,000.
+    pub k: u32,
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
+/// Asks for scores of given items.
+#[derive(Clone, Copy, Debug)]
+pub struct RankCall<'a> {
+    /// As in [`RecommendCall`].
+    pub user_id: &'a str,
+    /// As in [`RecommendCall`].
+    pub context: &'a [(&'a str, &'a str)],
+    /// 1 to 10,000 items, scored in this order.
+    pub item_ids: &'a [&'a str],
+    /// A ranker of the bundle; the default one when absent.
+    pub ranker: Option<&'a str>,
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
+/// How the result cache took part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CacheStatus {
+    /// Computed for this request, or together with an identical one in flight.
+    Miss,
+    /// From this process's memory.
+    L1,
+    /// Not asked: explain, `no_cache`, or the cache is off.
+    Bypass,
+}
+
+impl CacheStatus {
+    /// The name in responses and metric labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            CacheStatus::Miss => "miss",
+            CacheStatus::L1 => "l1",
+            CacheStatus::Bypass => "bypass",
+        }
+    }
+}
+
+/// A finished recommendation, shared between the cache and the responses made from it.
+#[derive(Debug)]
+pub struct Slate {
+    /// The generation that made it; maps rows to ids.
+    pub generation: Arc<Generation>,
+    /// In order; the rank of an item is its index plus one.
+    pub items: Vec<SlateItem>,
+    /// Everything that was done without.
+    pub degraded: Vec<Degradation>,
+    /// Where the time went when it was computed.
+    pub timings: StageTimings,
+    /// Whether the user had a row in the generation.
+    pub known_user: bool,
+    /// Merged candidates that were ranked.
+    pub n_candidates: u32,
+}
+
+impl Slate {
+    /// Memory that the slate holds, for the cache's budget.
+    pub fn size_bytes(&self) -> usize {
+        size_of::<Self>()
+            + self.items.len() * size_of::<SlateItem>()
+            + self.degraded.len() * size_of::<Degradation>()
+            + self.items.iter().filter(|i| i.explanation.is_some()).count() * size_of::<Explanation>()
+    }
+}
+
+/// One place of a slate.
+#[derive(Clone, Debug)]
+pub struct SlateItem {
+    /// Row in the slate's generation.
+    pub row: u32,
+    /// The ranker's score after rules.
+    pub score: f32,
+    /// Who proposed it; empty for backfill.
+    pub sources: SourceSet,
+    /// Present when asked for.
+    pub explanation: Option<Box<Explanation>>,
+}
+
+/// Why an item stands where it stands.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Explanation {
+    /// Each source's own score, where it proposed the item.
+    pub source_scores: [Option<f32>; Source::COUNT],
+    /// Each source's own rank from 1.
+    pub source_ranks: [Option<u16>; Source::COUNT],
+    /// Score before rules.
+    pub ranker_score: f32,
+    /// Place after the ranker, from 1.
+    pub ranker_rank: u32,
+    /// Names of the rules that changed its score or place.
+    pub rules: Vec<String>,
+    /// Whether it only fills the slate up.
+    pub backfill: bool,
+}
+
+/// The answer to [`SearchCall`] and [`RankCall`].
+#[derive(Debug)]
+pub struct ScoredItems {
+    /// Maps rows to ids.
+    pub generation: Arc<Generation>,
+    /// Search: best first. Rank: in the order asked, `u32::MAX` as the row of an unknown item (its score is 0).
+    pub items: Vec<crate::candidates::Scored>,
+    /// The ranker that scored; empty for a search.
+    pub ranker: String,
+    /// Everything that was done without.
+    pub degraded: Vec<Degradation>,
+    /// Where the time went.
+    pub timings: StageTimings,
+}
+
+/// What becomes of a call.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// For [`Call::Recommend`].
+    Slate(Arc<Slate>, CacheStatus),
+    /// For [`Call::Search`] and [`Call::Rank`].
+    Scored(Arc<ScoredItems>),
+    /// Any of them.
+    Failed(Error),
+}

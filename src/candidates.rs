@@ -1,0 +1,110 @@
+//! What flows between the stages: rows of items with the sources that proposed them.
+
+/// Where a candidate came from. The discriminant is its bit in a [`SourceSet`] and its index in per-source arrays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Source {
+    /// Nearest items to the user's embedding.
+    Ann = 0,
+    /// Neighbours of the items in the user's history.
+    Collaborative = 1,
+    /// Popular now, overall or in a category of the context.
+    Trending = 2,
+    /// Text search for the request's query.
+    Search = 3,
+}
+
+impl Source {
+    /// Number of sources.
+    pub const COUNT: usize = 4;
+    /// All sources in the order of their discriminants.
+    pub const ALL: [Source; Self::COUNT] = [Source::Ann, Source::Collaborative, Source::Trending, Source::Search];
+
+    /// The name used on the wire, in metrics and in feature columns.
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Ann => "ann",
+            Source::Collaborative => "collaborative",
+            Source::Trending => "trending",
+            Source::Search => "search",
+        }
+    }
+}
+
+/// A set of [`Source`]s, one bit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct SourceSet(pub u8);
+
+impl SourceSet {
+    /// The set with one member.
+    pub fn only(source: Source) -> Self {
+        SourceSet(1 << source as u8)
+    }
+
+    /// Adds a member.
+    pub fn insert(&mut self, source: Source) {
+        self.0 |= 1 << source as u8;
+    }
+
+    /// Whether `source` is a member.
+    pub fn contains(self, source: Source) -> bool {
+        self.0 & (1 << source as u8) != 0
+    }
+
+    /// Members in the order of [`Source::ALL`].
+    pub fn iter(self) -> impl Iterator<Item = Source> {
+        Source::ALL.into_iter().filter(move |&s| self.contains(s))
+    }
+}
+
+/// A scored item row, as one retriever or ranker returns it. Higher is better.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scored {
+    /// Row of the item in the generation's catalogue.
+    pub row: u32,
+    /// Comparable only with scores of the same list.
+    pub score: f32,
+}
+
+/// Best first: higher score, then lower row; NaN last.
+pub fn best_first(a: &Scored, b: &Scored) -> std::cmp::Ordering {
+    match (a.score.is_nan(), b.score.is_nan()) {
+        (false, false) => b.score.total_cmp(&a.score).then(a.row.cmp(&b.row)),
+        (an, bn) => an.cmp(&bn).then(a.row.cmp(&b.row)),
+    }
+}
+
+/// Merged candidates of one request, column by column; every vector has the same length.
+///
+/// Owned by a job and reused from request to request, so that steady state allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Candidates {
+    /// Item rows, unique, ascending.
+    pub rows: Vec<u32>,
+    /// Every source that proposed the row.
+    pub sources: Vec<SourceSet>,
+    /// `[source][candidate]`: the source's own score, 0 where it did not propose the row.
+    pub source_scores: [Vec<f32>; Source::COUNT],
+    /// `[source][candidate]`: 1 for the source's best; 0 where it did not propose the row.
+    pub source_ranks: [Vec<u16>; Source::COUNT],
+}
+
+impl Candidates {
+    /// Number of candidates.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    /// Empties every column and keeps its memory.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.sources.clear();
+        self.source_scores.iter_mut().for_each(Vec::clear);
+        self.source_ranks.iter_mut().for_each(Vec::clear);
+    }
+}

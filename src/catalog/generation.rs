@@ -1,0 +1,367 @@
+//! One loaded bundle: everything immutable that a request reads.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use half::f16;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::catalog::array::Array;
+use crate::catalog::text::TextIndex;
+use crate::ranking::manifest::RankerManifest;
+
+/// A row that stands for "none".
+pub const NO_ROW: u32 = u32::MAX;
+/// A category code that stands for "missing".
+pub const NO_CODE: u32 = u32::MAX;
+
+/// One loaded bundle. Shared by `Arc`; rows are only meaningful together with their generation.
+#[derive(Debug)]
+pub struct Generation {
+    /// Names the bundle in responses (`model_version`): the dataset's name and a content hash.
+    pub version: String,
+    /// The items.
+    pub items: Entities,
+    /// The users known at training time; may have no rows.
+    pub users: Entities,
+    /// What each user did, oldest first where times are known.
+    pub histories: Histories,
+    /// `[n_items, dim]`; absent without embeddings (the ANN source is off).
+    pub item_embeddings: Option<Matrix>,
+    /// `[n_users, dim]`.
+    pub user_embeddings: Option<Matrix>,
+    /// How embeddings compare.
+    pub metric: Metric,
+    /// Item to item, best first, at most 300 per item.
+    pub collaborative: Lists,
+    /// Decayed popularity over all items, best first.
+    pub trending: RankedList,
+    /// The same per code of the item category column; empty without one.
+    pub trending_by_category: Lists,
+    /// Words to items.
+    pub text: Option<TextIndex>,
+    /// Rankers by name; the first is the default.
+    pub rankers: Vec<RankerModel>,
+    /// Which item columns play a part beyond being features.
+    pub roles: Roles,
+}
+
+/// How embeddings compare; higher scores are better for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// `<q, x>`
+    InnerProduct,
+    /// `<q, x> / |x||q|`
+    Cosine,
+    /// `-|q - x|²`
+    L2,
+}
+
+/// Ids and columns of items or users.
+#[derive(Debug, Default)]
+pub struct Entities {
+    /// Id to row and back.
+    pub ids: IdTable,
+    /// Columns by position; see [`Entities::column`].
+    pub columns: Vec<Column>,
+}
+
+impl Entities {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The column of that name.
+    pub fn column(&self, name: &str) -> Option<&Column> {
+        self.columns.iter().find(|c| c.name == name)
+    }
+
+    /// The position of the column of that name.
+    pub fn column_index(&self, name: &str) -> Option<usize> {
+        self.columns.iter().position(|c| c.name == name)
+    }
+}
+
+/// Id strings and an open-addressing hash from id to row.
+#[derive(Clone, Debug, Default)]
+pub struct IdTable {
+    /// `[n + 1]` ends of the ids in `bytes`.
+    pub offsets: Array<u64>,
+    /// The ids, UTF-8, one after another.
+    pub bytes: Array<u8>,
+    /// Power-of-two table of rows, [`NO_ROW`] where empty; linear probing from `xxh3_64(id)`.
+    pub slots: Array<u32>,
+    /// Whether the dataset's ids were integers; JSON answers then carry numbers.
+    pub integer: bool,
+}
+
+impl IdTable {
+    /// Builds the table.
+    ///
+    /// # Errors
+    /// The row of the first id that was there before.
+    pub fn build(ids: impl ExactSizeIterator<Item: AsRef<str>>, integer: bool) -> Result<Self, usize> {
+        let n = ids.len();
+        let mut offsets = Vec::with_capacity(n + 1);
+        let mut bytes = Vec::new();
+        offsets.push(0u64);
+        for id in ids {
+            bytes.extend_from_slice(id.as_ref().as_bytes());
+            offsets.push(bytes.len() as u64);
+        }
+        let mut slots = vec![NO_ROW; (n * 2).next_power_of_two().max(2)];
+        let mask = slots.len() - 1;
+        let id_at = |row: usize| &bytes[offsets[row] as usize..offsets[row + 1] as usize];
+        for row in 0..n {
+            let mut slot = xxh3_64(id_at(row)) as usize & mask;
+            while slots[slot] != NO_ROW {
+                if id_at(slots[slot] as usize) == id_at(row) {
+                    return Err(row);
+                }
+                slot = (slot + 1) & mask;
+            }
+            slots[slot] = row as u32;
+        }
+        Ok(IdTable { offsets: offsets.into(), bytes: bytes.into(), slots: slots.into(), integer })
+    }
+
+    /// Number of ids.
+    pub fn len(&self) -> usize {
+        self.offsets.len().saturating_sub(1)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The id of `row`.
+    ///
+    /// # Panics
+    /// If `row` is out of range.
+    pub fn id(&self, row: u32) -> &str {
+        let bytes = &self.bytes[self.offsets[row as usize] as usize..self.offsets[row as usize + 1] as usize];
+        std::str::from_utf8(bytes).unwrap_or("\u{fffd}")
+    }
+
+    /// The row of `id`.
+    pub fn row(&self, id: &str) -> Option<u32> {
+        let mask = self.slots.len().checked_sub(1)?;
+        let mut slot = xxh3_64(id.as_bytes()) as usize & mask;
+        loop {
+            match self.slots[slot] {
+                NO_ROW => return None,
+                row if self.id(row) == id => return Some(row),
+                _ => slot = (slot + 1) & mask,
+            }
+        }
+    }
+}
+
+/// A named column.
+#[derive(Clone, Debug)]
+pub struct Column {
+    /// As in the Parquet file.
+    pub name: String,
+    /// The values.
+    pub data: ColumnData,
+}
+
+/// Values of a column, one entry per row.
+#[derive(Clone, Debug)]
+pub enum ColumnData {
+    /// Numbers, booleans (0/1) and times (seconds); NaN where missing.
+    Number {
+        /// `[n]`
+        values: Array<f32>,
+        /// Stands in for a missing value and for an unknown user: the column's mean.
+        default: f32,
+    },
+    /// Strings of few distinct values.
+    Category {
+        /// `[n]`, [`NO_CODE`] where missing.
+        codes: Array<u32>,
+        /// Code to string.
+        vocabulary: Arc<IdTable>,
+    },
+    /// Lists of strings.
+    Tags {
+        /// `[n + 1]`
+        offsets: Array<u64>,
+        /// Codes of all rows, one after another.
+        codes: Array<u32>,
+        /// Code to string.
+        vocabulary: Arc<IdTable>,
+    },
+}
+
+impl ColumnData {
+    /// The number at `row`, the default where it is missing; `None` for other kinds of column.
+    pub fn number(&self, row: u32) -> Option<f32> {
+        match self {
+            ColumnData::Number { values, default } => {
+                let value = values[row as usize];
+                Some(if value.is_nan() { *default } else { value })
+            }
+            _ => None,
+        }
+    }
+
+    /// The codes at `row`: none, one, or a list's.
+    pub fn codes(&self, row: u32) -> &[u32] {
+        match self {
+            ColumnData::Number { .. } => &[],
+            ColumnData::Category { codes, .. } => match codes[row as usize] {
+                NO_CODE => &[],
+                _ => &codes[row as usize..=row as usize],
+            },
+            ColumnData::Tags { offsets, codes, .. } => {
+                &codes[offsets[row as usize] as usize..offsets[row as usize + 1] as usize]
+            }
+        }
+    }
+
+    /// Code to string, for columns that have codes.
+    pub fn vocabulary(&self) -> Option<&IdTable> {
+        match self {
+            ColumnData::Number { .. } => None,
+            ColumnData::Category { vocabulary, .. } | ColumnData::Tags { vocabulary, .. } => Some(vocabulary),
+        }
+    }
+}
+
+/// Which item columns play a part beyond being features; positions in `items.columns`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Roles {
+    /// Category or tags; the first code of a row is its category. Trending per category, the diversity cap.
+    pub category: Option<usize>,
+    /// Category or tags: author, brand, artist. "Same creator" features.
+    pub creator: Option<usize>,
+    /// Category: the series an item belongs to.
+    pub series: Option<usize>,
+    /// Number: the place in the series. "Next in series" features.
+    pub series_position: Option<usize>,
+    /// Category holding the display name.
+    pub title: Option<usize>,
+}
+
+/// One entry of a history.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Interaction {
+    /// Item row.
+    pub row: u32,
+    /// Strength as `dataset.toml` maps it; 0: seen, but no sign of liking.
+    pub weight: f32,
+}
+
+/// Per user, the items interacted with.
+#[derive(Clone, Debug, Default)]
+pub struct Histories {
+    /// `[n_users + 1]`; empty when there are no users.
+    pub offsets: Array<u64>,
+    /// Item rows, oldest first where times are known, else in the order of the file.
+    pub rows: Array<u32>,
+    /// Weights.
+    pub weights: Array<f32>,
+}
+
+impl Histories {
+    /// The history of `user`, oldest first.
+    pub fn of(&self, user: u32) -> impl ExactSizeIterator<Item = Interaction> + DoubleEndedIterator + '_ {
+        let (from, to) = match (self.offsets.get(user as usize), self.offsets.get(user as usize + 1)) {
+            (Some(&from), Some(&to)) => (from as usize, to as usize),
+            _ => (0, 0),
+        };
+        self.rows[from..to].iter().zip(&self.weights[from..to]).map(|(&row, &weight)| Interaction { row, weight })
+    }
+}
+
+/// Lists of scored rows, one list per key (compressed sparse rows), each best first.
+#[derive(Clone, Debug, Default)]
+pub struct Lists {
+    /// `[n_keys + 1]`; empty when there are none.
+    pub offsets: Array<u64>,
+    /// Item rows.
+    pub rows: Array<u32>,
+    /// Scores, higher is better.
+    pub scores: Array<f32>,
+}
+
+impl Lists {
+    /// The list of `key`: rows and scores; empty for a key out of range.
+    pub fn of(&self, key: u32) -> (&[u32], &[f32]) {
+        match (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
+            (Some(&from), Some(&to)) => {
+                (&self.rows[from as usize..to as usize], &self.scores[from as usize..to as usize])
+            }
+            _ => (&[], &[]),
+        }
+    }
+}
+
+/// One list of scored rows, best first.
+#[derive(Clone, Debug, Default)]
+pub struct RankedList {
+    /// Item rows.
+    pub rows: Array<u32>,
+    /// Scores.
+    pub scores: Array<f32>,
+}
+
+/// A row-major matrix, f32 or f16.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    /// Columns.
+    pub dim: usize,
+    /// `[n, dim]`
+    pub data: MatrixData,
+}
+
+/// The storage of a [`Matrix`].
+#[derive(Clone, Debug)]
+pub enum MatrixData {
+    /// 4 bytes a value.
+    F32(Array<f32>),
+    /// 2 bytes a value.
+    F16(Array<f16>),
+}
+
+impl Matrix {
+    /// Number of rows.
+    pub fn n_rows(&self) -> usize {
+        match &self.data {
+            MatrixData::F32(values) => values.len() / self.dim.max(1),
+            MatrixData::F16(values) => values.len() / self.dim.max(1),
+        }
+    }
+
+    /// Appends row `row` to `out` as f32.
+    ///
+    /// # Panics
+    /// If `row` is out of range.
+    pub fn extend_row(&self, row: u32, out: &mut Vec<f32>) {
+        let range = row as usize * self.dim..(row as usize + 1) * self.dim;
+        match &self.data {
+            MatrixData::F32(values) => out.extend_from_slice(&values[range]),
+            MatrixData::F16(values) => out.extend(values[range].iter().map(|v| v.to_f32())),
+        }
+    }
+}
+
+/// A ranker as it lies in the bundle.
+#[derive(Clone, Debug)]
+pub struct RankerModel {
+    /// File stem.
+    pub name: String,
+    /// What it wants and gives.
+    pub manifest: RankerManifest,
+    /// The ONNX file.
+    pub onnx: PathBuf,
+}

@@ -1,0 +1,5 @@
+//! Words to items.
+
+/// A text index over chosen item columns.
+#[derive(Debug)]
+pub struct TextIndex {}

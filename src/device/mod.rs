@@ -1,0 +1,185 @@
+//! Accelerators and their CPU stand-in. Nothing above this module knows which one it is talking to.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::api::Ticket;
+use crate::candidates::{Candidates, Scored, Source};
+use crate::catalog::generation::{Generation, Interaction};
+use crate::context::{Deadline, Degradations, StageTimings};
+use crate::error::Error;
+
+/// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
+///
+/// Calls block. A device loads a generation the first time that a job brings it and keeps the last few.
+pub trait Device: Send {
+    /// For logs: `cpu`, `cuda:0`, `sim`.
+    fn name(&self) -> &str;
+
+    /// Makes `generation` ready: models loaded, tables in place, warmed up. Idempotent.
+    ///
+    /// # Errors
+    /// The device stays usable for the generations it already has.
+    fn load(&mut self, generation: &Arc<Generation>) -> Result<(), DeviceError>;
+
+    /// Executes planned jobs end to end (retrieve → merge → rank → select), filling each job's `ranked`, `failure`,
+    /// `degraded` and `timings`. Batched results equal one-by-one results.
+    ///
+    /// # Errors
+    /// The device is unfit and must be fenced; no job has been answered. A failing request is not an error here: it
+    /// is in its job.
+    fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError>;
+}
+
+/// Why a device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A model or table of the generation can't be used on this device.
+    #[error("cannot load generation {version}: {reason}")]
+    Load {
+        /// [`Generation::version`]
+        version: String,
+        /// For the operator.
+        reason: String,
+    },
+    /// The device failed and must be fenced.
+    #[error("device failed: {0}")]
+    Failed(String),
+}
+
+/// One unit of work on its way to a worker and back. Recycled, with all its buffers, by the shard that made it.
+pub struct Job {
+    /// The shard to return to.
+    pub shard: u16,
+    /// The shard's name for the call.
+    pub ticket: Ticket,
+    /// The generation that serves the call.
+    pub generation: Arc<Generation>,
+    /// When an answer is owed; a worker drops a job whose time is up (`failure` says so).
+    pub deadline: Deadline,
+    /// When the shard pushed it.
+    pub enqueued: Instant,
+    /// What to do.
+    pub task: Task,
+    /// The user, resolved.
+    pub user: PlannedUser,
+    /// Canonical context.
+    pub context: Context,
+    /// Text query, empty for none.
+    pub query: String,
+    /// Result: best first (recommend, search) or as asked (rank).
+    pub ranked: Ranked,
+    /// Set instead of `ranked` when this job alone failed.
+    pub failure: Option<Error>,
+    /// What was done without.
+    pub degraded: Degradations,
+    /// Where the time went.
+    pub timings: StageTimings,
+}
+
+/// What a job asks of a device.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// Retrieve from every source, merge, rank, select.
+    Recommend {
+        /// Return the `top_m` best candidates.
+        top_m: u32,
+        /// Also fill [`Ranked::candidates`] for an explanation.
+        explain: bool,
+    },
+    /// Nearest items to `vector` (then `query` is empty) or to the words of `query`.
+    Search {
+        /// Number of items.
+        k: u32,
+        /// f32, `[dim]`.
+        vector: Vec<f32>,
+        /// An item not to return, [`crate::catalog::generation::NO_ROW`] for none.
+        exclude: u32,
+    },
+    /// Score given items.
+    Rank {
+        /// Rows in the order asked; `NO_ROW` for unknown items.
+        rows: Vec<u32>,
+        /// Position in [`Generation::rankers`].
+        ranker: u16,
+    },
+}
+
+/// The user of a job. Devices read users from here only, so that live state can differ from the generation.
+#[derive(Clone, Debug, Default)]
+pub struct PlannedUser {
+    /// Row in the generation, for its feature columns; `None`: defaults.
+    pub row: Option<u32>,
+    /// f32 `[dim]`; empty when unknown: the ANN source is then silent.
+    pub vector: Vec<f32>,
+    /// Oldest first, at most the configured history length.
+    pub history: Vec<Interaction>,
+    /// Everything already seen, ascending; never recommended.
+    pub seen: Vec<u32>,
+}
+
+/// Canonical request context: keys ascending and unique, all text in one buffer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Context {
+    text: String,
+    spans: Vec<[u32; 3]>,
+}
+
+impl Context {
+    /// Replaces the content. `pairs` come in any order; of a repeated key the last value stays.
+    pub fn assign(&mut self, pairs: &[(&str, &str)]) {
+        self.text.clear();
+        self.spans.clear();
+        let mut order: smallvec::SmallVec<[u16; 16]> = (0..pairs.len().min(usize::from(u16::MAX)) as u16).collect();
+        order.sort_by_key(|&i| pairs[usize::from(i)].0);
+        for (at, &i) in order.iter().enumerate() {
+            let (key, value) = pairs[usize::from(i)];
+            if order.get(at + 1).is_some_and(|&next| pairs[usize::from(next)].0 == key) {
+                continue;
+            }
+            let start = self.text.len() as u32;
+            self.text.push_str(key);
+            let middle = self.text.len() as u32;
+            self.text.push_str(value);
+            self.spans.push([start, middle, self.text.len() as u32]);
+        }
+    }
+
+    /// The value of `key`.
+    pub fn get(&self, key: &str) -> Option<&str> {
+        let at = self.spans.binary_search_by(|s| self.text[s[0] as usize..s[1] as usize].cmp(key)).ok()?;
+        let [_, middle, end] = self.spans[at];
+        Some(&self.text[middle as usize..end as usize])
+    }
+
+    /// Pairs in ascending order of keys.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.spans.iter().map(|&[a, b, c]| (&self.text[a as usize..b as usize], &self.text[b as usize..c as usize]))
+    }
+}
+
+/// What comes back from a device.
+#[derive(Clone, Debug, Default)]
+pub struct Ranked {
+    /// Recommend and search: best first, ties by ascending row. Rank: as asked.
+    pub items: Vec<RankedItem>,
+    /// Merged candidates that were ranked.
+    pub n_candidates: u32,
+    /// Proposals per source, after each source's own filter; for metrics.
+    pub n_by_source: [u32; Source::COUNT],
+    /// All candidates, only where an explanation was asked for.
+    pub candidates: Candidates,
+    /// Trending items that backfill may draw on, best first, not among `items`; filled only when `items` is short.
+    pub backfill: Vec<Scored>,
+}
+
+/// One ranked item.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RankedItem {
+    /// Item row.
+    pub row: u32,
+    /// The ranker's score.
+    pub score: f32,
+    /// Who proposed it.
+    pub sources: crate::candidates::SourceSet,
+}

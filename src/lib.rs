@@ -1,0 +1,20 @@
+//! Tastemaker: an inference server for personalization.
+#![deny(unsafe_code)]
+
+pub mod api;
+pub mod cache;
+pub mod candidates;
+pub mod catalog;
+pub mod context;
+pub mod device;
+pub mod error;
+pub mod features;
+pub mod index;
+pub mod pipeline;
+pub mod ranking;
+pub mod rerank;
+pub mod response;
+pub mod retrieval;
+pub mod server;
+pub mod telemetry;
+pub mod wire;

@@ -1,0 +1,3 @@
+//! Models that score candidates.
+
+pub mod manifest;
