@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod context;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod features;
 pub mod index;
 pub mod pipeline;

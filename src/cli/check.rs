@@ -1,0 +1,33 @@
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+
+use crate::catalog::bundle;
+use crate::device::cpu;
+use crate::rerank::Reranker;
+
+/// `tastemaker check`
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Configuration file.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Also check rules and rankers against this bundle.
+    bundle: Option<PathBuf>,
+}
+
+impl Check {
+    pub fn run(self) -> anyhow::Result<()> {
+        let config = super::config(Some(&self.config))?;
+        if let Some(path) = &self.bundle {
+            let generation = std::sync::Arc::new(bundle::open(path)?);
+            Reranker::compile(&config.rerank, &generation)
+                .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
+            let mut device = cpu::CpuDevice::new(config.pipeline.clone().into());
+            crate::device::Device::load(&mut device, &generation)?;
+        }
+        println!("{}: ok", self.config.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,75 @@
+//! The command line: one file per command.
+
+mod build;
+mod check;
+mod demo;
+mod eval;
+mod features;
+mod inspect;
+pub mod progress;
+mod recommend;
+mod serve;
+
+use clap::{Parser, Subcommand};
+
+/// Inference server for personalization: retrieval, ranking and re-ranking in one process.
+#[derive(Debug, Parser)]
+#[command(name = "tastemaker", version, propagate_version = true, subcommand_required = true, arg_required_else_help = true)]
+#[command(after_help = "Exit codes: 0 ok, 1 failed, 2 usage.\nStart with `tastemaker demo`.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a synthetic catalogue, build it, serve it and show a result.
+    Demo(demo::Demo),
+    /// Turn a dataset directory into a bundle.
+    Build(build::Build),
+    /// Serve a bundle until SIGTERM or SIGINT, then drain.
+    Serve(serve::Serve),
+    /// Ask a running server for recommendations.
+    Recommend(recommend::Recommend),
+    /// Measure recall, NDCG and coverage of the served pipeline on held-out interactions.
+    Eval(eval::Eval),
+    /// Show what is in a bundle, after verifying every checksum.
+    Inspect(inspect::Inspect),
+    /// Validate a configuration file, and its rules against a bundle.
+    Check(check::Check),
+    /// Export the ranker's feature columns for given users, to train on what serving computes.
+    Features(features::Features),
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever made it fail, for a person to read; the exit code is then 1.
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Demo(command) => command.run(),
+        Command::Build(command) => command.run(),
+        Command::Serve(command) => command.run(),
+        Command::Recommend(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Inspect(command) => command.run(),
+        Command::Check(command) => command.run(),
+        Command::Features(command) => command.run(),
+    }
+}
+
+/// Reads the configuration file, or the defaults where there is none.
+fn config(file: Option<&std::path::Path>) -> anyhow::Result<crate::config::Config> {
+    Ok(match file {
+        Some(file) => crate::config::Config::read(file)?,
+        None => crate::config::Config::default(),
+    })
+}
+
+/// Parses `key=value`.
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}

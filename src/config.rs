@@ -1,0 +1,184 @@
+//! The configuration file: every section, composed of the structs that stand next to the code they configure.
+//!
+//! An unknown key is an error that names the key, its line and the nearest known one. Flags override the file.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::CacheConfig;
+use crate::pipeline::PipelineConfig;
+use crate::rerank::RerankConfig;
+use crate::server::ServerConfig;
+use crate::telemetry::TelemetryConfig;
+
+/// `tastemaker.toml`. Every key has a default; `docs/tastemaker.toml` shows each with its unit and range.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Sockets, shards, workers, limits.
+    pub server: ServerConfig,
+    /// Sources, features, ranking.
+    pub pipeline: PipelineConfig,
+    /// Diversity and business rules.
+    pub rerank: RerankConfig,
+    /// Result cache.
+    pub cache: CacheConfig,
+    /// Logs.
+    pub telemetry: TelemetryConfig,
+}
+
+/// Why a configuration was refused; the text names the file, the place and the key.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{}: {source}", file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A key that does not exist.
+    #[error("{}:{line}: unknown key `{key}`{}", file.display(), nearest.as_ref().map(|n| format!("; did you mean `{n}`?")).unwrap_or_default())]
+    UnknownKey {
+        /// The file.
+        file: PathBuf,
+        /// Line from 1.
+        line: usize,
+        /// The key.
+        key: String,
+        /// The nearest key that exists at that place.
+        nearest: Option<String>,
+    },
+    /// A value of the wrong type, or TOML that does not parse.
+    #[error("{}:{line}: {message}", file.display())]
+    Invalid {
+        /// The file.
+        file: PathBuf,
+        /// Line from 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// A value out of its range.
+    #[error("{}: {message}", file.display())]
+    Range {
+        /// The file.
+        file: PathBuf,
+        /// Names the key, the value and the range.
+        message: String,
+    },
+}
+
+impl Config {
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Read { file: file.into(), source })?;
+        Self::parse(&text, file)
+    }
+
+    /// Parses and validates `text`; `file` is for messages only.
+    ///
+    /// # Errors
+    /// See [`ConfigError`].
+    pub fn parse(text: &str, file: &Path) -> Result<Self, ConfigError> {
+        let config: Config = toml::from_str(text).map_err(|e| {
+            let line = e.span().map_or(1, |span| 1 + text[..span.start.min(text.len())].matches('\n').count());
+            match unknown_field(e.message()) {
+                Some((key, known)) => {
+                    let nearest = nearest(&key, known.iter().map(String::as_str)).map(String::from);
+                    ConfigError::UnknownKey { file: file.into(), line, key, nearest }
+                }
+                None => ConfigError::Invalid { file: file.into(), line, message: e.message().to_owned() },
+            }
+        })?;
+        config.validate().map_err(|message| ConfigError::Range { file: file.into(), message })?;
+        Ok(config)
+    }
+
+    /// Checks ranges; the error names the key, the value and the range.
+    ///
+    /// # Errors
+    /// The first key out of range.
+    pub fn validate(&self) -> Result<(), String> {
+        self.server.validate()?;
+        self.pipeline.validate()?;
+        self.rerank.validate()?;
+        self.cache.validate()?;
+        self.telemetry.validate()
+    }
+}
+
+/// The key and the known keys in serde's "unknown field" message.
+fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
+    if !message.contains("unknown field") {
+        return None;
+    }
+    let mut quoted = message.split('`').skip(1).step_by(2).map(String::from);
+    let key = quoted.next()?;
+    Some((key, quoted.collect()))
+}
+
+/// The name most like `name` by Jaro-Winkler similarity, if any is alike at all.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .filter(|&(similarity, _)| similarity > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("t.toml"))
+    }
+
+    #[test]
+    fn empty_file_is_the_default() {
+        assert_eq!(parse("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn default_passes_its_own_validation() {
+        Config::default().validate().unwrap();
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest_one() {
+        let error = parse("[cache]\nenabled = true\nttl_second = 5\n").unwrap_err();
+        assert_eq!(error.to_string(), "t.toml:3: unknown key `ttl_second`; did you mean `ttl_seconds`?");
+    }
+
+    #[test]
+    fn unknown_section_names_the_nearest_one() {
+        let error = parse("\n[pipelin]\n").unwrap_err();
+        assert_eq!(error.to_string(), "t.toml:2: unknown key `pipelin`; did you mean `pipeline`?");
+    }
+
+    #[test]
+    fn wrong_type_names_the_line() {
+        let error = parse("[cache]\nenabled = 3\n").unwrap_err();
+        assert!(matches!(error, ConfigError::Invalid { line: 2, .. }), "{error}");
+    }
+
+    #[test]
+    fn the_annotated_file_shows_every_key_at_its_default() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/tastemaker.toml");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert_eq!(Config::parse(&text, &file).unwrap(), Config::default());
+        let shown: toml::Table = toml::from_str(&text).unwrap();
+        let every = toml::Table::try_from(Config::default()).unwrap();
+        for (section, keys) in &every {
+            for key in keys.as_table().unwrap().keys() {
+                assert!(shown[section].get(key).is_some(), "docs/tastemaker.toml lacks [{section}] {key}");
+            }
+        }
+    }
+}
