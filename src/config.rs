@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheConfig;
+use crate::context::nearest;
 use crate::pipeline::PipelineConfig;
 use crate::rerank::RerankConfig;
 use crate::server::ServerConfig;
@@ -121,15 +122,6 @@ fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
     let mut quoted = message.split('`').skip(1).step_by(2).map(String::from);
     let key = quoted.next()?;
     Some((key, quoted.collect()))
-}
-
-/// The name most like `name` by Jaro-Winkler similarity, if any is alike at all.
-pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    known
-        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
-        .filter(|&(similarity, _)| similarity > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, candidate)| candidate)
 }
 
 #[cfg(test)]

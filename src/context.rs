@@ -153,3 +153,12 @@ impl Deadline {
         now >= self.0
     }
 }
+
+/// The name most like `name` by Jaro-Winkler similarity, if any is alike at all; for error messages.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .filter(|&(similarity, _)| similarity > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate)
+}

@@ -264,7 +264,7 @@ impl Table {
 
     fn column(&self, name: &str) -> Result<&ArrayRef, CatalogError> {
         self.names.iter().position(|n| n == name).map(|at| &self.columns[at]).ok_or_else(|| {
-            let nearest = crate::config::nearest(name, self.names.iter().map(String::as_str));
+            let nearest = crate::context::nearest(name, self.names.iter().map(String::as_str));
             let hint = nearest.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
             CatalogError::column(&self.file, name, format!("no such column{hint}"))
         })
@@ -585,7 +585,7 @@ fn roles(config: &ItemsConfig, items: &Entities, file: &Path) -> Result<Roles, C
     let find = |name: &Option<String>, number: bool| -> Result<Option<usize>, CatalogError> {
         let Some(name) = name else { return Ok(None) };
         let Some(at) = items.column_index(name) else {
-            let nearest = crate::config::nearest(name, items.columns.iter().map(|c| c.name.as_str()));
+            let nearest = crate::context::nearest(name, items.columns.iter().map(|c| c.name.as_str()));
             let hint = nearest.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
             return Err(CatalogError::column(file, name, format!("no such column{hint}")));
         };

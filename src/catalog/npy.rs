@@ -80,7 +80,7 @@ pub fn write_f32(path: &Path, values: &[f32], dim: usize) -> std::io::Result<()>
 
 fn split_header(bytes: &[u8]) -> Option<(&str, &[u8])> {
     let rest = bytes.strip_prefix(b"\x93NUMPY")?;
-    let (len, start) = match *rest.first()? {
+    let (len, start): (usize, usize) = match *rest.first()? {
         1 => (usize::from(u16::from_le_bytes(rest.get(2..4)?.try_into().ok()?)), 4),
         2 | 3 => (u32::from_le_bytes(rest.get(2..6)?.try_into().ok()?) as usize, 6),
         _ => return None,

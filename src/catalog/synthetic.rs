@@ -1,0 +1,1 @@
+//! A synthetic catalogue for the demo and for tests.
