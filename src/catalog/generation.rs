@@ -365,3 +365,52 @@ pub struct RankerModel {
     /// The ONNX file.
     pub onnx: PathBuf,
 }
+
+/// Small generations for tests of other rooms.
+#[cfg(test)]
+pub mod testing {
+    use super::*;
+
+    /// `n` items with ids "0", "1", …; nothing else.
+    pub fn plain(n: usize) -> Generation {
+        let ids: Vec<String> = (0..n).map(|i| i.to_string()).collect();
+        Generation {
+            version: "test-0".into(),
+            items: Entities { ids: IdTable::build(ids.iter(), true).unwrap(), columns: Vec::new() },
+            users: Entities::default(),
+            histories: Histories::default(),
+            item_embeddings: None,
+            user_embeddings: None,
+            metric: Metric::InnerProduct,
+            collaborative: Lists::default(),
+            trending: RankedList::default(),
+            trending_by_category: Lists::default(),
+            text: None,
+            rankers: Vec::new(),
+            roles: Roles::default(),
+        }
+    }
+
+    /// Items with the given vectors, `[n, dim]`.
+    pub fn with_embeddings(vectors: Vec<f32>, dim: usize) -> Generation {
+        let mut generation = plain(vectors.len() / dim);
+        generation.item_embeddings = Some(Matrix { dim, data: MatrixData::F32(vectors.into()) });
+        generation
+    }
+
+    /// Adds a category column of values "c0", "c1", … and gives it the category role if it is the first.
+    pub fn add_category(generation: &mut Generation, name: &str, codes: &[u32]) {
+        let n = codes.iter().max().map_or(0, |max| max + 1);
+        let names: Vec<String> = (0..n).map(|code| format!("c{code}")).collect();
+        let vocabulary = Arc::new(IdTable::build(names.iter(), false).unwrap());
+        let data = ColumnData::Category { codes: codes.to_vec().into(), vocabulary };
+        generation.items.columns.push(Column { name: name.into(), data });
+        generation.roles.category.get_or_insert(generation.items.columns.len() - 1);
+    }
+
+    /// Adds a number column.
+    pub fn add_number(generation: &mut Generation, name: &str, values: &[f32]) {
+        let data = ColumnData::Number { values: values.to_vec().into(), default: 0.0 };
+        generation.items.columns.push(Column { name: name.into(), data });
+    }
+}

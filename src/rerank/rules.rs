@@ -1,0 +1,563 @@
+//! Business rules: what may be shown, what is moved, decided by item attributes and request context.
+//!
+//! `exclude` and `require` forbid items altogether. The others act on the diversified list, phase by phase and within a
+//! phase in the order of the configuration: boost, bury, cap, pin. Conditions over items are bitmaps computed once.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
+
+use super::RerankInput;
+use crate::api::{Explanation, SlateItem};
+use crate::candidates::SourceSet;
+use crate::catalog::generation::{ColumnData, Generation};
+use crate::context::nearest;
+use crate::device::{Context, RankedItem};
+
+/// One `[[rerank.rules]]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RuleConfig {
+    /// For explanations and errors.
+    pub name: String,
+    /// What it does.
+    pub action: Action,
+    /// Context conditions, all must hold: a value, a list of values, or `"*"` for any value.
+    pub when: BTreeMap<String, OneOrMany>,
+    /// Item conditions, all must hold: a value, a list of values, or comparisons as in `{ ge = 4, lt = 5 }`.
+    #[serde(rename = "where")]
+    pub conditions: BTreeMap<String, Condition>,
+    /// Boost: added to the score, as a share of the list's range of scores; may be negative.
+    pub amount: Option<f32>,
+    /// Pin: the items, in order.
+    pub items: Vec<String>,
+    /// Pin: rank of the first item, from 1.
+    pub rank: Option<u32>,
+    /// Cap: the column whose values are counted.
+    pub attribute: Option<String>,
+    /// Cap: items per value.
+    pub max: Option<u32>,
+}
+
+/// What a rule does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Items that match are never shown.
+    #[default]
+    Exclude,
+    /// Only items that match are shown.
+    Require,
+    /// Changes the score by `amount` of the list's range.
+    Boost,
+    /// Moves to the end.
+    Bury,
+    /// Puts `items` at `rank` and following, also when nobody proposed them, unless seen or forbidden.
+    Pin,
+    /// At most `max` items per value of `attribute`.
+    Cap,
+}
+
+/// A value or several.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    /// This one.
+    One(String),
+    /// Any of these.
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn values(&self) -> &[String] {
+        match self {
+            OneOrMany::One(one) => std::slice::from_ref(one),
+            OneOrMany::Many(many) => many,
+        }
+    }
+
+    fn holds(&self, value: Option<&str>) -> bool {
+        value.is_some_and(|value| self.values().iter().any(|v| v == "*" || v == value))
+    }
+}
+
+/// A condition over one item column.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Condition {
+    /// Number columns: equal.
+    Number(f64),
+    /// Category and list columns: has the value, or any of them.
+    Values(OneOrMany),
+    /// Comparisons, all must hold.
+    Compare(Compare),
+}
+
+/// Comparisons over a number column; `missing` over any.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Compare {
+    /// Below.
+    pub lt: Option<f64>,
+    /// At most.
+    pub le: Option<f64>,
+    /// Above.
+    pub gt: Option<f64>,
+    /// At least.
+    pub ge: Option<f64>,
+    /// Whether the value is missing.
+    pub missing: Option<bool>,
+}
+
+/// Why a rule was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rerank.rules[{index}] `{name}`: {field}: {reason}")]
+pub struct RuleError {
+    /// From 0.
+    pub index: usize,
+    /// The rule's name.
+    pub name: String,
+    /// Where in the rule.
+    pub field: String,
+    /// What is wrong.
+    pub reason: String,
+}
+
+/// One bit per item.
+#[derive(Debug)]
+struct Bitmap(Vec<u64>);
+
+impl Bitmap {
+    fn of(n: usize, holds: impl Fn(u32) -> bool) -> Self {
+        let mut words = vec![0u64; n.div_ceil(64)];
+        for row in (0..n as u32).filter(|&row| holds(row)) {
+            words[row as usize / 64] |= 1 << (row % 64);
+        }
+        Bitmap(words)
+    }
+
+    fn has(&self, row: u32) -> bool {
+        self.0.get(row as usize / 64).is_some_and(|word| word >> (row % 64) & 1 == 1)
+    }
+}
+
+/// The exclude and require rules that are active for one request.
+#[derive(Clone, Debug, Default)]
+pub struct HardFilter {
+    active: SmallVec<[(Arc<Bitmap>, bool); 4]>,
+}
+
+impl HardFilter {
+    /// Whether the item may be shown.
+    pub fn allows(&self, row: u32) -> bool {
+        self.active.iter().all(|(bitmap, wanted)| bitmap.has(row) == *wanted)
+    }
+
+    /// Whether it forbids nothing.
+    pub fn is_empty(&self) -> bool {
+        self.active.is_empty()
+    }
+}
+
+#[derive(Debug)]
+struct Rule {
+    name: String,
+    when: BTreeMap<String, OneOrMany>,
+    matches: Arc<Bitmap>,
+    effect: Effect,
+}
+
+#[derive(Debug)]
+enum Effect {
+    Exclude,
+    Require,
+    Boost(f32),
+    Bury,
+    Pin { rows: Vec<u32>, rank: usize },
+    Cap { column: usize, max: u32 },
+}
+
+/// Compiled rules.
+#[derive(Debug, Default)]
+pub struct Rules {
+    rules: Vec<Rule>,
+}
+
+/// Buffers, reused from request to request.
+#[derive(Debug, Default)]
+pub struct RulesScratch {
+    list: Vec<Entry>,
+    scores: Vec<f32>,
+    counts: Vec<(u32, u32)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    item: RankedItem,
+    /// Decides the order: the score of the place that diversity gave, plus boosts.
+    key: f32,
+    /// One bit per rule that acted, for the first 64 rules.
+    acted: u64,
+}
+
+impl Rules {
+    /// Compiles rules against a generation.
+    ///
+    /// # Errors
+    /// The first rule that can't be meant as it stands.
+    pub fn compile(configs: &[RuleConfig], generation: &Generation) -> Result<Self, RuleError> {
+        let rules = configs.iter().enumerate().map(|(index, config)| compile(index, config, generation));
+        Ok(Rules { rules: rules.collect::<Result<_, _>>()? })
+    }
+
+    fn active<'a>(&'a self, context: &'a Context) -> impl Iterator<Item = (usize, &'a Rule)> {
+        let holds = move |rule: &Rule| rule.when.iter().all(|(key, wanted)| wanted.holds(context.get(key)));
+        self.rules.iter().enumerate().filter(move |(_, rule)| holds(rule))
+    }
+
+    /// See [`super::Reranker::hard_filter`].
+    pub fn hard_filter(&self, context: &Context) -> HardFilter {
+        let hard = self.active(context).filter_map(|(_, rule)| match rule.effect {
+            Effect::Exclude => Some((rule.matches.clone(), false)),
+            Effect::Require => Some((rule.matches.clone(), true)),
+            _ => None,
+        });
+        HardFilter { active: hard.collect() }
+    }
+
+    /// Turns the diversified list into at most `n_items` slate items.
+    pub fn apply(
+        &self,
+        input: &RerankInput<'_>,
+        diverse: &[RankedItem],
+        scratch: &mut RulesScratch,
+        out: &mut Vec<SlateItem>,
+    ) {
+        let RulesScratch { list, scores, counts } = scratch;
+        let hard = self.hard_filter(input.context);
+        list.clear();
+        list.extend(
+            diverse.iter().filter(|i| hard.allows(i.row)).map(|&item| Entry { item, key: item.score, acted: 0 }),
+        );
+        let mark = |index: usize| if index < 64 { 1u64 << index } else { 0 };
+
+        // A place keeps its worth when diversity gave it to another item.
+        let boosts = || self.active(input.context).filter(|(_, r)| matches!(r.effect, Effect::Boost(_)));
+        if boosts().next().is_some() && !list.is_empty() {
+            scores.clear();
+            scores.extend(list.iter().map(|e| if e.item.score.is_nan() { f32::NEG_INFINITY } else { e.item.score }));
+            scores.sort_unstable_by(|a, b| b.total_cmp(a));
+            let finite = || scores.iter().filter(|s| s.is_finite());
+            let range = finite().copied().reduce(f32::max).zip(finite().copied().reduce(f32::min));
+            let range = range.map_or(1.0, |(high, low)| if high > low { high - low } else { 1.0 });
+            for (entry, &score) in list.iter_mut().zip(scores.iter()) {
+                entry.key = score;
+            }
+            for (index, rule) in boosts() {
+                let Effect::Boost(amount) = rule.effect else { continue };
+                for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row)) {
+                    entry.key += amount * range;
+                    entry.item.score += amount * range;
+                    entry.acted |= mark(index);
+                }
+            }
+            list.sort_by(|a, b| b.key.total_cmp(&a.key));
+        }
+        for (index, rule) in self.active(input.context).filter(|(_, r)| matches!(r.effect, Effect::Bury)) {
+            for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row)) {
+                entry.acted |= mark(index);
+            }
+            list.sort_by_key(|e| rule.matches.has(e.item.row));
+        }
+        for (_, rule) in self.active(input.context) {
+            let Effect::Cap { column, max } = rule.effect else { continue };
+            let column = &input.generation.items.columns[column].data;
+            counts.clear();
+            list.retain(|entry| {
+                if !rule.matches.has(entry.item.row) {
+                    return true;
+                }
+                let codes = column.codes(entry.item.row);
+                let count_of = |counts: &[(u32, u32)], code| counts.iter().find(|(c, _)| *c == code).map_or(0, |c| c.1);
+                let keep = codes.iter().all(|&code| count_of(counts, code) < max);
+                if keep {
+                    for &code in codes {
+                        match counts.iter_mut().find(|(c, _)| *c == code) {
+                            Some((_, count)) => *count += 1,
+                            None => counts.push((code, 1)),
+                        }
+                    }
+                }
+                keep
+            });
+        }
+        for (index, rule) in self.active(input.context) {
+            let Effect::Pin { rows, rank } = &rule.effect else { continue };
+            let allowed = |row: &&u32| input.seen.binary_search(row).is_err() && hard.allows(**row);
+            for (place, &row) in rows.iter().filter(allowed).enumerate() {
+                let entry = match list.iter().position(|e| e.item.row == row) {
+                    Some(at) => list.remove(at),
+                    None => {
+                        let known = input.items.iter().find(|i| i.row == row).copied();
+                        let item = known.unwrap_or(RankedItem { row, score: 0.0, sources: SourceSet::default() });
+                        Entry { item, key: item.score, acted: 0 }
+                    }
+                };
+                let at = (rank - 1 + place).min(list.len());
+                list.insert(at, Entry { acted: entry.acted | mark(index), ..entry });
+            }
+        }
+        out.extend(list.iter().take(input.n_items).map(|entry| SlateItem {
+            row: entry.item.row,
+            score: entry.item.score,
+            sources: entry.item.sources,
+            explanation: input.explain.then(|| {
+                let acted = self.rules.iter().enumerate().filter(|(index, _)| entry.acted & mark(*index) != 0);
+                Box::new(Explanation { rules: acted.map(|(_, r)| r.name.clone()).collect(), ..Explanation::default() })
+            }),
+        }));
+    }
+}
+
+fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result<Rule, RuleError> {
+    let wrong = |field: &str, reason: String| RuleError {
+        index,
+        name: config.name.clone(),
+        field: field.to_owned(),
+        reason,
+    };
+    let column = |field: &str, name: &str| {
+        generation.items.column_index(name).ok_or_else(|| {
+            let hint = nearest(name, generation.items.columns.iter().map(|c| c.name.as_str()));
+            let hint = hint.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
+            wrong(field, format!("no item column `{name}`{hint}"))
+        })
+    };
+    let mut tests: Vec<Box<dyn Fn(u32) -> bool + '_>> = Vec::new();
+    for (name, condition) in &config.conditions {
+        let field = format!("where.{name}");
+        let data = &generation.items.columns[column(&field, name)?].data;
+        tests.push(test(data, condition).map_err(|reason| wrong(&field, reason))?);
+    }
+    let matches = Arc::new(Bitmap::of(generation.items.len(), |row| tests.iter().all(|test| test(row))));
+    let unused = |field: &str, given: bool, wanted: bool| match (given, wanted) {
+        (true, false) => Err(wrong(field, format!("has no meaning with action {:?}", config.action))),
+        (false, true) => Err(wrong(field, format!("is missing; action {:?} needs it", config.action))),
+        _ => Ok(()),
+    };
+    use Action::{Boost, Cap, Pin};
+    unused("amount", config.amount.is_some(), config.action == Boost)?;
+    unused("items", !config.items.is_empty(), config.action == Pin)?;
+    unused("rank", config.rank.is_some(), config.action == Pin)?;
+    unused("attribute", config.attribute.is_some(), config.action == Cap)?;
+    unused("max", config.max.is_some(), config.action == Cap)?;
+    let effect = match config.action {
+        Action::Exclude => Effect::Exclude,
+        Action::Require => Effect::Require,
+        Action::Bury => Effect::Bury,
+        Action::Boost => match config.amount {
+            Some(amount) if amount.is_finite() => Effect::Boost(amount),
+            other => return Err(wrong("amount", format!("is {other:?}, expected a finite number"))),
+        },
+        Action::Pin => {
+            let rank = config.rank.unwrap_or(1);
+            if rank == 0 {
+                return Err(wrong("rank", "is 0; ranks count from 1".into()));
+            }
+            let row = |id: &String| {
+                generation.items.ids.row(id).ok_or_else(|| wrong("items", format!("no item `{id}` in the catalogue")))
+            };
+            Effect::Pin { rows: config.items.iter().map(row).collect::<Result<_, _>>()?, rank: rank as usize }
+        }
+        Action::Cap => {
+            let name = config.attribute.as_deref().unwrap_or_default();
+            let at = column("attribute", name)?;
+            if generation.items.columns[at].data.vocabulary().is_none() {
+                return Err(wrong("attribute", format!("`{name}` is a number; a cap counts values of categories")));
+            }
+            match config.max {
+                Some(max) if max > 0 => Effect::Cap { column: at, max },
+                _ => return Err(wrong("max", "must be 1 or more; exclude forbids items altogether".into())),
+            }
+        }
+    };
+    Ok(Rule { name: config.name.clone(), when: config.when.clone(), matches, effect })
+}
+
+/// A test over the rows of one column.
+fn test<'a>(data: &'a ColumnData, condition: &'a Condition) -> Result<Box<dyn Fn(u32) -> bool + 'a>, String> {
+    let missing = |row: u32| match data {
+        ColumnData::Number { values, .. } => values[row as usize].is_nan(),
+        _ => data.codes(row).is_empty(),
+    };
+    match (condition, data) {
+        (Condition::Number(want), ColumnData::Number { values, .. }) => {
+            Ok(Box::new(move |row| f64::from(values[row as usize]) == *want))
+        }
+        (Condition::Number(_), _) => Err("is a number, but the column holds strings".into()),
+        (Condition::Values(_), ColumnData::Number { .. }) => {
+            Err("is a string, but the column holds numbers; compare as in { ge = 4 }".into())
+        }
+        (Condition::Values(want), _) => {
+            let vocabulary = data.vocabulary().ok_or("the column has no values")?;
+            let mut codes = Vec::new();
+            for value in want.values() {
+                codes.push(vocabulary.row(value).ok_or_else(|| {
+                    let known = (0..vocabulary.len() as u32).map(|code| vocabulary.id(code));
+                    let hint = nearest(value, known).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
+                    format!("no item has the value `{value}`{hint}")
+                })?);
+            }
+            Ok(Box::new(move |row| data.codes(row).iter().any(|code| codes.contains(code))))
+        }
+        (Condition::Compare(Compare { lt, le, gt, ge, missing: want_missing }), _) => {
+            let compares = [lt, le, gt, ge].iter().any(|bound| bound.is_some());
+            if compares && !matches!(data, ColumnData::Number { .. }) {
+                return Err("compares numbers, but the column holds strings".into());
+            }
+            if !compares && want_missing.is_none() {
+                return Err("is empty; expected lt, le, gt, ge or missing".into());
+            }
+            Ok(Box::new(move |row| {
+                let value = match data {
+                    ColumnData::Number { values, .. } => f64::from(values[row as usize]),
+                    _ => f64::NAN,
+                };
+                let holds = |bound: &Option<f64>, test: fn(&f64, &f64) -> bool| bound.is_none_or(|b| test(&value, &b));
+                want_missing.is_none_or(|want| missing(row) == want)
+                    && holds(lt, f64::lt)
+                    && holds(le, f64::le)
+                    && holds(gt, f64::gt)
+                    && holds(ge, f64::ge)
+            }))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::testing;
+    use crate::rerank::{RerankConfig, RerankScratch, Reranker};
+    use proptest::prelude::*;
+
+    /// Six items: categories a b a b a b, years 2000 to 2005.
+    fn generation() -> Generation {
+        let mut generation = testing::plain(6);
+        testing::add_category(&mut generation, "category", &[0, 1, 0, 1, 0, 1]);
+        testing::add_number(&mut generation, "year", &[2000.0, 2001.0, 2002.0, 2003.0, 2004.0, f32::NAN]);
+        generation
+    }
+
+    fn slate(rules: &str, context: &[(&str, &str)], seen: &[u32], n: usize) -> Vec<u32> {
+        #[derive(Deserialize)]
+        struct File {
+            rules: Vec<RuleConfig>,
+        }
+        let generation = generation();
+        let rules = toml::from_str::<File>(rules).unwrap().rules;
+        let config = RerankConfig { mmr_lambda: 1.0, max_per_category: 0, rules };
+        let reranker = Reranker::compile(&config, &generation).unwrap();
+        let mut request = Context::default();
+        request.assign(context);
+        let items: Vec<RankedItem> = (0..6)
+            .map(|row| RankedItem { row, score: 1.0 - row as f32 / 10.0, sources: SourceSet::default() })
+            .collect();
+        let input = RerankInput {
+            generation: &generation,
+            context: &request,
+            seen,
+            items: &items,
+            n_items: n,
+            explain: false,
+        };
+        let mut out = Vec::new();
+        reranker.rerank(input, &mut RerankScratch::default(), &mut out);
+        out.iter().map(|i| i.row).collect()
+    }
+
+    fn refused(rule: &str) -> String {
+        let config = RuleConfig { name: "r".into(), ..toml::from_str(rule).unwrap() };
+        compile(0, &config, &generation()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn no_rules_keep_the_order() {
+        assert_eq!(slate("rules = []", &[], &[], 4), [0, 1, 2, 3]);
+        assert_eq!(slate("rules = []", &[], &[0, 2], 4), [1, 3, 4, 5]);
+    }
+
+    #[test]
+    fn exclude_and_require() {
+        assert_eq!(slate("[[rules]]\naction='exclude'\nwhere={category='c0'}", &[], &[], 6), [1, 3, 5]);
+        assert_eq!(slate("[[rules]]\naction='require'\nwhere={year={ge=2001, lt=2004}}", &[], &[], 6), [1, 2, 3]);
+        assert_eq!(slate("[[rules]]\naction='require'\nwhere={year={missing=true}}", &[], &[], 6), [5]);
+    }
+
+    #[test]
+    fn context_decides() {
+        let rule = "[[rules]]\naction='exclude'\nwhen={mode=['kids','teens']}\nwhere={category='c1'}";
+        assert_eq!(slate(rule, &[], &[], 3), [0, 1, 2]);
+        assert_eq!(slate(rule, &[("mode", "kids")], &[], 3), [0, 2, 4]);
+        assert_eq!(slate(rule, &[("mode", "all")], &[], 3), [0, 1, 2]);
+        assert_eq!(slate(&rule.replace("['kids','teens']", "'*'"), &[("mode", "x")], &[], 3), [0, 2, 4]);
+    }
+
+    #[test]
+    fn boost_bury_cap_pin() {
+        assert_eq!(slate("[[rules]]\naction='boost'\namount=2.0\nwhere={category='c1'}", &[], &[], 6), [1, 3, 5, 0, 2, 4]);
+        assert_eq!(slate("[[rules]]\naction='bury'\nwhere={category='c0'}", &[], &[], 6), [1, 3, 5, 0, 2, 4]);
+        assert_eq!(slate("[[rules]]\naction='cap'\nattribute='category'\nmax=1", &[], &[], 6), [0, 1]);
+        assert_eq!(slate("[[rules]]\naction='pin'\nitems=['5','3']\nrank=2", &[], &[], 4), [0, 5, 3, 1]);
+        assert_eq!(slate("[[rules]]\naction='pin'\nitems=['5','3']\nrank=1", &[], &[5], 3), [3, 0, 1]);
+    }
+
+    #[test]
+    fn a_pinned_item_that_is_excluded_stays_away() {
+        let rules = "[[rules]]\naction='exclude'\nwhere={category='c1'}\n[[rules]]\naction='pin'\nitems=['1']\nrank=1";
+        assert_eq!(slate(rules, &[], &[], 3), [0, 2, 4]);
+    }
+
+    #[test]
+    fn errors_name_the_place() {
+        assert_eq!(
+            refused("action='exclude'\nwhere={categry='c0'}"),
+            "rerank.rules[0] `r`: where.categry: no item column `categry`; did you mean `category`?"
+        );
+        assert!(refused("action='exclude'\nwhere={category='c9'}").contains("no item has the value `c9`"));
+        assert!(refused("action='exclude'\nwhere={category={lt=3}}").contains("compares numbers"));
+        assert!(refused("action='exclude'\nwhere={year='x'}").contains("holds numbers"));
+        assert!(refused("action='boost'").contains("amount: is missing"));
+        assert!(refused("action='bury'\namount=1.0").contains("has no meaning"));
+        assert!(refused("action='pin'\nitems=['77']\nrank=1").contains("no item `77`"));
+        assert!(refused("action='pin'\nitems=['1']\nrank=0").contains("count from 1"));
+        assert!(refused("action='cap'\nattribute='year'\nmax=2").contains("is a number"));
+    }
+
+    proptest! {
+        #[test]
+        fn slates_are_unique_unseen_and_allowed(
+            seen in prop::collection::btree_set(0u32..6, 0..4), n in 1usize..8,
+            exclude in 0u32..2, pin in 0u32..6, rank in 1u32..7, cap in 1u32..4,
+        ) {
+            let rules = format!(
+                "[[rules]]\naction='exclude'\nwhere={{category='c{exclude}'}}\n\
+                 [[rules]]\naction='cap'\nattribute='category'\nmax={cap}\n\
+                 [[rules]]\naction='pin'\nitems=['{pin}']\nrank={rank}");
+            let seen: Vec<u32> = seen.into_iter().collect();
+            let rows = slate(&rules, &[], &seen, n);
+            let unique: std::collections::HashSet<_> = rows.iter().collect();
+            prop_assert_eq!(unique.len(), rows.len());
+            prop_assert!(rows.len() <= n);
+            prop_assert!(rows.iter().all(|row| !seen.contains(row) && row % 2 != exclude));
+            let pinned_in = pin % 2 != exclude && !seen.contains(&pin);
+            if pinned_in && rows.len() >= rank as usize {
+                prop_assert_eq!(rows[rank as usize - 1], pin);
+            }
+            // A pin is on top of the cap: it may add one.
+            prop_assert!(rows.len() <= cap as usize + usize::from(pinned_in));
+        }
+    }
+}
