@@ -1,0 +1,126 @@
+//! Neighbours of the items in the user's history. What is gathered on the way also feeds the ranker's cross features.
+
+use crate::candidates::{Scored, best_first};
+use crate::catalog::generation::{Interaction, Lists};
+
+/// What the history says of one item.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Signal {
+    /// `Σ weight · similarity` over history items that list the item as a neighbour: the source's score.
+    pub sum: f32,
+    /// The largest similarity.
+    pub max: f32,
+    /// The second and third largest.
+    pub next: [f32; 2],
+    /// How many history items list it.
+    pub count: u16,
+}
+
+/// A [`Signal`] for every item, dense, valid for one request.
+#[derive(Debug, Default)]
+pub struct Signals {
+    by_row: Vec<Signal>,
+    touched: Vec<u32>,
+    best: Vec<Scored>,
+}
+
+impl Signals {
+    /// Reads the neighbour lists of `history` (entries of weight 0 do not count).
+    pub fn gather(&mut self, lists: &Lists, history: &[Interaction], n_items: usize) {
+        for row in self.touched.drain(..) {
+            self.by_row[row as usize] = Signal::default();
+        }
+        if self.by_row.len() < n_items {
+            self.by_row.resize(n_items, Signal::default());
+        }
+        for entry in history.iter().filter(|e| e.weight > 0.0) {
+            let (rows, scores) = lists.of(entry.row);
+            for (&row, &similarity) in rows.iter().zip(scores) {
+                let signal = &mut self.by_row[row as usize];
+                if signal.count == 0 {
+                    self.touched.push(row);
+                    signal.max = similarity;
+                } else if similarity > signal.max {
+                    signal.next = [signal.max, signal.next[0]];
+                    signal.max = similarity;
+                } else if similarity > signal.next[0] {
+                    signal.next = [similarity, signal.next[0]];
+                } else if similarity > signal.next[1] {
+                    signal.next[1] = similarity;
+                }
+                signal.sum += entry.weight * similarity;
+                signal.count = signal.count.saturating_add(1);
+            }
+        }
+    }
+
+    /// What the history says of `row`.
+    pub fn of(&self, row: u32) -> Signal {
+        self.by_row.get(row as usize).copied().unwrap_or_default()
+    }
+
+    /// Appends the `k` best allowed items by `sum`, best first.
+    pub fn retrieve(&mut self, k: usize, allowed: &dyn Fn(u32) -> bool, out: &mut Vec<Scored>) {
+        let Signals { by_row, touched, best } = self;
+        best.clear();
+        best.extend(
+            touched
+                .iter()
+                .map(|&row| Scored { row, score: by_row[row as usize].sum })
+                .filter(|s| s.score > 0.0 && allowed(s.row)),
+        );
+        if best.len() > k && k > 0 {
+            best.select_nth_unstable_by(k - 1, best_first);
+        }
+        best.truncate(k);
+        best.sort_unstable_by(best_first);
+        out.extend_from_slice(best);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn equals_the_obvious_version(
+            lists in prop::collection::vec(prop::collection::btree_map(0u32..10, 1u8..100, 0..6), 10),
+            history in prop::collection::vec((0u32..10, 0u8..3), 0..8), k in 0usize..12,
+        ) {
+            let rows: Vec<Vec<(u32, f32)>> =
+                lists.iter().map(|l| l.iter().map(|(&r, &s)| (r, f32::from(s) / 64.0)).collect()).collect();
+            let packed = crate::catalog::cooccurrence::from_rows(&rows);
+            let history: Vec<Interaction> =
+                history.into_iter().map(|(row, weight)| Interaction { row, weight: f32::from(weight) }).collect();
+            let mut signals = Signals::default();
+            // A first request that must leave no trace.
+            signals.gather(&packed, &[Interaction { row: 0, weight: 1.0 }], 10);
+            signals.gather(&packed, &history, 10);
+            let mut want = Vec::new();
+            for row in 0..10u32 {
+                let mut found: Vec<(f32, f32)> = history
+                    .iter()
+                    .filter(|h| h.weight > 0.0)
+                    .filter_map(|h| rows[h.row as usize].iter().find(|n| n.0 == row).map(|n| (h.weight, n.1)))
+                    .collect();
+                let sum: f32 = found.iter().map(|(w, s)| w * s).sum();
+                found.sort_by(|a, b| b.1.total_cmp(&a.1));
+                let top = |at: usize| found.get(at).map_or(0.0, |f| f.1);
+                let signal = signals.of(row);
+                prop_assert_eq!(signal.count as usize, found.len());
+                prop_assert_eq!((signal.max, signal.next), (top(0), [top(1), top(2)]));
+                prop_assert!((signal.sum - sum).abs() < 1e-4);
+                if sum > 0.0 && row != 3 {
+                    want.push(Scored { row, score: signal.sum });
+                }
+            }
+            want.sort_by(best_first);
+            want.truncate(k);
+            let mut got = Vec::new();
+            signals.retrieve(k, &|row| row != 3, &mut got);
+            prop_assert_eq!(got, want);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! What is popular now: in the category that the context names first, then overall.
+
+use super::Marks;
+use crate::candidates::Scored;
+use crate::catalog::generation::Generation;
+
+/// The context key that names a category.
+pub const CATEGORY_KEY: &str = "category";
+
+/// Appends up to `k` allowed items. A `category` that the catalogue knows fills at most half of them, before the overall
+/// list; without one, or with an unknown one, the overall list is all.
+pub fn retrieve(
+    generation: &Generation,
+    category: Option<&str>,
+    k: usize,
+    allowed: &dyn Fn(u32) -> bool,
+    taken: &mut Marks,
+    out: &mut Vec<Scored>,
+) {
+    taken.begin(generation.items.len());
+    let start = out.len();
+    let mut take = |rows: &[u32], scores: &[f32], until: usize| {
+        for (&row, &score) in rows.iter().zip(scores) {
+            if out.len() - start >= until {
+                break;
+            }
+            if allowed(row) && taken.insert(row) {
+                out.push(Scored { row, score });
+            }
+        }
+    };
+    let code = category.and_then(|name| {
+        let column = &generation.items.columns[generation.roles.category?];
+        column.data.vocabulary()?.row(name)
+    });
+    if let Some(code) = code {
+        let (rows, scores) = generation.trending_by_category.of(code);
+        take(rows, scores, k.div_ceil(2));
+    }
+    take(&generation.trending.rows, &generation.trending.scores, k);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::{Lists, RankedList, testing};
+
+    #[test]
+    fn category_first_then_overall() {
+        let mut generation = testing::plain(6);
+        testing::add_category(&mut generation, "category", &[0, 0, 1, 1, 0, 1]);
+        generation.trending =
+            RankedList { rows: vec![0, 2, 1, 3, 4, 5].into(), scores: vec![6.0, 5.0, 4.0, 3.0, 2.0, 1.0].into() };
+        generation.trending_by_category = Lists {
+            offsets: vec![0, 3, 6].into(),
+            rows: vec![0, 1, 4, 2, 3, 5].into(),
+            scores: vec![6.0, 4.0, 2.0, 5.0, 3.0, 1.0].into(),
+        };
+        let run = |category, k| {
+            let mut out = Vec::new();
+            retrieve(&generation, category, k, &|row| row != 0, &mut Marks::default(), &mut out);
+            out.iter().map(|s| s.row).collect::<Vec<_>>()
+        };
+        assert_eq!(run(None, 3), [2, 1, 3]);
+        assert_eq!(run(Some("c1"), 4), [2, 3, 1, 4]);
+        assert_eq!(run(Some("nope"), 2), [2, 1]);
+    }
+}
