@@ -103,7 +103,7 @@ pub fn build(
     };
     let category = dataset.roles.category.map(|at| &dataset.items.columns[at].data);
     let half_life = config.interactions.trending_half_life_days * 86_400.0;
-    let (trending, trending_by_category) = popularity::trending(&dataset.interactions, n_items, half_life, category);
+    let (trending, trending_by_category, popularity) = popularity::trending(&dataset.interactions, n_items, half_life, category);
 
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -134,6 +134,7 @@ pub fn build(
             metric: config.embeddings.metric,
             collaborative: &collaborative,
             trending: &trending,
+            popularity: &popularity,
             trending_by_category: &trending_by_category,
             roles: dataset.roles,
             rankers: &rankers,

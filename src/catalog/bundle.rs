@@ -124,6 +124,8 @@ pub struct Content<'a> {
     pub collaborative: &'a Lists,
     /// Overall.
     pub trending: &'a RankedList,
+    /// `[n_items]`
+    pub popularity: &'a [f32],
     /// By category code.
     pub trending_by_category: &'a Lists,
     /// Item columns with a part.
@@ -235,6 +237,7 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
     writer.lists("collaborative", content.collaborative)?;
     writer.vector("trending.rows", &content.trending.rows)?;
     writer.vector("trending.scores", &content.trending.scores)?;
+    writer.vector("popularity", content.popularity)?;
     writer.lists("trending_by_category", content.trending_by_category)?;
     let Writer { file, path, sections, .. } = writer;
     let file = file.into_inner().map_err(|e| CatalogError::io(&path, e.into_error()))?;
@@ -540,6 +543,10 @@ impl Reader {
         if trending.rows.len() != trending.scores.len() {
             return Err(self.corrupt("trending", "rows and scores differ in length"));
         }
+        let popularity: Array<f32> = self.array("popularity")?;
+        if popularity.len() != n_items {
+            return Err(self.corrupt("popularity", "wrong length"));
+        }
         let item_embeddings = self.matrix("items.embeddings", n_items)?;
         let user_embeddings = self.matrix("users.embeddings", n_users)?;
         if let (Some(items), Some(users)) = (&item_embeddings, &user_embeddings)
@@ -555,6 +562,7 @@ impl Reader {
             metric: m.metric,
             collaborative: self.lists("collaborative", n_items, n_items)?,
             trending,
+            popularity,
             trending_by_category: self.lists("trending_by_category", n_categories, n_items)?,
             text: m.text.then(|| TextIndex::open(&self.directory.join("text"))).transpose()?,
             rankers: self.rankers()?,

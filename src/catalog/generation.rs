@@ -36,6 +36,8 @@ pub struct Generation {
     pub collaborative: Lists,
     /// Decayed popularity over all items, best first.
     pub trending: RankedList,
+    /// `[n_items]` decayed popularity of every item.
+    pub popularity: Array<f32>,
     /// The same per code of the item category column; empty without one.
     pub trending_by_category: Lists,
     /// Words to items.
@@ -384,6 +386,7 @@ pub mod testing {
             metric: Metric::InnerProduct,
             collaborative: Lists::default(),
             trending: RankedList::default(),
+            popularity: Array::default(),
             trending_by_category: Lists::default(),
             text: None,
             rankers: Vec::new(),

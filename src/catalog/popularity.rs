@@ -10,13 +10,13 @@ const MAX_OVERALL: usize = 1000;
 const MAX_PER_CATEGORY: usize = 300;
 
 /// Popularity overall and per code of `category`, best first, ties by row. Items nobody touched have score 0 and
-/// fill the lists in the order of the catalogue, so that there is always something to show.
+/// fill the lists in the order of the catalogue, so that there is always something to show. Last, every item's popularity.
 pub fn trending(
     interactions: &[RawInteraction],
     n_items: usize,
     half_life_seconds: f64,
     category: Option<&ColumnData>,
-) -> (RankedList, Lists) {
+) -> (RankedList, Lists, Vec<f32>) {
     let newest = interactions.iter().map(|i| i.time).fold(f64::NEG_INFINITY, f64::max);
     let mut scores = vec![0f64; n_items];
     for interaction in interactions {
@@ -42,7 +42,7 @@ pub fn trending(
         }
         from_rows(&lists)
     });
-    (overall, by_category)
+    (overall, by_category, scores.into_iter().map(|s| s as f32).collect())
 }
 
 #[cfg(test)]
@@ -57,7 +57,7 @@ mod tests {
     fn newer_beats_more() {
         let day = 86_400.0;
         let old = [at(0, 1.0, 0.0), at(0, 1.0, 0.0), at(0, 1.0, 0.0), at(1, 1.0, 14.0 * day)];
-        let (overall, _) = trending(&old, 3, 7.0 * day, None);
+        let (overall, ..) = trending(&old, 3, 7.0 * day, None);
         assert_eq!(&overall.rows[..], [1, 0, 2]);
         assert_eq!(&overall.scores[..], [1.0, 0.75, 0.0]);
     }
@@ -68,7 +68,7 @@ mod tests {
             codes: vec![0, 1, 0].into(),
             vocabulary: std::sync::Arc::new(super::super::generation::IdTable::build(["a", "b"].iter(), false).unwrap()),
         };
-        let (_, lists) = trending(&[at(2, 1.0, 0.0)], 3, 1.0, Some(&column));
+        let (_, lists, _) = trending(&[at(2, 1.0, 0.0)], 3, 1.0, Some(&column));
         assert_eq!(lists.of(0), (&[2, 0][..], &[1.0, 0.0][..]));
         assert_eq!(lists.of(1).0, [1]);
         assert!(lists.of(7).0.is_empty());
