@@ -44,6 +44,22 @@ pub struct RecommendCall<'a> {
     pub deadline: Option<Duration>,
 }
 
+impl<'a> RecommendCall<'a> {
+    /// A call without context or options.
+    pub fn new(user_id: &'a str, n_items: u32) -> Self {
+        RecommendCall {
+            user_id,
+            context: &[],
+            n_items,
+            query: None,
+            explain: false,
+            timings: false,
+            no_cache: false,
+            deadline: None,
+        }
+    }
+}
+
 /// What a search starts from.
 #[derive(Clone, Copy, Debug)]
 pub enum SearchBy<'a> {

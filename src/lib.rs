@@ -2,11 +2,11 @@
 #![deny(unsafe_code)]
 
 pub mod api;
-//CFG pub mod cli;
+pub mod cli;
 pub mod cache;
 pub mod candidates;
 pub mod catalog;
-//CFG pub mod config;
+pub mod config;
 pub mod context;
 pub mod device;
 pub mod error;

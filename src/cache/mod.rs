@@ -1,1 +1,37 @@
-//! See docs/ARCHITECTURE.md.
+//! Result cache.
+
+use serde::{Deserialize, Serialize};
+
+/// `[cache]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CacheConfig {
+    /// Whether results are cached. Default true.
+    pub enabled: bool,
+    /// Memory for results, bytes. 1 MiB to 1 TiB, default 64 MiB.
+    pub capacity_bytes: u64,
+    /// How long a result is served. 1 to 86400, default 300.
+    pub ttl_seconds: u32,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        CacheConfig { enabled: true, capacity_bytes: 64 << 20, ttl_seconds: 300 }
+    }
+}
+
+impl CacheConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        if !((1 << 20)..=(1 << 40)).contains(&self.capacity_bytes) {
+            return Err(format!("cache.capacity_bytes is {}, expected 1 MiB to 1 TiB", self.capacity_bytes));
+        }
+        if !(1..=86_400).contains(&self.ttl_seconds) {
+            return Err(format!("cache.ttl_seconds is {}, expected 1 to 86400", self.ttl_seconds));
+        }
+        Ok(())
+    }
+}

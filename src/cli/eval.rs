@@ -155,6 +155,7 @@ fn measure(
 ) -> anyhow::Result<UserAnswers> {
     let longest = ks.last().copied().unwrap_or(10) as u32;
     let shown = pipeline.recommend(user, longest).with_context(|| format!("user {user}"))?;
+    let generation = pipeline.generation().clone();
     let all = pipeline.candidates(user).with_context(|| format!("user {user}"))?;
     let by_source = std::array::from_fn(|source| {
         let ranks = &all.candidates.source_ranks[source];
@@ -163,7 +164,7 @@ fn measure(
         rows.sort_unstable();
         rows.into_iter().map(|(_, row)| row).collect()
     });
-    let items = &pipeline.generation().items;
+    let items = &generation.items;
     Ok(UserAnswers {
         slate: shown.items.iter().map(|item| item.row).collect(),
         merged: all.items.iter().map(|item| item.row).collect(),

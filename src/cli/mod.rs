@@ -2,13 +2,13 @@
 
 mod build;
 mod check;
-mod demo;
+//S mod demo;
 mod eval;
 mod features;
 mod inspect;
 pub mod progress;
-mod recommend;
-mod serve;
+//S mod recommend;
+//S mod serve;
 
 use clap::{Parser, Subcommand};
 
@@ -24,13 +24,13 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Make a synthetic catalogue, build it, serve it and show a result.
-    Demo(demo::Demo),
+    //S Demo(demo::Demo),
     /// Turn a dataset directory into a bundle.
     Build(build::Build),
     /// Serve a bundle until SIGTERM or SIGINT, then drain.
-    Serve(serve::Serve),
+    //S Serve(serve::Serve),
     /// Ask a running server for recommendations.
-    Recommend(recommend::Recommend),
+    //S Recommend(recommend::Recommend),
     /// Measure recall, NDCG and coverage of the served pipeline on held-out interactions.
     Eval(eval::Eval),
     /// Show what is in a bundle, after verifying every checksum.
@@ -47,10 +47,10 @@ enum Command {
 /// Whatever made it fail, for a person to read; the exit code is then 1.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Demo(command) => command.run(),
+        //S Command::Demo(command) => command.run(),
         Command::Build(command) => command.run(),
-        Command::Serve(command) => command.run(),
-        Command::Recommend(command) => command.run(),
+        //S Command::Serve(command) => command.run(),
+        //S Command::Recommend(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),

@@ -1,5 +1,7 @@
 //! Accelerators and their CPU stand-in. Nothing above this module knows which one it is talking to.
 
+pub mod cpu;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,6 +10,7 @@ use crate::candidates::{Candidates, Scored, Source};
 use crate::catalog::generation::{Generation, Interaction};
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
+use crate::rerank::HardFilter;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
 ///
@@ -67,6 +70,8 @@ pub struct Job {
     pub context: Context,
     /// Text query, empty for none.
     pub query: String,
+    /// What must not be retrieved, beside what the user has seen.
+    pub filter: HardFilter,
     /// Result: best first (recommend, search) or as asked (rank).
     pub ranked: Ranked,
     /// Set instead of `ranked` when this job alone failed.
@@ -75,6 +80,43 @@ pub struct Job {
     pub degraded: Degradations,
     /// Where the time went.
     pub timings: StageTimings,
+}
+
+impl Job {
+    /// A job with empty buffers.
+    pub fn new(generation: Arc<Generation>) -> Self {
+        let now = Instant::now();
+        Job {
+            shard: 0,
+            ticket: Ticket(0),
+            generation,
+            deadline: Deadline(now),
+            enqueued: now,
+            task: Task::Recommend { top_m: 0, explain: false },
+            user: PlannedUser::default(),
+            context: Context::default(),
+            query: String::new(),
+            filter: HardFilter::default(),
+            ranked: Ranked::default(),
+            failure: None,
+            degraded: Degradations::new(),
+            timings: StageTimings::default(),
+        }
+    }
+
+    /// Empties the job for another use and keeps its memory.
+    pub fn reset(&mut self) {
+        self.user.row = None;
+        self.user.vector.clear();
+        self.user.history.clear();
+        self.user.seen.clear();
+        self.query.clear();
+        self.filter = HardFilter::default();
+        self.ranked.clear();
+        self.failure = None;
+        self.degraded.clear();
+        self.timings = StageTimings::default();
+    }
 }
 
 /// What a job asks of a device.
@@ -169,8 +211,25 @@ pub struct Ranked {
     pub n_by_source: [u32; Source::COUNT],
     /// All candidates, only where an explanation was asked for.
     pub candidates: Candidates,
-    /// Trending items that backfill may draw on, best first, not among `items`; filled only when `items` is short.
+    /// Items that may fill the slate up, best first, not among `items`; only when `items` is short.
     pub backfill: Vec<Scored>,
+    /// Scores that were not a number; they rank last.
+    pub n_nan: u32,
+    /// Time spent inside each ranker, by position in [`Generation::rankers`].
+    pub inference: smallvec::SmallVec<[std::time::Duration; 2]>,
+}
+
+impl Ranked {
+    /// Empties it and keeps its memory.
+    pub fn clear(&mut self) {
+        self.items.clear();
+        self.n_candidates = 0;
+        self.n_by_source = [0; Source::COUNT];
+        self.candidates.clear();
+        self.backfill.clear();
+        self.n_nan = 0;
+        self.inference.clear();
+    }
 }
 
 /// One ranked item.

@@ -1,1 +1,198 @@
-//! See docs/ARCHITECTURE.md.
+//! The product, top to bottom: plan → retrieve → merge → rank → select → rerank → respond.
+
+pub mod local;
+pub mod plan;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::{Explanation, RecommendCall, ScoredItems, Slate};
+use crate::candidates::{Scored, Source};
+use crate::catalog::generation::Generation;
+use crate::context::{Degradation, Reason, Stage};
+use crate::device::{Device, Job};
+use crate::error::{Code, Error};
+use crate::rerank::{RerankInput, RerankScratch, Reranker};
+use crate::response;
+
+/// `[pipeline]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PipelineConfig {
+    /// Candidates from nearest neighbours; 0 turns the source off. 0 to 10000, default 500.
+    pub ann_k: u32,
+    /// Candidates from neighbours of the history. 0 to 10000, default 300.
+    pub collaborative_k: u32,
+    /// Candidates from trending. 0 to 1000, default 100.
+    pub trending_k: u32,
+    /// Candidates from text search, when the request has a query. 0 to 10000, default 200.
+    pub search_k: u32,
+    /// History entries used, the newest. 1 to 10000, default 200.
+    pub history_length: u32,
+    /// Slate length where a request names none. Default 10.
+    pub default_n_items: u32,
+    /// Longest slate. 1 to 10000, default 500.
+    pub max_n_items: u32,
+    /// What the best text match adds to the ranker's score, in units of the score range of the request. Default 1.
+    pub search_weight: f32,
+    /// Weights of rankers by name; empty: the bundle's first one alone.
+    pub rankers: BTreeMap<String, f32>,
+}
+
+impl Default for PipelineConfig {
+    fn default() -> Self {
+        PipelineConfig {
+            ann_k: 500,
+            collaborative_k: 300,
+            trending_k: 100,
+            search_k: 200,
+            history_length: 200,
+            default_n_items: 10,
+            max_n_items: 500,
+            search_weight: 1.0,
+            rankers: BTreeMap::new(),
+        }
+    }
+}
+
+impl PipelineConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        let ranges = [
+            ("ann_k", self.ann_k, 0, 10_000),
+            ("collaborative_k", self.collaborative_k, 0, 10_000),
+            ("trending_k", self.trending_k, 0, 1_000),
+            ("search_k", self.search_k, 0, 10_000),
+            ("history_length", self.history_length, 1, 10_000),
+            ("max_n_items", self.max_n_items, 1, 10_000),
+            ("default_n_items", self.default_n_items, 1, self.max_n_items),
+        ];
+        for (key, value, low, high) in ranges {
+            if !(low..=high).contains(&value) {
+                return Err(format!("pipeline.{key} is {value}, expected {low} to {high}"));
+            }
+        }
+        if !(self.search_weight.is_finite() && self.search_weight >= 0.0) {
+            return Err(format!("pipeline.search_weight is {}, expected 0 or more", self.search_weight));
+        }
+        match self.rankers.iter().find(|(_, weight)| !(weight.is_finite() && **weight >= 0.0)) {
+            Some((name, weight)) => Err(format!("pipeline.rankers.{name} is {weight}, expected 0 or more")),
+            None => Ok(()),
+        }
+    }
+
+    /// Ranked items that re-ranking chooses a slate of `n_items` from: what diversity, caps and pins can use.
+    pub fn top_m(&self, n_items: u32) -> u32 {
+        (4 * n_items).max(128)
+    }
+}
+
+/// Buffers of the stages after the device, one per shard.
+#[derive(Debug, Default)]
+pub struct FinishScratch {
+    rerank: RerankScratch,
+}
+
+/// The whole path of one recommendation, in one thread.
+///
+/// # Errors
+/// A call that can't be planned, or a device that failed.
+pub fn execute(
+    device: &mut dyn Device,
+    generation: &Arc<Generation>,
+    reranker: &Reranker,
+    config: &PipelineConfig,
+    call: &RecommendCall<'_>,
+    job: &mut Box<Job>,
+    scratch: &mut FinishScratch,
+) -> Result<Slate, Error> {
+    plan::recommend(call, generation, reranker, config, Instant::now(), job)?;
+    let ran = device.execute(std::slice::from_mut(job));
+    ran.map_err(|_| Error::fixed(Code::Unavailable, "the device failed"))?;
+    finish_recommend(job, reranker, call.n_items, call.explain, scratch)
+}
+
+/// rerank → respond, for a job that came back from a device.
+///
+/// # Errors
+/// The job's own failure.
+pub fn finish_recommend(
+    job: &mut Job,
+    reranker: &Reranker,
+    n_items: u32,
+    explain: bool,
+    scratch: &mut FinishScratch,
+) -> Result<Slate, Error> {
+    if let Some(failure) = job.failure.take() {
+        return Err(failure);
+    }
+    let n_items = n_items as usize;
+    let clock = Instant::now();
+    let mut items = Vec::with_capacity(n_items);
+    let input = RerankInput {
+        generation: &job.generation,
+        context: &job.context,
+        seen: &job.user.seen,
+        items: &job.ranked.items,
+        n_items,
+        explain,
+    };
+    reranker.rerank(input, &mut scratch.rerank, &mut items);
+    let clock = job.timings.lap(Stage::Rerank, clock);
+    if items.len() < n_items {
+        response::backfill(&job.ranked, n_items, explain, &mut items);
+        if items.len() < n_items {
+            job.degraded.push(Degradation { stage: Stage::Respond, reason: Reason::Exhausted });
+        }
+    }
+    if explain {
+        response::explain(&job.ranked, &mut items);
+    }
+    job.timings.lap(Stage::Respond, clock);
+    Ok(Slate {
+        generation: job.generation.clone(),
+        items,
+        degraded: job.degraded.to_vec(),
+        timings: job.timings,
+        known_user: job.user.row.is_some(),
+        n_candidates: job.ranked.n_candidates,
+    })
+}
+
+/// The answer of a search or rank job that came back from a device.
+///
+/// # Errors
+/// The job's own failure.
+pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
+    if let Some(failure) = job.failure.take() {
+        return Err(failure);
+    }
+    let ranker = match job.task {
+        crate::device::Task::Rank { ranker, .. } => {
+            job.generation.rankers.get(usize::from(ranker)).map(|r| r.name.clone()).unwrap_or_default()
+        }
+        _ => String::new(),
+    };
+    Ok(ScoredItems {
+        generation: job.generation.clone(),
+        items: job.ranked.items.iter().map(|i| Scored { row: i.row, score: i.score }).collect(),
+        ranker,
+        degraded: job.degraded.to_vec(),
+        timings: job.timings,
+    })
+}
+
+/// What the sources said of a candidate, for its explanation.
+pub(crate) fn source_evidence(candidates: &crate::candidates::Candidates, row: u32, explanation: &mut Explanation) {
+    let Ok(at) = candidates.rows.binary_search(&row) else { return };
+    for source in Source::ALL.into_iter().filter(|&s| candidates.sources[at].contains(s)) {
+        explanation.source_scores[source as usize] = Some(candidates.source_scores[source as usize][at]);
+        explanation.source_ranks[source as usize] = Some(candidates.source_ranks[source as usize][at]);
+    }
+}

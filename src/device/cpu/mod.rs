@@ -1,0 +1,429 @@
+//! The CPU engine: complete, always there, and the oracle for every other device.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rten::ThreadPool;
+
+use super::{Device, DeviceError, Job, RankedItem, Task};
+use crate::candidates::{Candidates, Scored, Source, best_first};
+use crate::catalog::generation::{Generation, NO_ROW};
+use crate::context::{Degradation, Reason, Stage};
+use crate::error::{Code, Error};
+use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
+use crate::index::{BruteForce, Kernel, SearchScratch, VectorIndex};
+use crate::pipeline::PipelineConfig;
+use crate::ranking::Ranker;
+use crate::ranking::ensemble::WeightedMean;
+use crate::ranking::onnx::OnnxRanker;
+use crate::retrieval::collaborative::Signals;
+use crate::retrieval::merge::{MergeScratch, merge};
+use crate::retrieval::{Marks, ann, trending};
+
+/// Generations kept ready: the one that serves and the one before it, for jobs still on their way.
+const KEPT: usize = 2;
+
+/// The CPU engine of one worker.
+pub struct CpuDevice {
+    config: Arc<PipelineConfig>,
+    pool: Arc<ThreadPool>,
+    loaded: VecDeque<Loaded>,
+    scratch: Scratch,
+}
+
+/// A generation made ready.
+struct Loaded {
+    generation: Arc<Generation>,
+    index: Option<Box<dyn VectorIndex>>,
+    /// By position in the generation's rankers.
+    rankers: Vec<LoadedRanker>,
+}
+
+struct LoadedRanker {
+    layouts: Vec<Layout>,
+    ranker: Box<dyn Ranker>,
+    /// Share in the mean of a recommendation; 0: only by name, through Rank.
+    weight: f32,
+}
+
+#[derive(Default)]
+struct Scratch {
+    seen: Marks,
+    taken: Marks,
+    signals: Signals,
+    lists: [Vec<Scored>; Source::COUNT],
+    search: SearchScratch,
+    merge: MergeScratch,
+    candidates: Candidates,
+    features: FeatureScratch,
+    inputs: Vec<Vec<f32>>,
+    scores: Vec<f32>,
+    mean: WeightedMean,
+    best: Vec<Scored>,
+}
+
+/// Runs `body` with a new CPU device on the single thread that its rankers run on.
+pub fn with_device(config: Arc<PipelineConfig>, body: impl FnOnce(&mut CpuDevice) + Send) {
+    let pool = Arc::new(ThreadPool::with_num_threads(1));
+    let mut device = CpuDevice::new(config, pool.clone());
+    pool.run(move || body(&mut device));
+}
+
+impl CpuDevice {
+    /// A device whose rankers run on `pool`; calls from another thread than the pool's cost a hand-over each.
+    pub fn new(config: Arc<PipelineConfig>, pool: Arc<ThreadPool>) -> Self {
+        CpuDevice { config, pool, loaded: VecDeque::new(), scratch: Scratch::default() }
+    }
+
+    /// The feature matrix of the candidates that the last job on this device had, for training data.
+    ///
+    /// # Errors
+    /// A column that does not exist.
+    pub fn features(&mut self, job: &Job, columns: &[String]) -> Result<(Vec<f32>, usize), FeatureError> {
+        let layout = Layout::compile(columns, &job.generation)?;
+        let loaded = self.loaded.iter().find(|l| Arc::ptr_eq(&l.generation, &job.generation));
+        let index = loaded.and_then(|l| l.index.as_deref());
+        let mut out = Vec::new();
+        fill(&layout, &job.generation, index, job, &mut self.scratch.features, &self.scratch.signals, &self.scratch.candidates, &mut out);
+        Ok((out, layout.width()))
+    }
+
+    fn prepare(&self, generation: &Arc<Generation>) -> Result<Loaded, DeviceError> {
+        let wrong =
+            |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
+        let index = generation.item_embeddings.clone().map(|matrix| {
+            Box::new(BruteForce::new(matrix, generation.metric, Kernel::detect())) as Box<dyn VectorIndex>
+        });
+        let mut rankers = Vec::new();
+        for (at, model) in generation.rankers.iter().enumerate() {
+            let mut layouts = Vec::new();
+            for input in &model.manifest.inputs {
+                let layout = Layout::compile(&input.columns, generation)
+                    .map_err(|e| wrong(format!("ranker `{}`: input `{}`: {e}", model.name, input.name)))?;
+                layouts.push(layout);
+            }
+            let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
+            let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
+                .map_err(|e| wrong(e.to_string()))?;
+            let weight = match &self.config.rankers {
+                weights if weights.is_empty() => if at == 0 { 1.0 } else { 0.0 },
+                weights => weights.get(&model.name).copied().unwrap_or(0.0),
+            };
+            rankers.push(LoadedRanker { layouts, ranker: Box::new(ranker), weight });
+        }
+        if let Some(name) = self.config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name)) {
+            return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
+        }
+        Ok(Loaded { generation: generation.clone(), index, rankers })
+    }
+}
+
+impl Device for CpuDevice {
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn load(&mut self, generation: &Arc<Generation>) -> Result<(), DeviceError> {
+        if self.loaded.iter().all(|l| !Arc::ptr_eq(&l.generation, generation)) {
+            let loaded = self.prepare(generation)?;
+            self.loaded.push_front(loaded);
+            self.loaded.truncate(KEPT);
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
+        for job in batch {
+            self.load(&job.generation)?;
+            let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
+                return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
+            };
+            let (config, scratch) = (&self.config, &mut self.scratch);
+            // A defect that one request finds must not take the others' worker with it.
+            let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job)));
+            if done.is_err() {
+                *scratch = Scratch::default();
+                job.ranked.clear();
+                job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Loaded {
+    fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+        scratch.seen.begin(self.generation.items.len());
+        for &row in &job.user.seen {
+            scratch.seen.insert(row);
+        }
+        match job.task {
+            Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
+            Task::Search { .. } => self.search(scratch, job),
+            Task::Rank { .. } => self.rank(scratch, job),
+        }
+    }
+
+    /// retrieve → merge → rank → select
+    fn recommend(
+        &mut self,
+        config: &PipelineConfig,
+        scratch: &mut Scratch,
+        job: &mut Job,
+        top_m: usize,
+        explain: bool,
+    ) {
+        let mut clock = Instant::now();
+        self.retrieve(config, scratch, job);
+
+        clock = clock.max(Instant::now());
+        merge(&scratch.lists, self.generation.items.len(), &mut scratch.merge, &mut scratch.candidates);
+        job.ranked.n_candidates = scratch.candidates.len() as u32;
+        for (count, list) in job.ranked.n_by_source.iter_mut().zip(&scratch.lists) {
+            *count = list.len() as u32;
+        }
+        job.timings.lap(Stage::Merge, clock);
+
+        self.score(scratch, job, None);
+
+        clock = Instant::now();
+        blend_search(config.search_weight, scratch);
+        let Scratch { best, scores, candidates, .. } = scratch;
+        best.clear();
+        best.extend(candidates.rows.iter().zip(&*scores).map(|(&row, &score)| Scored { row, score }));
+        job.ranked.n_nan = best.iter().filter(|s| s.score.is_nan()).count() as u32;
+        if best.len() > top_m && top_m > 0 {
+            best.select_nth_unstable_by(top_m - 1, best_first);
+            best.truncate(top_m);
+        }
+        best.sort_unstable_by(best_first);
+        job.ranked.items.extend(best.iter().map(|s| {
+            let sources = candidates.rows.binary_search(&s.row).map_or_else(|_| Default::default(), |at| candidates.sources[at]);
+            RankedItem { row: s.row, score: s.score, sources }
+        }));
+        if explain {
+            job.ranked.candidates.clone_from(candidates);
+        }
+        if job.ranked.items.len() < top_m {
+            self.backfill(scratch, job, top_m);
+        }
+        job.timings.lap(Stage::Select, clock);
+    }
+
+    /// Asks every source; one that fails, or that time does not allow, is skipped and reported.
+    fn retrieve(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+        let Scratch { seen, taken, signals, lists, search, .. } = scratch;
+        let generation = &*self.generation;
+        lists.iter_mut().for_each(Vec::clear);
+        let Job { user, context, query, filter, degraded, timings, deadline, .. } = job;
+        let allowed = |row: u32| !seen.contains(row) && filter.allows(row);
+        let mut clock = Instant::now();
+        let mut source = |source: Source, stage: Stage, run: &mut dyn FnMut(&mut Vec<Scored>) -> Result<(), String>| {
+            let list = &mut lists[source as usize];
+            // Trending costs next to nothing and is what remains when time is short.
+            if deadline.passed(clock) && source != Source::Trending {
+                degraded.push(Degradation { stage, reason: Reason::Deadline });
+                return;
+            }
+            let failure = match catch_unwind(AssertUnwindSafe(|| run(list))) {
+                Ok(Ok(())) => None,
+                Ok(Err(reason)) => Some(reason),
+                Err(_) => Some("panicked".to_owned()),
+            };
+            if let Some(reason) = failure {
+                tracing::warn!(source = source.name(), reason, "candidate source failed");
+                list.clear();
+                degraded.push(Degradation { stage, reason: Reason::Failed });
+            }
+            clock = timings.lap(stage, clock);
+        };
+        let index = self.index.as_deref();
+        source(Source::Ann, Stage::Ann, &mut |list| {
+            ann::retrieve(index, &user.vector, config.ann_k as usize, &allowed, search, list);
+            Ok(())
+        });
+        source(Source::Collaborative, Stage::Collaborative, &mut |list| {
+            signals.gather(&generation.collaborative, &user.history, generation.items.len());
+            signals.retrieve(config.collaborative_k as usize, &allowed, list);
+            Ok(())
+        });
+        source(Source::Trending, Stage::Trending, &mut |list| {
+            let category = context.get(trending::CATEGORY_KEY);
+            trending::retrieve(generation, category, config.trending_k as usize, &allowed, taken, list);
+            Ok(())
+        });
+        if !query.is_empty()
+            && let Some(text) = &generation.text
+        {
+            source(Source::Search, Stage::Search, &mut |list| {
+                text.search(query, config.search_k as usize, &allowed, list).map_err(|e| e.to_string())
+            });
+        }
+    }
+
+    /// Fills `scratch.scores` for `scratch.candidates`: by `only` one ranker, or by the weighted mean of all; without a
+    /// ranker, or when none answers, by reciprocal rank fusion (Cormack et al., SIGIR 2009) of the sources.
+    fn score(&mut self, scratch: &mut Scratch, job: &mut Job, only: Option<usize>) {
+        let n = scratch.candidates.len();
+        let late = job.deadline.passed(Instant::now());
+        scratch.mean.begin(n);
+        let Loaded { generation, index, rankers } = self;
+        job.ranked.inference.resize(rankers.len(), Default::default());
+        for (at, loaded) in rankers.iter_mut().enumerate() {
+            let weight = match only {
+                Some(wanted) => if wanted == at { 1.0 } else { 0.0 },
+                None => loaded.weight,
+            };
+            if weight <= 0.0 || n == 0 || late {
+                continue;
+            }
+            let clock = Instant::now();
+            scratch.inputs.resize_with(loaded.layouts.len(), Vec::new);
+            for (layout, out) in loaded.layouts.iter().zip(&mut scratch.inputs) {
+                fill(layout, generation, index.as_deref(), job, &mut scratch.features, &scratch.signals, &scratch.candidates, out);
+            }
+            let clock = job.timings.lap(Stage::Features, clock);
+            let result = loaded.ranker.score(&scratch.inputs, n, &mut scratch.scores);
+            let after = job.timings.lap(Stage::Rank, clock);
+            job.ranked.inference[at] = after - clock;
+            match result {
+                Ok(()) => scratch.mean.add(&scratch.scores, weight),
+                Err(error) => {
+                    tracing::warn!(%error, "ranker failed");
+                    job.degraded.push(Degradation { stage: Stage::Rank, reason: Reason::Failed });
+                }
+            }
+        }
+        scratch.scores.clear();
+        match scratch.mean.finish() {
+            Some(scores) if n > 0 => scratch.scores.extend_from_slice(scores),
+            _ => {
+                if late && rankers.iter().any(|r| r.weight > 0.0) {
+                    job.degraded.push(Degradation { stage: Stage::Rank, reason: Reason::Deadline });
+                }
+                let ranks = &scratch.candidates.source_ranks;
+                let fused = |at: usize| {
+                    let share = |&rank: &u16| if rank == 0 { 0.0 } else { 1.0 / (60.0 + f32::from(rank)) };
+                    ranks.iter().map(|ranks| share(&ranks[at])).sum::<f32>()
+                };
+                scratch.scores.extend((0..n).map(fused));
+            }
+        }
+    }
+
+    /// Items that nobody proposed: trending beyond the source's k, then the catalogue in order.
+    fn backfill(&self, scratch: &mut Scratch, job: &mut Job, top_m: usize) {
+        let Scratch { seen, taken, .. } = scratch;
+        taken.begin(self.generation.items.len());
+        for item in &job.ranked.items {
+            taken.insert(item.row);
+        }
+        let want = top_m - job.ranked.items.len();
+        let all = self.generation.items.len() as u32;
+        let rows = self.generation.trending.rows.iter().copied().chain(0..all);
+        let fresh = rows.filter(|&row| !seen.contains(row) && job.filter.allows(row) && taken.insert(row));
+        job.ranked.backfill.extend(fresh.take(want).map(|row| Scored { row, score: 0.0 }));
+    }
+
+    fn search(&self, scratch: &mut Scratch, job: &mut Job) {
+        let Scratch { seen, search, best, .. } = scratch;
+        let Task::Search { k, vector, exclude } = &job.task else { return };
+        let clock = Instant::now();
+        best.clear();
+        let allowed = |row: u32| row != *exclude && !seen.contains(row);
+        if !job.query.is_empty() {
+            match &self.generation.text {
+                Some(text) => {
+                    if let Err(error) = text.search(&job.query, *k as usize, &allowed, best) {
+                        tracing::warn!(%error, "text search failed");
+                        job.failure = Some(Error::fixed(Code::Internal, "text search failed"));
+                    }
+                }
+                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index")),
+            }
+            job.timings.lap(Stage::Search, clock);
+        } else {
+            match &self.index {
+                Some(index) => index.search(vector, *k as usize, &allowed, search, best),
+                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
+            }
+            job.timings.lap(Stage::Ann, clock);
+        }
+        let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
+        job.ranked.items.extend(best.iter().map(item));
+    }
+
+    fn rank(&mut self, scratch: &mut Scratch, job: &mut Job) {
+        let Task::Rank { rows, ranker } = &job.task else { return };
+        let (rows, only) = (rows.clone(), usize::from(*ranker));
+        let clock = Instant::now();
+        scratch.signals.gather(&self.generation.collaborative, &job.user.history, self.generation.items.len());
+        job.timings.lap(Stage::Collaborative, clock);
+        // The candidates are given: no source proposed them, and columns that speak of sources are 0.
+        let candidates = &mut scratch.candidates;
+        candidates.clear();
+        candidates.rows.extend(rows.iter().copied().filter(|&row| row != NO_ROW));
+        candidates.rows.sort_unstable();
+        candidates.rows.dedup();
+        let n = candidates.rows.len();
+        candidates.sources.resize(n, Default::default());
+        candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));
+        candidates.source_ranks.iter_mut().for_each(|c| c.resize(n, 0));
+        let failed = job.degraded.len();
+        self.score(scratch, job, Some(only));
+        if job.degraded.len() > failed {
+            job.failure = Some(Error::fixed(Code::Internal, "the ranker failed"));
+        }
+        job.ranked.n_candidates = n as u32;
+        job.ranked.items.extend(rows.iter().map(|&row| {
+            let score = scratch.candidates.rows.binary_search(&row).map_or(0.0, |at| scratch.scores[at]);
+            RankedItem { row, score, sources: Default::default() }
+        }));
+    }
+}
+
+/// Fills the feature matrix of a job's candidates.
+#[expect(clippy::too_many_arguments, reason = "split borrows of the scratch")]
+fn fill(
+    layout: &Layout,
+    generation: &Generation,
+    index: Option<&dyn VectorIndex>,
+    job: &Job,
+    scratch: &mut FeatureScratch,
+    signals: &Signals,
+    candidates: &Candidates,
+    out: &mut Vec<f32>,
+) {
+    let vector = &job.user.vector;
+    let inputs = Inputs {
+        generation,
+        user: &job.user,
+        context: &job.context,
+        candidates,
+        cooccurrence: &|row| {
+            let s = signals.of(row);
+            CooccurrenceSignal { sum: s.sum, max: s.max, top3: s.max + s.next[0] + s.next[1], count: s.count }
+        },
+        dot: &|row| match index {
+            Some(index) if vector.len() == index.dim() => index.score(vector, row),
+            _ => 0.0,
+        },
+    };
+    layout.fill(&inputs, scratch, out);
+}
+
+/// With a query, adds `weight` × the search score over the best search score: what was asked for comes before what
+/// is merely liked.
+fn blend_search(weight: f32, scratch: &mut Scratch) {
+    let Some(best) = scratch.lists[Source::Search as usize].first().map(|s| s.score).filter(|s| *s > 0.0) else {
+        return;
+    };
+    let finite = || scratch.scores.iter().copied().filter(|s| s.is_finite());
+    let range = finite().fold(f32::NEG_INFINITY, f32::max) - finite().fold(f32::INFINITY, f32::min);
+    let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
+    for (score, search) in scratch.scores.iter_mut().zip(&scratch.candidates.source_scores[Source::Search as usize]) {
+        *score += unit * search;
+    }
+}

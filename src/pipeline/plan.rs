@@ -1,0 +1,175 @@
+//! From a call to a job: ids to rows, history, seen items, vector, canonical context, active rules.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::PipelineConfig;
+use crate::api::{RankCall, RecommendCall, SearchBy, SearchCall};
+use crate::catalog::generation::{Generation, NO_ROW};
+use crate::context::{Deadline, Stage};
+use crate::device::{Job, Task};
+use crate::error::{Code, Error};
+use crate::rerank::Reranker;
+
+/// Items that one search or rank may ask for.
+pub const MAX_K: usize = 10_000;
+/// Time for a call in process that names no deadline.
+const NO_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// Plans a recommendation into a recycled job. `job.context` and `job.deadline` are set here too.
+///
+/// # Errors
+/// A slate length out of range.
+pub fn recommend(
+    call: &RecommendCall<'_>,
+    generation: &Arc<Generation>,
+    reranker: &Reranker,
+    config: &PipelineConfig,
+    now: Instant,
+    job: &mut Job,
+) -> Result<(), Error> {
+    check_n_items(call.n_items, config)?;
+    begin(job, generation, call.deadline, now);
+    job.context.assign(call.context);
+    job.query.push_str(call.query.unwrap_or_default().trim());
+    job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
+    job.filter = reranker.hard_filter(&job.context);
+    resolve_user(call.user_id, generation, config, job);
+    job.timings.lap(Stage::Plan, now);
+    Ok(())
+}
+
+/// Whether a slate of that length may be asked for.
+///
+/// # Errors
+/// It is 0 or longer than the configuration allows.
+pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error> {
+    match (1..=config.max_n_items).contains(&n_items) {
+        true => Ok(()),
+        false => Err(Error::new(Code::BadRequest, format!("n_items is {n_items}, expected 1 to {}", config.max_n_items))),
+    }
+}
+
+/// Plans a search.
+///
+/// # Errors
+/// An unknown item or user, a vector of another dimension, k out of range, a catalogue without what is asked for.
+pub fn search(
+    call: &SearchCall<'_>,
+    generation: &Arc<Generation>,
+    now: Instant,
+    job: &mut Job,
+) -> Result<(), Error> {
+    if call.k == 0 || call.k as usize > MAX_K {
+        return Err(Error::new(Code::BadRequest, format!("k is {}, expected 1 to {MAX_K}", call.k)));
+    }
+    begin(job, generation, call.deadline, now);
+    job.context.assign(&[]);
+    let (mut vector, mut exclude) = (Vec::new(), NO_ROW);
+    let Some(items) = &generation.item_embeddings else {
+        return match call.by {
+            SearchBy::Text(words) => text_search(words, call.k, job),
+            _ => Err(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
+        };
+    };
+    match call.by {
+        SearchBy::Text(words) => return text_search(words, call.k, job),
+        SearchBy::Vector(values) => {
+            if values.len() != items.dim {
+                let message = format!("the vector has {} values, the catalogue's have {}", values.len(), items.dim);
+                return Err(Error::new(Code::BadRequest, message));
+            }
+            if !values.iter().all(|v| v.is_finite()) {
+                return Err(Error::fixed(Code::BadRequest, "the vector holds a value that is not finite"));
+            }
+            vector.extend_from_slice(values);
+        }
+        SearchBy::Item(id) => {
+            exclude = generation.items.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such item"))?;
+            items.extend_row(exclude, &mut vector);
+        }
+        SearchBy::User(id) => {
+            let row = generation.users.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such user"))?;
+            let users = generation.user_embeddings.as_ref();
+            users.ok_or(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings"))?.extend_row(row, &mut vector);
+            job.user.row = Some(row);
+            job.user.seen.extend(generation.histories.of(row).map(|i| i.row));
+            job.user.seen.sort_unstable();
+        }
+    }
+    job.task = Task::Search { k: call.k, vector, exclude };
+    job.timings.lap(Stage::Plan, now);
+    Ok(())
+}
+
+fn text_search(words: &str, k: u32, job: &mut Job) -> Result<(), Error> {
+    job.query.push_str(words.trim());
+    if job.query.is_empty() {
+        return Err(Error::fixed(Code::BadRequest, "the query is empty"));
+    }
+    job.task = Task::Search { k, vector: Vec::new(), exclude: NO_ROW };
+    Ok(())
+}
+
+/// Plans a ranking of given items. Unknown items keep their place and get no score.
+///
+/// # Errors
+/// No items or too many, an unknown ranker, a bundle without rankers.
+pub fn rank(
+    call: &RankCall<'_>,
+    generation: &Arc<Generation>,
+    config: &PipelineConfig,
+    now: Instant,
+    job: &mut Job,
+) -> Result<(), Error> {
+    if call.item_ids.is_empty() || call.item_ids.len() > MAX_K {
+        let message = format!("{} items, expected 1 to {MAX_K}", call.item_ids.len());
+        return Err(Error::new(Code::BadRequest, message));
+    }
+    let ranker = match call.ranker {
+        None if generation.rankers.is_empty() => {
+            return Err(Error::fixed(Code::NotFound, "the bundle has no ranker"));
+        }
+        None => 0,
+        Some(name) => {
+            let at = generation.rankers.iter().position(|r| r.name == name);
+            at.ok_or(Error::fixed(Code::NotFound, "no such ranker"))? as u16
+        }
+    };
+    begin(job, generation, call.deadline, now);
+    job.context.assign(call.context);
+    let rows = call.item_ids.iter().map(|id| generation.items.ids.row(id).unwrap_or(NO_ROW)).collect();
+    job.task = Task::Rank { rows, ranker };
+    resolve_user(call.user_id, generation, config, job);
+    job.timings.lap(Stage::Plan, now);
+    Ok(())
+}
+
+fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>, now: Instant) {
+    job.reset();
+    if !Arc::ptr_eq(&job.generation, generation) {
+        job.generation = generation.clone();
+    }
+    job.deadline = Deadline(now + deadline.unwrap_or(NO_DEADLINE));
+    job.enqueued = now;
+}
+
+fn resolve_user(id: &str, generation: &Generation, config: &PipelineConfig, job: &mut Job) {
+    let user = &mut job.user;
+    user.row = generation.users.ids.row(id);
+    let Some(row) = user.row else { return };
+    if let Some(matrix) = &generation.user_embeddings
+        && generation.item_embeddings.is_some()
+    {
+        matrix.extend_row(row, &mut user.vector);
+    }
+    let history = generation.histories.of(row);
+    let skip = history.len().saturating_sub(config.history_length as usize);
+    for (at, entry) in history.enumerate() {
+        user.seen.push(entry.row);
+        if at >= skip {
+            user.history.push(entry);
+        }
+    }
+    user.seen.sort_unstable();
+}
