@@ -7,8 +7,9 @@ use super::generation::{Histories, Lists};
 
 /// Neighbours kept per item.
 pub const MAX_NEIGHBOURS: usize = 300;
-/// Added to the product of norms: an item pair needs about this much common evidence to be trusted.
-const SHRINKAGE: f32 = 10.0;
+/// Added to the product of norms, so that a pair seen once does not look like a perfect match. On goodbooks recall@10 alone is
+/// .1460, .1461, .1454, .1427 and .1370 at 0, 2, 5, 20 and 50.
+const SHRINKAGE: f32 = 2.0;
 /// Of longer histories, the newest entries count: the work is quadratic in a history's length.
 const MAX_HISTORY: usize = 1000;
 
