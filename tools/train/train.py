@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 32], help="layer widths (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the sample (default %(default)s)")
     parser.add_argument("--column", action="append", default=[], help="another feature column; may be repeated")
+    parser.add_argument("--plain", action="store_true", help="only columns that every catalogue with embeddings has")
     parser.add_argument("--keep-embeddings", action="store_true", help="the dataset's own embeddings stay; only rank")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="more are faster and not reproducible")
@@ -139,7 +140,7 @@ def main() -> None:
             np.save(part / "item_embeddings.npy", items)
         subprocess.check_call([args.binary, "build", str(part), "--out", str(bundle)], stdout=sys.stderr)
 
-        columns = columns_for(args.binary, bundle, args.column)
+        columns = SCALAR_COLUMNS + args.column if args.plain else columns_for(args.binary, bundle, args.column)
         chosen = rng.permutation(sorted(held))[: args.users].tolist()
         (Path(work) / "users").write_text("".join(f"{data.user_ids[u].as_py()}\n" for u in chosen))
         (Path(work) / "columns").write_text("".join(f"{c}\n" for c in columns))
