@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path, help="dataset directory; results are written into it")
     parser.add_argument("--binary", default="tastemaker", help="the tastemaker executable")
     parser.add_argument("--dim", type=int, default=128, help="factors (default %(default)s)")
-    parser.add_argument("--alpha", type=float, default=20.0, help="ALS confidence (default %(default)s)")
+    parser.add_argument("--alpha", type=float, default=40.0, help="ALS confidence (default %(default)s)")
     parser.add_argument("--regularization", type=float, default=0.05, help="ALS regularization (default %(default)s)")
     parser.add_argument("--iterations", type=int, default=12, help="ALS iterations (default %(default)s)")
     parser.add_argument("--users", type=int, default=6000, help="users to learn the ranker from (default %(default)s)")
