@@ -1,5 +1,7 @@
 //! Sockets, shards, admission, completions.
 
+pub mod completions;
+
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
