@@ -1,6 +1,7 @@
 //! Sockets, shards, admission, completions.
 
 pub mod completions;
+pub mod service;
 
 use std::net::SocketAddr;
 
