@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // Creating an eventfd.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
@@ -46,7 +46,7 @@ impl Completions {
     /// No eventfd could be made.
     pub fn new(capacity: usize) -> io::Result<Self> {
         // SAFETY: a plain system call; the descriptor that it returns belongs to nobody else.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -99,14 +99,8 @@ impl Completions {
 
     /// Makes the eventfd readable, whatever the shard does.
     pub fn wake(&self) {
-        // It can only fail when the counter is full, and then it is readable.
+        // It neither blocks nor fails short of 2^64 unread kicks.
         let _ = (&self.event).write(&1u64.to_ne_bytes());
-    }
-
-    /// Empties the eventfd.
-    pub fn drain_event(&self) {
-        // It can only fail when there is nothing to read.
-        let _ = (&self.event).read(&mut [0; 8]);
     }
 
     /// The eventfd, for the shard's rings.

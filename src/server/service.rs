@@ -121,6 +121,16 @@ impl Service {
         &self.shared.completions[usize::from(self.shard)]
     }
 
+    /// The shard's number.
+    pub fn shard(&self) -> u16 {
+        self.shard
+    }
+
+    /// Whether jobs were pushed since the last [`Self::kick`].
+    pub fn pushed(&self) -> bool {
+        self.pushed
+    }
+
     /// Calls in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight
