@@ -1,5 +1,9 @@
 //! Result cache.
 
+pub mod key;
+pub mod memory;
+pub mod singleflight;
+
 use serde::{Deserialize, Serialize};
 
 /// `[cache]`

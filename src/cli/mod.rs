@@ -7,8 +7,8 @@ mod eval;
 mod features;
 mod inspect;
 pub mod progress;
-//S mod recommend;
-//S mod serve;
+mod recommend;
+mod serve;
 
 use clap::{Parser, Subcommand};
 
@@ -28,9 +28,9 @@ enum Command {
     /// Turn a dataset directory into a bundle.
     Build(build::Build),
     /// Serve a bundle until SIGTERM or SIGINT, then drain.
-    //S Serve(serve::Serve),
+    Serve(serve::Serve),
     /// Ask a running server for recommendations.
-    //S Recommend(recommend::Recommend),
+    Recommend(recommend::Recommend),
     /// Measure recall, NDCG and coverage of the served pipeline on held-out interactions.
     Eval(eval::Eval),
     /// Show what is in a bundle, after verifying every checksum.
@@ -49,8 +49,8 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         //S Command::Demo(command) => command.run(),
         Command::Build(command) => command.run(),
-        //S Command::Serve(command) => command.run(),
-        //S Command::Recommend(command) => command.run(),
+        Command::Serve(command) => command.run(),
+        Command::Recommend(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),

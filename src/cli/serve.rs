@@ -67,8 +67,9 @@ impl Overrides {
         if self.no_cache {
             config.cache.enabled = false;
         }
-        if let Some(DeviceKind::Auto | DeviceKind::Cpu) | None = self.device {
-            tracing::debug!("device: cpu (the only engine of this build)");
+        match self.device {
+            // This build has one engine.
+            None | Some(DeviceKind::Auto | DeviceKind::Cpu) => {}
         }
     }
 }

@@ -1,6 +1,9 @@
 //! Accelerators and their CPU stand-in. Nothing above this module knows which one it is talking to.
 
 pub mod cpu;
+pub mod ring;
+pub mod sim;
+pub mod worker;
 
 use std::sync::Arc;
 use std::time::Instant;

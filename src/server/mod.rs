@@ -1,8 +1,36 @@
 //! Sockets, shards, admission, completions.
 
-use std::net::SocketAddr;
+pub mod completions;
+pub mod http;
+pub mod json;
+pub mod ring;
+pub mod service;
+pub mod shard;
+pub mod signals;
+pub mod watchdog;
 
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
+
+use crate::cache::memory::ResultCache;
+use crate::cache::singleflight::SingleFlight;
+use crate::catalog;
+use crate::catalog::generation::Generation;
+use crate::config::Config;
+use crate::device::ring::JobQueue;
+use crate::device::worker::{self, JobSink};
+use crate::device::{Device, cpu, sim};
+use crate::rerank::Reranker;
+use crate::telemetry::metrics::Metrics;
+use completions::Completions;
+use service::Shared;
 
 /// `[server]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,5 +101,224 @@ impl ServerConfig {
             Some((key, value, low, high)) => Err(format!("server.{key} is {value}, expected {low} to {high}")),
             None => Ok(()),
         }
+    }
+}
+
+/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains.
+///
+/// # Errors
+/// A bundle, ranker or rule that can't be used; an address that is taken; a machine without io_uring.
+pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
+    signals::block().context("blocking signals")?;
+    signals::keep_freed_memory();
+    let start = Instant::now();
+    let generation = Arc::new(catalog::bundle::open(bundle)?);
+    tracing::info!(generation = generation.version, items = generation.items.len(), users = generation.users.len(), "bundle verified");
+    let server = Server::start(generation, config, DeviceKind::Cpu)?;
+    tracing::info!(
+        binary = %server.addrs.binary,
+        http = %server.addrs.http,
+        admin = %server.addrs.admin,
+        shards = server.n_shards(),
+        device = "cpu",
+        ready_ms = start.elapsed().as_millis() as u64,
+        "serving"
+    );
+    let signal = std::thread::Builder::new().name("signals".into()).spawn({
+        let stop = server.stop.clone();
+        move || {
+            let name = signals::wait();
+            tracing::info!(signal = name, "draining; a second signal ends at once");
+            stop.store(true, Ordering::Release);
+            signals::wait();
+            std::process::exit(1);
+        }
+    });
+    signal.context("starting the signal thread")?;
+    server.join()?;
+    tracing::info!("drained");
+    Ok(())
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug)]
+pub enum DeviceKind {
+    /// The CPU engine.
+    Cpu,
+    /// A simulated device; see [`sim::Script`].
+    Sim(sim::Script),
+}
+
+/// Where a server listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Addrs {
+    /// Binary protocol.
+    pub binary: SocketAddr,
+    /// HTTP/JSON.
+    pub http: SocketAddr,
+    /// Metrics, health.
+    pub admin: SocketAddr,
+}
+
+/// A running server.
+pub struct Server {
+    /// Where it listens.
+    pub addrs: Addrs,
+    /// Set to drain and end.
+    pub stop: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+    shards: Vec<JoinHandle<std::io::Result<()>>>,
+    workers: Vec<JoinHandle<()>>,
+    watchdog: JoinHandle<()>,
+    watched: Arc<AtomicBool>,
+}
+
+impl Server {
+    /// Starts workers (rankers loaded and warm before this returns), then shards.
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub fn start(generation: Arc<Generation>, config: Config, kind: DeviceKind) -> anyhow::Result<Self> {
+        ring::probe().map_err(anyhow::Error::msg)?;
+        let cpus = match &config.server.cpus {
+            cpus if cpus.is_empty() => signals::allowed_cpus(),
+            cpus => cpus.clone(),
+        };
+        let per_shard = config.server.max_in_flight as usize;
+        let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
+        let mut completions = Vec::new();
+        for _ in &cpus {
+            // Twice, so that a call that ran out of time and its slot's next one both fit.
+            completions.push(Completions::new(2 * per_shard + 16).context("making an eventfd")?);
+        }
+        let shared = Arc::new(Shared {
+            reranker: Reranker::compile(&config.rerank, &generation)?,
+            jobs: JobQueue::new(per_shard * cpus.len(), cpus.len()),
+            completions,
+            cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
+            flights: SingleFlight::default(),
+            metrics: Metrics::new(cpus.len(), rankers),
+            generation,
+            config,
+        });
+        let workers = Self::start_workers(&shared, &cpus, kind)?;
+
+        let server = &shared.config.server;
+        let binary = http::listen(server.listen).with_context(|| format!("binding {}", server.listen))?;
+        let http = http::listen(server.http).with_context(|| format!("binding {}", server.http))?;
+        let admin = http::listen(server.admin).with_context(|| format!("binding {}", server.admin))?;
+        let addrs =
+            Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
+        let stop = Arc::new(AtomicBool::new(false));
+        let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
+        let mut shards = Vec::new();
+        for (id, &cpu) in cpus.iter().enumerate() {
+            let again = |first: &mut Option<std::net::TcpListener>, addr| match first.take() {
+                Some(listener) => Ok(listener),
+                None => http::listen(addr),
+            };
+            let shard = shard::Shard {
+                id: id as u16,
+                cpu,
+                shared: shared.clone(),
+                listener: again(&mut binary, addrs.binary)?,
+                http: again(&mut http, addrs.http)?,
+                admin: admin.take(),
+                stop: stop.clone(),
+                preempt_timer: Duration::from_millis(100),
+            };
+            shards.push(shard.spawn()?);
+        }
+        let watched = Arc::new(AtomicBool::new(false));
+        let watchdog = std::thread::Builder::new().name("watchdog".into()).spawn({
+            let (shared, watched) = (shared.clone(), watched.clone());
+            move || watchdog::run(&shared, &watched)
+        })?;
+        Ok(Server { addrs, stop, shared, shards, workers, watchdog, watched })
+    }
+
+    fn start_workers(shared: &Arc<Shared>, cpus: &[usize], kind: DeviceKind) -> anyhow::Result<Vec<JoinHandle<()>>> {
+        let (ready, loaded) = std::sync::mpsc::channel();
+        let mut workers = Vec::new();
+        for (id, &cpu) in cpus.iter().enumerate() {
+            let (shared, ready) = (shared.clone(), ready.clone());
+            let thread = std::thread::Builder::new().name(format!("worker-{id}"));
+            workers.push(thread.spawn(move || {
+                let sink: Arc<dyn JobSink> = shared.clone();
+                let work = |device: &mut dyn Device| {
+                    signals::pin(cpu);
+                    let result = device.load(&shared.generation);
+                    let usable = result.is_ok();
+                    // The receiver is gone only if another worker failed, and then nothing starts.
+                    let _ = ready.send(result);
+                    if usable {
+                        worker::run(device, &shared.jobs, id, 1, &sink);
+                    }
+                };
+                match kind {
+                    DeviceKind::Cpu => {
+                        cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| work(device));
+                    }
+                    DeviceKind::Sim(script) => work(&mut sim::SimDevice::new(script)),
+                }
+            })?);
+        }
+        drop(ready);
+        let results: Vec<_> = loaded.iter().take(cpus.len()).collect();
+        if results.len() < cpus.len() || results.iter().any(Result::is_err) {
+            shared.jobs.close();
+        }
+        anyhow::ensure!(results.len() == cpus.len(), "a worker ended before it was ready");
+        for result in results {
+            result?;
+        }
+        Ok(workers)
+    }
+
+    /// Shards, one per CPU.
+    pub fn n_shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// What all shards share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Waits until all shards have drained after `stop`, then ends workers and watchdog.
+    ///
+    /// # Errors
+    /// A shard that ended by itself, and why.
+    pub fn join(self) -> anyhow::Result<()> {
+        let mut failed = None;
+        for (id, shard) in self.shards.into_iter().enumerate() {
+            match shard.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => failed = failed.or(Some(anyhow::anyhow!("shard {id}: {error}"))),
+                Err(_) => failed = failed.or(Some(anyhow::anyhow!("shard {id} panicked"))),
+            }
+            // One shard gone: the others must not serve on as if nothing were.
+            self.stop.store(true, Ordering::Release);
+        }
+        self.shared.jobs.close();
+        self.watched.store(true, Ordering::Release);
+        for worker in self.workers {
+            if worker.join().is_err() {
+                failed = failed.or(Some(anyhow::anyhow!("a worker panicked")));
+            }
+        }
+        if self.watchdog.join().is_err() {
+            failed = failed.or(Some(anyhow::anyhow!("the watchdog panicked")));
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Drains and waits.
+    ///
+    /// # Errors
+    /// As [`Self::join`].
+    pub fn shut_down(self) -> anyhow::Result<()> {
+        self.stop.store(true, Ordering::Release);
+        self.join()
     }
 }

@@ -1,5 +1,7 @@
 //! Metrics and logs.
 
+pub mod metrics;
+
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 

@@ -1,0 +1,70 @@
+//! What makes two requests the same.
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::device::Context;
+
+/// 128 bits of xxh3 over an unambiguous encoding of the request. Two of a billion different keys collide with a
+/// probability of about 1e-21; the hash is not keyed, so it is no defence against somebody who makes collisions on purpose.
+pub type CacheKey = u128;
+
+/// The key of a recommendation. `generation` names the bundle and everything else that shapes the answer.
+pub fn recommend(generation: &str, user_id: &str, context: &Context, query: &str, n_items: u32) -> CacheKey {
+    let mut hash = Xxh3::new();
+    let mut text = |text: &str| {
+        hash.update(&(text.len() as u32).to_le_bytes());
+        hash.update(text.as_bytes());
+    };
+    text(generation);
+    text(user_id);
+    text(query);
+    for (key, value) in context.iter() {
+        text(key);
+        text(value);
+    }
+    hash.update(&n_items.to_le_bytes());
+    hash.digest128()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn context(pairs: &[(&str, &str)]) -> Context {
+        let mut context = Context::default();
+        context.assign(pairs);
+        context
+    }
+
+    proptest! {
+        #[test]
+        fn order_of_context_does_not_matter(pairs in prop::collection::btree_map("[a-c]{1,2}", "[a-c]{0,2}", 0..5)) {
+            let forward: Vec<(&str, &str)> = pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+            let backward: Vec<(&str, &str)> = forward.iter().rev().copied().collect();
+            let key = |pairs| recommend("g", "u", &context(pairs), "q", 10);
+            prop_assert_eq!(key(&forward), key(&backward));
+        }
+    }
+
+    #[test]
+    fn every_part_matters() {
+        let keys = [
+            recommend("g", "u", &context(&[]), "", 10),
+            recommend("h", "u", &context(&[]), "", 10),
+            recommend("g", "v", &context(&[]), "", 10),
+            recommend("g", "u", &context(&[("a", "b")]), "", 10),
+            recommend("g", "u", &context(&[("ab", "")]), "", 10),
+            recommend("g", "u", &context(&[]), "q", 10),
+            recommend("g", "u", &context(&[]), "", 11),
+            recommend("g", "", &context(&[]), "u", 10),
+        ];
+        let distinct: std::collections::HashSet<_> = keys.iter().collect();
+        assert_eq!(distinct.len(), keys.len());
+    }
+
+    #[test]
+    fn a_repeated_key_keeps_its_last_value() {
+        assert_eq!(context(&[("a", "1"), ("b", "2"), ("a", "3")]), context(&[("b", "2"), ("a", "3")]));
+    }
+}

@@ -1,0 +1,120 @@
+//! Foreign thread → shard: the only bridge. A bounded queue and one eventfd, written only when the shard sleeps.
+#![allow(unsafe_code)] // Creating an eventfd.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+
+use crossbeam_queue::ArrayQueue;
+
+use crate::api::{Slate, Ticket};
+use crate::device::Job;
+
+/// What comes to a shard from outside.
+pub enum Completion {
+    /// A job of this shard, done.
+    Job(Box<Job>),
+    /// A call of this shard waited for an identical one, which is answered.
+    Shared {
+        /// The shard's own name for the call.
+        ticket: Ticket,
+        /// The answer.
+        slate: Arc<Slate>,
+    },
+    /// A call of this shard waited for an identical one, which failed.
+    Retry {
+        /// The shard's own name for the call.
+        ticket: Ticket,
+    },
+}
+
+/// One shard's inbox.
+pub struct Completions {
+    queue: ArrayQueue<Completion>,
+    event: File,
+    armed: AtomicBool,
+    /// Grows with every turn of the shard's loop; the watchdog looks at it.
+    progress: AtomicU64,
+}
+
+impl Completions {
+    /// `capacity` must be at least the calls that the shard may have in flight: each has at most one completion under way.
+    ///
+    /// # Errors
+    /// No eventfd could be made.
+    pub fn new(capacity: usize) -> io::Result<Self> {
+        // SAFETY: a plain system call; the descriptor that it returns belongs to nobody else.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above; the File is its only owner and closes it.
+        let event = unsafe { File::from_raw_fd(fd) };
+        Ok(Completions {
+            queue: ArrayQueue::new(capacity),
+            event,
+            armed: AtomicBool::new(false),
+            progress: AtomicU64::new(0),
+        })
+    }
+
+    /// Hands a completion over. Waits, yielding, only if the capacity promise of [`Self::new`] was broken.
+    pub fn push(&self, completion: Completion) {
+        let mut completion = completion;
+        while let Err(back) = self.queue.push(completion) {
+            completion = back;
+            self.wake();
+            std::thread::yield_now();
+        }
+        // Pairs with the fence in `arm`: either this sees `armed`, or the shard sees the completion.
+        fence(Ordering::SeqCst);
+        if self.armed.load(Ordering::Relaxed) && self.armed.swap(false, Ordering::AcqRel) {
+            self.wake();
+        }
+    }
+
+    /// The next completion; for the shard alone.
+    pub fn pop(&self) -> Option<Completion> {
+        self.queue.pop()
+    }
+
+    /// Whether completions wait.
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Announces that the shard is about to sleep. False: something came meanwhile, do not.
+    pub fn arm(&self) -> bool {
+        self.armed.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.queue.is_empty()
+    }
+
+    /// The shard is awake.
+    pub fn disarm(&self) {
+        self.armed.store(false, Ordering::Relaxed);
+    }
+
+    /// Makes the eventfd readable, whatever the shard does.
+    pub fn wake(&self) {
+        // It neither blocks nor fails short of 2^64 unread kicks.
+        let _ = (&self.event).write(&1u64.to_ne_bytes());
+    }
+
+    /// The eventfd, for the shard's rings.
+    pub fn event_fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    /// Counts a turn of the shard's loop.
+    pub fn progressed(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Turns so far.
+    pub fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,479 @@
+//! HTTP/1.1 by hyper on glommio: the JSON API and the admin port.
+
+use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Acquire;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures_lite::{AsyncRead, AsyncWrite, FutureExt};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, Response};
+
+use super::json::{self, RankBody, RecommendBody, SearchBody};
+use super::service::Service;
+use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, Ticket};
+use crate::error::{Code, Error};
+use crate::telemetry::metrics::Gauges;
+use crate::wire::LIMITS;
+
+/// Marks a ticket as an HTTP call's.
+const HTTP_TICKET: u64 = 1 << 63;
+/// Headers must be whole within this time.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A body must be whole within this time.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// HTTP connections per shard and port.
+const MAX_CONNECTIONS: usize = 1024;
+
+/// Which port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routes {
+    /// `/v1/…`
+    Api,
+    /// `/metrics`, `/healthz`, `/readyz`, `/generations`
+    Admin,
+}
+
+/// Calls that wait for their outcome.
+#[derive(Default)]
+pub struct HttpCalls {
+    slots: RefCell<Vec<CallSlot>>,
+    free: RefCell<Vec<u32>>,
+}
+
+#[derive(Default)]
+struct CallSlot {
+    reuse: u32,
+    outcome: Option<Outcome>,
+    waker: Option<Waker>,
+}
+
+impl HttpCalls {
+    fn open(&self) -> Ticket {
+        let mut slots = self.slots.borrow_mut();
+        let slot = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            slots.push(CallSlot::default());
+            slots.len() as u32 - 1
+        });
+        let reuse = u64::from(slots[slot as usize].reuse & 0x7fff_ffff);
+        Ticket(HTTP_TICKET | reuse << 32 | u64::from(slot))
+    }
+
+    fn close(&self, ticket: Ticket) {
+        let slot = ticket.0 as u32;
+        let mut slots = self.slots.borrow_mut();
+        let reuse = slots[slot as usize].reuse.wrapping_add(1);
+        slots[slot as usize] = CallSlot { reuse, ..CallSlot::default() };
+        self.free.borrow_mut().push(slot);
+    }
+
+    /// Hands an outcome to the call that waits for it; dropped if its client is gone.
+    pub fn deliver(&self, ticket: Ticket, outcome: Outcome) {
+        let mut slots = self.slots.borrow_mut();
+        let slot = slots.get_mut(ticket.0 as u32 as usize);
+        let reuse = (ticket.0 >> 32) as u32 & 0x7fff_ffff;
+        if let Some(slot) = slot.filter(|s| s.reuse & 0x7fff_ffff == reuse) {
+            slot.outcome = Some(outcome);
+            if let Some(waker) = slot.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+}
+
+/// Waits for one outcome; frees the slot when dropped, also when the client went away.
+struct Waiting {
+    calls: Rc<HttpCalls>,
+    ticket: Ticket,
+}
+
+impl Future for Waiting {
+    type Output = Outcome;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let mut slots = self.calls.slots.borrow_mut();
+        let slot = &mut slots[self.ticket.0 as u32 as usize];
+        match slot.outcome.take() {
+            Some(outcome) => Poll::Ready(outcome),
+            None => {
+                slot.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.calls.close(self.ticket);
+    }
+}
+
+/// What all connections of a shard share.
+pub struct HttpState {
+    service: Rc<RefCell<Service>>,
+    calls: Rc<HttpCalls>,
+    stop: Arc<AtomicBool>,
+    requests: Cell<usize>,
+}
+
+impl HttpState {
+    /// The state of one shard's HTTP side.
+    pub fn new(service: Rc<RefCell<Service>>, calls: Rc<HttpCalls>, stop: Arc<AtomicBool>) -> Self {
+        HttpState { service, calls, stop, requests: Cell::new(0) }
+    }
+
+    /// Whether no request is being answered.
+    pub fn idle(&self) -> bool {
+        self.requests.get() == 0
+    }
+
+    /// Makes a call and waits for its outcome.
+    async fn call(&self, call: &Call<'_>) -> Outcome {
+        let ticket = self.calls.open();
+        let waiting = Waiting { calls: self.calls.clone(), ticket };
+        let submitted = {
+            let mut service = self.service.borrow_mut();
+            let outcome = service.submit(call, ticket, Instant::now());
+            service.kick();
+            outcome
+        };
+        match submitted {
+            Some(outcome) => outcome,
+            // The service answers every call by its deadline.
+            None => waiting.await,
+        }
+    }
+}
+
+/// A listening socket with `SO_REUSEPORT`.
+///
+/// # Errors
+/// The address is taken or not ours.
+pub fn listen(addr: std::net::SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(socket2::Domain::for_address(addr), socket2::Type::STREAM, None)?;
+    socket.set_reuse_port(true)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+/// Accepts and serves until cancelled.
+pub async fn serve(listener: TcpListener, state: Rc<HttpState>, routes: Routes) {
+    #[allow(unsafe_code)]
+    // SAFETY: the descriptor is given away by its owner and taken by glommio's listener.
+    let listener = unsafe { glommio::net::TcpListener::from_raw_fd(listener.into_raw_fd()) };
+    let open = Rc::new(Cell::new(0usize));
+    loop {
+        let stream = match listener.accept().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Out of descriptors, most likely: trying again at once would be a loop at full speed.
+                tracing::warn!(%error, "accepting an HTTP connection failed");
+                glommio::timer::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        if open.get() >= MAX_CONNECTIONS {
+            continue;
+        }
+        open.set(open.get() + 1);
+        let (state, open) = (state.clone(), open.clone());
+        glommio::spawn_local(async move {
+            // A panic in one connection must not end the shard.
+            if AssertUnwindSafe(connection(stream, state, routes)).catch_unwind().await.is_err() {
+                tracing::error!("an HTTP connection panicked");
+            }
+            open.set(open.get() - 1);
+        })
+        .detach();
+    }
+}
+
+async fn connection(stream: glommio::net::TcpStream, state: Rc<HttpState>, routes: Routes) {
+    // Latency is all that it changes.
+    let _ = stream.set_nodelay(true);
+    let service = hyper::service::service_fn(|request| {
+        let state = state.clone();
+        async move {
+            state.requests.set(state.requests.get() + 1);
+            let response = answer(request, &state, routes).await;
+            state.requests.set(state.requests.get() - 1);
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(GlommioTimer)
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_headers(64)
+        .max_buf_size(64 << 10)
+        .serve_connection(GlommioIo(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(%error, "an HTTP connection ended");
+    }
+}
+
+fn respond(code: u16, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = hyper::StatusCode::from_u16(code).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+fn failed(error: &Error) -> Response<Full<Bytes>> {
+    let mut response = respond(error.code.status(), "application/json", json::error(error));
+    if matches!(error.code, Code::Overloaded | Code::Unavailable) {
+        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -> Response<Full<Bytes>> {
+    let result = match routes {
+        Routes::Api => api(request, state).await,
+        Routes::Admin => admin(&request, state),
+    };
+    result.unwrap_or_else(|error| failed(&error))
+}
+
+type Answer = Result<Response<Full<Bytes>>, Error>;
+
+fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
+    match method == allowed {
+        true => Ok(()),
+        false => Err(Error::new(Code::MethodNotAllowed, format!("only {allowed} is allowed here"))),
+    }
+}
+
+async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
+    let path = request.uri().path().to_owned();
+    if !matches!(path.as_str(), "/v1/recommend" | "/v1/search" | "/v1/rank") {
+        return Err(Error::fixed(Code::NotFound, "no such path; there are /v1/recommend, /v1/search and /v1/rank"));
+    }
+    only(request.method(), &Method::POST)?;
+    let limit = state.service.borrow().shared().config.server.max_frame_bytes as usize;
+    let body = body(request, limit).await?;
+    match path.as_str() {
+        "/v1/recommend" => recommend(&body, state).await,
+        "/v1/search" => search(&body, state).await,
+        _ => rank(&body, state).await,
+    }
+}
+
+async fn body(request: Request<Incoming>, limit: usize) -> Result<Bytes, Error> {
+    let collected = Limited::new(request.into_body(), limit).collect();
+    let late = async {
+        glommio::timer::sleep(BODY_TIMEOUT).await;
+        Err(Error::fixed(Code::DeadlineExceeded, "the body took too long"))
+    };
+    let read = async {
+        match collected.await {
+            Ok(body) => Ok(body.to_bytes()),
+            Err(e) if e.is::<http_body_util::LengthLimitError>() => {
+                Err(Error::new(Code::TooLarge, format!("the body is larger than {limit} bytes")))
+            }
+            Err(_) => Err(Error::fixed(Code::BadRequest, "the body could not be read")),
+        }
+    };
+    read.or(late).await
+}
+
+async fn recommend(body: &[u8], state: &HttpState) -> Answer {
+    let body: RecommendBody<'_> = json::parse(body)?;
+    check_id(&body.user_id.0, "user_id")?;
+    let context = context(&body.context)?;
+    if body.query.as_ref().is_some_and(|q| q.len() > LIMITS.query_bytes) {
+        return Err(Error::fixed(Code::TooLarge, "query is longer than 1024 bytes"));
+    }
+    if body.n_items == Some(0) {
+        return Err(Error::fixed(Code::BadRequest, "n_items is 0, expected 1 or more"));
+    }
+    let call = RecommendCall {
+        user_id: &body.user_id.0,
+        context: &context,
+        n_items: body.n_items.unwrap_or(0),
+        query: body.query.as_deref(),
+        explain: body.explain,
+        timings: body.timings,
+        no_cache: body.no_cache,
+        deadline: body.deadline_ms.map(Duration::from_millis),
+    };
+    match state.call(&Call::Recommend(call)).await {
+        Outcome::Slate(slate, cache) => Ok(respond(200, "application/json", json::slate(&slate, cache, body.timings))),
+        other => unexpected(other),
+    }
+}
+
+async fn search(body: &[u8], state: &HttpState) -> Answer {
+    let body: SearchBody<'_> = json::parse(body)?;
+    let by = match (&body.vector, &body.item_id, &body.user_id, &body.text) {
+        (Some(vector), None, None, None) => SearchBy::Vector(vector),
+        (None, Some(item), None, None) => SearchBy::Item(&item.0),
+        (None, None, Some(user), None) => SearchBy::User(&user.0),
+        (None, None, None, Some(text)) if text.len() <= LIMITS.query_bytes => SearchBy::Text(text),
+        (None, None, None, Some(_)) => return Err(Error::fixed(Code::TooLarge, "text is longer than 1024 bytes")),
+        _ => {
+            let message = "a search takes exactly one of vector, item_id, user_id, text";
+            return Err(Error::fixed(Code::BadRequest, message));
+        }
+    };
+    let deadline = body.deadline_ms.map(Duration::from_millis);
+    match state.call(&Call::Search(SearchCall { by, k: body.k.unwrap_or(10), deadline })).await {
+        Outcome::Scored(scored) => Ok(respond(200, "application/json", json::scored(&scored))),
+        other => unexpected(other),
+    }
+}
+
+async fn rank(body: &[u8], state: &HttpState) -> Answer {
+    let body: RankBody<'_> = json::parse(body)?;
+    check_id(&body.user_id.0, "user_id")?;
+    let context = context(&body.context)?;
+    let item_ids: Vec<&str> = body.item_ids.iter().map(|id| &*id.0).collect();
+    let call = RankCall {
+        user_id: &body.user_id.0,
+        context: &context,
+        item_ids: &item_ids,
+        ranker: body.ranker.as_deref(),
+        deadline: body.deadline_ms.map(Duration::from_millis),
+    };
+    match state.call(&Call::Rank(call)).await {
+        Outcome::Scored(scored) => Ok(respond(200, "application/json", json::scored(&scored))),
+        other => unexpected(other),
+    }
+}
+
+fn unexpected(outcome: Outcome) -> Answer {
+    Err(match outcome {
+        Outcome::Failed(error) => error,
+        _ => Error::fixed(Code::Internal, "the answer does not fit the question"),
+    })
+}
+
+fn check_id(id: &str, field: &str) -> Result<(), Error> {
+    match (1..=LIMITS.id_bytes).contains(&id.len()) {
+        true => Ok(()),
+        false => Err(Error::new(Code::BadRequest, format!("{field} is empty or longer than 256 bytes"))),
+    }
+}
+
+type Pairs<'a> = smallvec::SmallVec<[(&'a str, &'a str); 16]>;
+
+fn context<'a>(
+    context: &'a std::collections::BTreeMap<std::borrow::Cow<'_, str>, json::Text<'_>>,
+) -> Result<Pairs<'a>, Error> {
+    if context.len() > LIMITS.context_pairs {
+        return Err(Error::fixed(Code::TooLarge, "context has more than 64 pairs"));
+    }
+    let pairs: Pairs<'a> = context.iter().map(|(key, value)| (&**key, &*value.0)).collect();
+    match pairs.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>() <= LIMITS.context_bytes {
+        true => Ok(pairs),
+        false => Err(Error::fixed(Code::TooLarge, "context is longer than 4096 bytes")),
+    }
+}
+
+fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
+    let path = request.uri().path();
+    if !matches!(path, "/metrics" | "/healthz" | "/readyz" | "/generations") {
+        let message = "no such path; there are /metrics, /healthz, /readyz and /generations";
+        return Err(Error::fixed(Code::NotFound, message));
+    }
+    only(request.method(), &Method::GET)?;
+    let service = state.service.borrow();
+    let shared = service.shared();
+    match path {
+        "/metrics" => {
+            let gauges = Gauges {
+                queue_depth: shared.jobs.len(),
+                cache_bytes: shared.cache.as_ref().map_or(0, |c| c.bytes()),
+                cache_entries: shared.cache.as_ref().map_or(0, |c| c.len()),
+                generation: &shared.generation.version,
+            };
+            let text = shared.metrics.render(&gauges);
+            Ok(respond(200, "text/plain; version=0.0.4; charset=utf-8", text.into_bytes()))
+        }
+        "/generations" => {
+            let generation = &shared.generation;
+            let rankers: Vec<&str> = generation.rankers.iter().map(|r| r.name.as_str()).collect();
+            let body = serde_json::json!([{
+                "version": generation.version, "serving": true, "n_items": generation.items.len(),
+                "n_users": generation.users.len(), "rankers": rankers,
+            }]);
+            Ok(respond(200, "application/json", body.to_string().into_bytes()))
+        }
+        "/healthz" => Ok(respond(200, "text/plain", b"ok\n".to_vec())),
+        _ if state.stop.load(Acquire) => Err(Error::fixed(Code::Unavailable, "draining")),
+        _ => Ok(respond(200, "text/plain", b"ready\n".to_vec())),
+    }
+}
+
+/// glommio's stream as hyper wants it.
+struct GlommioIo(glommio::net::TcpStream);
+
+impl hyper::rt::Read for GlommioIo {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        mut buffer: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut chunk = [0; 8192];
+        let room = buffer.remaining().min(chunk.len());
+        let n = ready!(Pin::new(&mut self.0).poll_read(cx, &mut chunk[..room]))?;
+        buffer.put_slice(&chunk[..n]);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl hyper::rt::Write for GlommioIo {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_close(cx)
+    }
+}
+
+/// hyper asks for `Send + Sync` sleeps, though everything here stays on one executor; `SendWrapper` checks that.
+struct Sleep(send_wrapper::SendWrapper<glommio::timer::Timer>);
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut *self.0).poll(cx).map(|_| ())
+    }
+}
+
+impl hyper::rt::Sleep for Sleep {}
+
+#[derive(Clone, Copy)]
+struct GlommioTimer;
+
+impl hyper::rt::Timer for GlommioTimer {
+    fn sleep(&self, duration: Duration) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        Box::pin(Sleep(send_wrapper::SendWrapper::new(glommio::timer::Timer::new(duration))))
+    }
+
+    fn sleep_until(&self, deadline: Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        self.sleep(deadline.saturating_duration_since(Instant::now()))
+    }
+}

@@ -1,0 +1,295 @@
+//! JSON in and out of the HTTP API.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use serde::de::{self, Deserializer};
+use serde::ser::{SerializeMap, SerializeSeq, Serializer};
+use serde::{Deserialize, Serialize};
+
+use crate::api::{CacheStatus, Explanation, ScoredItems, Slate};
+use crate::candidates::Source;
+use crate::catalog::generation::{IdTable, NO_ROW};
+use crate::context::{Degradation, Stage, StageTimings};
+use crate::error::{Code, Error};
+
+/// A string, or a number or boolean as its text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text<'a>(pub Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Text<'de>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a string, a number or a boolean")
+            }
+            fn visit_borrowed_str<E: de::Error>(self, v: &'de str) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Borrowed(v)))
+            }
+            fn visit_str<E: de::Error>(self, v: &str) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(v.to_owned())))
+            }
+            fn visit_i64<E: de::Error>(self, v: i64) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(v.to_string())))
+            }
+            fn visit_u64<E: de::Error>(self, v: u64) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(v.to_string())))
+            }
+            fn visit_f64<E: de::Error>(self, v: f64) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Owned(v.to_string())))
+            }
+            fn visit_bool<E: de::Error>(self, v: bool) -> Result<Self::Value, E> {
+                Ok(Text(Cow::Borrowed(if v { "true" } else { "false" })))
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// `POST /v1/recommend`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecommendBody<'a> {
+    #[serde(borrow)]
+    pub user_id: Text<'a>,
+    #[serde(default, borrow)]
+    pub context: BTreeMap<Cow<'a, str>, Text<'a>>,
+    #[serde(default)]
+    pub n_items: Option<u32>,
+    #[serde(default, borrow)]
+    pub query: Option<Cow<'a, str>>,
+    #[serde(default)]
+    pub explain: bool,
+    #[serde(default)]
+    pub timings: bool,
+    #[serde(default)]
+    pub no_cache: bool,
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+}
+
+/// `POST /v1/search`; exactly one of vector, item_id, user_id, text.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SearchBody<'a> {
+    #[serde(default)]
+    pub vector: Option<Vec<f32>>,
+    #[serde(default, borrow)]
+    pub item_id: Option<Text<'a>>,
+    #[serde(default, borrow)]
+    pub user_id: Option<Text<'a>>,
+    #[serde(default, borrow)]
+    pub text: Option<Cow<'a, str>>,
+    #[serde(default)]
+    pub k: Option<u32>,
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+}
+
+/// `POST /v1/rank`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankBody<'a> {
+    #[serde(borrow)]
+    pub user_id: Text<'a>,
+    #[serde(default, borrow)]
+    pub context: BTreeMap<Cow<'a, str>, Text<'a>>,
+    #[serde(borrow)]
+    pub item_ids: Vec<Text<'a>>,
+    #[serde(default, borrow)]
+    pub ranker: Option<Cow<'a, str>>,
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+}
+
+/// Parses a body; the error says what and where.
+///
+/// # Errors
+/// Not JSON, an unknown or missing field, a wrong type.
+pub fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|e| Error::new(Code::BadRequest, e.to_string()))
+}
+
+/// An id: a number where the dataset's ids are numbers.
+struct Id<'a>(&'a IdTable, u32);
+
+impl Serialize for Id<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let id = self.0.id(self.1);
+        match id.parse::<i64>() {
+            Ok(number) if self.0.integer => serializer.serialize_i64(number),
+            _ => serializer.serialize_str(id),
+        }
+    }
+}
+
+struct SlateJson<'a>(&'a Slate, CacheStatus, bool);
+
+impl Serialize for SlateJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let SlateJson(slate, cache, timings) = self;
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("items", &ItemsJson(slate))?;
+        map.serialize_entry("model_version", &slate.generation.version)?;
+        map.serialize_entry("cache", cache.name())?;
+        map.serialize_entry("known_user", &slate.known_user)?;
+        map.serialize_entry("degraded", &DegradedJson(&slate.degraded))?;
+        if *timings {
+            map.serialize_entry("timings_us", &TimingsJson(&slate.timings))?;
+        }
+        map.end()
+    }
+}
+
+struct ItemsJson<'a>(&'a Slate);
+
+impl Serialize for ItemsJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Item<'a> {
+            item_id: Id<'a>,
+            score: f32,
+            rank: usize,
+            sources: Sources,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            explanation: Option<ExplanationJson<'a>>,
+        }
+        let mut seq = serializer.serialize_seq(Some(self.0.items.len()))?;
+        for (at, item) in self.0.items.iter().enumerate() {
+            seq.serialize_element(&Item {
+                item_id: Id(&self.0.generation.items.ids, item.row),
+                score: item.score,
+                rank: at + 1,
+                sources: Sources(item.sources),
+                explanation: item.explanation.as_deref().map(ExplanationJson),
+            })?;
+        }
+        seq.end()
+    }
+}
+
+struct Sources(crate::candidates::SourceSet);
+
+impl Serialize for Sources {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(Source::name))
+    }
+}
+
+struct ExplanationJson<'a>(&'a Explanation);
+
+impl Serialize for ExplanationJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Evidence {
+            score: f32,
+            rank: u16,
+        }
+        struct BySource<'a>(&'a Explanation);
+        impl Serialize for BySource<'_> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                let mut map = serializer.serialize_map(None)?;
+                for source in Source::ALL {
+                    let (score, rank) = (self.0.source_scores[source as usize], self.0.source_ranks[source as usize]);
+                    if let (Some(score), Some(rank)) = (score, rank) {
+                        map.serialize_entry(source.name(), &Evidence { score, rank })?;
+                    }
+                }
+                map.end()
+            }
+        }
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("sources", &BySource(self.0))?;
+        map.serialize_entry("ranker_score", &self.0.ranker_score)?;
+        map.serialize_entry("ranker_rank", &self.0.ranker_rank)?;
+        map.serialize_entry("rules", &self.0.rules)?;
+        map.serialize_entry("backfill", &self.0.backfill)?;
+        map.end()
+    }
+}
+
+struct DegradedJson<'a>(&'a [Degradation]);
+
+impl Serialize for DegradedJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Entry {
+            stage: &'static str,
+            reason: &'static str,
+        }
+        serializer.collect_seq(self.0.iter().map(|d| Entry { stage: d.stage.name(), reason: d.reason.name() }))
+    }
+}
+
+struct TimingsJson<'a>(&'a StageTimings);
+
+impl Serialize for TimingsJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        for stage in Stage::ALL.into_iter().filter(|&s| !self.0.get(s).is_zero()) {
+            map.serialize_entry(stage.name(), &(self.0.get(stage).as_nanos() as f64 / 1000.0))?;
+        }
+        map.end()
+    }
+}
+
+/// The body that answers a recommendation.
+pub fn slate(slate: &Slate, cache: CacheStatus, timings: bool) -> Vec<u8> {
+    let mut out = Vec::with_capacity(64 + slate.items.len() * 96);
+    // Writing to memory can't fail, and NaN scores become null.
+    let _ = serde_json::to_writer(&mut out, &SlateJson(slate, cache, timings));
+    out
+}
+
+struct ScoredJson<'a>(&'a ScoredItems);
+
+impl Serialize for ScoredJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Item<'a> {
+            item_id: Id<'a>,
+            score: f32,
+        }
+        serializer.collect_seq(self.0.items.iter().map(|item| {
+            let known = item.row != NO_ROW;
+            known.then(|| Item { item_id: Id(&self.0.generation.items.ids, item.row), score: item.score })
+        }))
+    }
+}
+
+/// The body that answers a search or a rank. Of a rank, an unknown item is `null`.
+pub fn scored(scored: &ScoredItems) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        items: ScoredJson<'a>,
+        model_version: &'a str,
+        #[serde(skip_serializing_if = "str::is_empty")]
+        ranker: &'a str,
+        degraded: DegradedJson<'a>,
+    }
+    let body = Body {
+        items: ScoredJson(scored),
+        model_version: &scored.generation.version,
+        ranker: &scored.ranker,
+        degraded: DegradedJson(&scored.degraded),
+    };
+    serde_json::to_vec(&body).unwrap_or_default()
+}
+
+/// The body of an error.
+pub fn error(error: &Error) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Body<'a> {
+        error: Inner<'a>,
+    }
+    #[derive(Serialize)]
+    struct Inner<'a> {
+        code: &'a str,
+        message: &'a str,
+        retryable: bool,
+    }
+    let inner = Inner { code: error.code.name(), message: &error.message, retryable: error.code.retryable() };
+    serde_json::to_vec(&Body { error: inner }).unwrap_or_default()
+}

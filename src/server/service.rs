@@ -1,0 +1,388 @@
+//! One shard's side of every call: cache, single flight, admission, plan, queue, finish. Both protocols come through here.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use super::completions::{Completion, Completions};
+use crate::api::{CacheStatus, Call, Outcome, RecommendCall, Slate, Ticket};
+use crate::cache::key::{self, CacheKey};
+use crate::cache::memory::ResultCache;
+use crate::cache::singleflight::{Role, SingleFlight, Waiter};
+use crate::catalog::generation::Generation;
+use crate::config::Config;
+use crate::context::Deadline;
+use crate::device::Job;
+use crate::device::ring::JobQueue;
+use crate::device::worker::JobSink;
+use crate::error::{Code, Error};
+use crate::pipeline::{self, FinishScratch, plan};
+use crate::rerank::Reranker;
+use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
+
+/// What all shards share.
+pub struct Shared {
+    /// The bundle that serves.
+    pub generation: Arc<Generation>,
+    /// Compiled against it.
+    pub reranker: Reranker,
+    /// As configured.
+    pub config: Config,
+    /// To the workers.
+    pub jobs: JobQueue,
+    /// To the shards, by shard.
+    pub completions: Vec<Completions>,
+    /// Results; `None` when off.
+    pub cache: Option<ResultCache>,
+    /// Keys being computed.
+    pub flights: SingleFlight,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+impl JobSink for Shared {
+    fn deliver(&self, job: Box<Job>) {
+        if let Some(completions) = self.completions.get(usize::from(job.shard)) {
+            completions.push(Completion::Job(job));
+        }
+    }
+}
+
+/// A call in flight.
+struct Flight {
+    /// The protocol's name for it.
+    ticket: Ticket,
+    endpoint: Endpoint,
+    n_items: u32,
+    explain: bool,
+    /// Where the result goes; `None`: nowhere.
+    key: Option<CacheKey>,
+    /// Whether the end of this call ends a single flight.
+    leader: bool,
+    /// Its planned job, while it waits for an identical call.
+    waiting: Option<Box<Job>>,
+    deadline: Deadline,
+    started: Instant,
+    /// It ran out of time and was answered; its job is still out.
+    answered: bool,
+}
+
+#[derive(Default)]
+struct Slot {
+    reuse: u32,
+    flight: Option<Flight>,
+}
+
+/// One shard's service; not shared between threads.
+pub struct Service {
+    shared: Arc<Shared>,
+    shard: u16,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    pool: Vec<Box<Job>>,
+    finish: FinishScratch,
+    in_flight: usize,
+    pushed: bool,
+    draining: bool,
+    next_sweep: Instant,
+}
+
+/// How often calls are checked for having run out of time.
+const SWEEP: Duration = Duration::from_millis(5);
+
+impl Service {
+    /// The service of shard `shard`.
+    pub fn new(shared: Arc<Shared>, shard: u16) -> Self {
+        let n = shared.config.server.max_in_flight;
+        Service {
+            shard,
+            slots: (0..n).map(|_| Slot::default()).collect(),
+            free: (0..n).rev().collect(),
+            pool: Vec::new(),
+            finish: FinishScratch::default(),
+            in_flight: 0,
+            pushed: false,
+            draining: false,
+            next_sweep: Instant::now(),
+            shared,
+        }
+    }
+
+    /// What all shards share.
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    fn metrics(&self) -> &ShardMetrics {
+        &self.shared.metrics.shards[usize::from(self.shard)]
+    }
+
+    fn inbox(&self) -> &Completions {
+        &self.shared.completions[usize::from(self.shard)]
+    }
+
+    /// The shard's number.
+    pub fn shard(&self) -> u16 {
+        self.shard
+    }
+
+    /// Whether jobs were pushed since the last [`Self::kick`].
+    pub fn pushed(&self) -> bool {
+        self.pushed
+    }
+
+    /// Calls in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Takes no further calls; those in flight finish.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether [`Self::drain`] was called.
+    pub fn draining(&self) -> bool {
+        self.draining
+    }
+
+    /// Starts a call: answered at once (cache hit, error, shed), or later through [`Self::poll`] under `ticket`.
+    pub fn submit(&mut self, call: &Call<'_>, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        let endpoint = match call {
+            Call::Recommend(_) => Endpoint::Recommend,
+            Call::Search(_) => Endpoint::Search,
+            Call::Rank(_) => Endpoint::Rank,
+        };
+        let outcome = self.begin(call, endpoint, ticket, now);
+        if let Some(outcome) = &outcome {
+            self.metrics().record_outcome(endpoint, outcome, now.elapsed());
+        }
+        outcome
+    }
+
+    fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        if self.draining {
+            return Some(Outcome::Failed(Error::fixed(Code::Unavailable, "the server is shutting down")));
+        }
+        let mut job = match self.pool.pop() {
+            Some(job) => job,
+            None => Box::new(Job::new(self.shared.generation.clone())),
+        };
+        let limits = &self.shared.config.server;
+        let budget = |asked: Option<Duration>| {
+            let longest = Duration::from_millis(u64::from(limits.max_deadline_ms));
+            Some(asked.unwrap_or(Duration::from_millis(u64::from(limits.default_deadline_ms))).min(longest))
+        };
+        let shared = self.shared.clone();
+        let generation = &shared.generation;
+        let config = &shared.config.pipeline;
+        let (mut key, mut n_items, mut explain) = (None, 0, false);
+        let planned = match call {
+            Call::Recommend(call) => {
+                let mut call = RecommendCall { deadline: budget(call.deadline), ..*call };
+                if call.n_items == 0 {
+                    call.n_items = config.default_n_items;
+                }
+                (n_items, explain) = (call.n_items, call.explain);
+                if let Some(cache) = &shared.cache
+                    && !call.no_cache
+                    && !call.explain
+                {
+                    job.context.assign(call.context);
+                    let query = call.query.unwrap_or_default().trim();
+                    let of = key::recommend(&generation.version, call.user_id, &job.context, query, call.n_items);
+                    if let Some(slate) = cache.get(of, now) {
+                        self.pool.push(job);
+                        return Some(Outcome::Slate(slate, CacheStatus::L1));
+                    }
+                    key = Some(of);
+                }
+                plan::recommend(&call, generation, &shared.reranker, config, now, &mut job)
+            }
+            Call::Search(call) => {
+                let call = crate::api::SearchCall { deadline: budget(call.deadline), ..*call };
+                plan::search(&call, generation, now, &mut job)
+            }
+            Call::Rank(call) => {
+                let call = crate::api::RankCall { deadline: budget(call.deadline), ..*call };
+                plan::rank(&call, generation, config, now, &mut job)
+            }
+        };
+        if let Err(error) = planned {
+            self.pool.push(job);
+            return Some(Outcome::Failed(error));
+        }
+        let Some(slot) = self.free.pop() else {
+            self.pool.push(job);
+            return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
+        };
+        let internal = Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot));
+        job.shard = self.shard;
+        job.ticket = internal;
+        let mut flight = Flight {
+            ticket,
+            endpoint,
+            n_items,
+            explain,
+            key,
+            leader: false,
+            waiting: None,
+            deadline: job.deadline,
+            started: now,
+            answered: false,
+        };
+        let role = key.map(|key| shared.flights.join(key, Waiter { shard: self.shard, ticket: internal }));
+        if role == Some(Role::Follower) {
+            flight.waiting = Some(job);
+        } else {
+            flight.leader = role == Some(Role::Leader);
+            if let Err(job) = shared.jobs.push(job) {
+                if flight.leader {
+                    self.release_followers(key, None);
+                }
+                self.pool.push(job);
+                self.free.push(slot);
+                return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "the queue to the workers is full")));
+            }
+            self.pushed = true;
+        }
+        self.slots[slot as usize].flight = Some(flight);
+        self.in_flight += 1;
+        self.metrics().in_flight.store(self.in_flight as u64, Relaxed);
+        None
+    }
+
+    /// Wakes sleeping workers if jobs were pushed since the last call.
+    pub fn kick(&mut self) {
+        if std::mem::take(&mut self.pushed) {
+            self.shared.jobs.kick();
+        }
+    }
+
+    /// Takes what came in; calls `deliver` for every call that is answered. Returns how many completions there were.
+    pub fn poll(&mut self, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) -> usize {
+        let mut n = 0;
+        while let Some(completion) = self.inbox().pop() {
+            n += 1;
+            match completion {
+                Completion::Job(job) => self.job_back(job, now, deliver),
+                Completion::Shared { ticket, slate } => {
+                    if let Some(mut flight) = self.take(ticket) {
+                        self.pool.extend(flight.waiting.take());
+                        self.metrics().record_shared();
+                        self.answer(&flight, Outcome::Slate(slate, CacheStatus::Miss), now, deliver);
+                    }
+                }
+                Completion::Retry { ticket } => self.retry(ticket, now, deliver),
+            }
+        }
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
+            if self.in_flight > 0 {
+                self.sweep(now, deliver);
+            }
+        }
+        n
+    }
+
+    /// The flight of an internal ticket, taken out of its slot.
+    fn take(&mut self, ticket: Ticket) -> Option<Flight> {
+        let (slot, reuse) = ((ticket.0 & 0xffff_ffff) as usize, (ticket.0 >> 32) as u32);
+        let entry = self.slots.get_mut(slot).filter(|s| s.reuse == reuse)?;
+        let flight = entry.flight.take()?;
+        entry.reuse = entry.reuse.wrapping_add(1);
+        self.free.push(slot as u32);
+        self.in_flight -= 1;
+        self.metrics().in_flight.store(self.in_flight as u64, Relaxed);
+        Some(flight)
+    }
+
+    fn answer(&self, flight: &Flight, outcome: Outcome, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        if !flight.answered {
+            let latency = now.saturating_duration_since(flight.started);
+            self.metrics().record_outcome(flight.endpoint, &outcome, latency);
+            deliver(flight.ticket, outcome);
+        }
+    }
+
+    fn job_back(&mut self, mut job: Box<Job>, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        let Some(flight) = self.take(job.ticket) else {
+            self.pool.push(job);
+            return;
+        };
+        let outcome = match flight.endpoint {
+            Endpoint::Recommend => {
+                let reranker = &self.shared.reranker;
+                pipeline::finish_recommend(&mut job, reranker, flight.n_items, flight.explain, &mut self.finish)
+                    .map(|slate| {
+                        let status = if flight.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
+                        Outcome::Slate(Arc::new(slate), status)
+                    })
+            }
+            Endpoint::Search | Endpoint::Rank => {
+                pipeline::finish_scored(&mut job).map(|scored| Outcome::Scored(Arc::new(scored)))
+            }
+        };
+        self.metrics().record_job(&job);
+        let outcome = outcome.unwrap_or_else(Outcome::Failed);
+        let slate = match &outcome {
+            Outcome::Slate(slate, _) => Some(slate),
+            _ => None,
+        };
+        if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.key, slate) {
+            // Before the followers are let go: whoever comes after them finds it.
+            cache.put(key, slate, now);
+        }
+        if flight.leader {
+            self.release_followers(flight.key, slate);
+        }
+        self.answer(&flight, outcome, now, deliver);
+        self.pool.push(job);
+    }
+
+    /// Ends a single flight: hands the slate to whoever waited, or lets them compute for themselves.
+    fn release_followers(&self, key: Option<CacheKey>, slate: Option<&Arc<Slate>>) {
+        let Some(key) = key else { return };
+        for Waiter { shard, ticket } in self.shared.flights.finish(key) {
+            let completion = match slate {
+                Some(slate) => Completion::Shared { ticket, slate: slate.clone() },
+                None => Completion::Retry { ticket },
+            };
+            if let Some(completions) = self.shared.completions.get(usize::from(shard)) {
+                completions.push(completion);
+            }
+        }
+    }
+
+    fn retry(&mut self, ticket: Ticket, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        let slot = (ticket.0 & 0xffff_ffff) as usize;
+        let Some(entry) = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32) else { return };
+        let Some(job) = entry.flight.as_mut().and_then(|f| f.waiting.take()) else { return };
+        match self.shared.jobs.push(job) {
+            Ok(()) => self.pushed = true,
+            Err(job) => {
+                self.pool.push(job);
+                if let Some(flight) = self.take(ticket) {
+                    let error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
+                    self.answer(&flight, Outcome::Failed(error), now, deliver);
+                }
+            }
+        }
+    }
+
+    /// Answers calls that ran out of time. Their slots stay taken until their jobs come back.
+    fn sweep(&mut self, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        for slot in 0..self.slots.len() {
+            let Some(flight) = &mut self.slots[slot].flight else { continue };
+            if flight.answered || !flight.deadline.passed(now) {
+                continue;
+            }
+            let outcome = Outcome::Failed(Error::fixed(Code::DeadlineExceeded, "the deadline passed"));
+            let latency = now.saturating_duration_since(flight.started);
+            let (ticket, endpoint) = (flight.ticket, flight.endpoint);
+            flight.answered = true;
+            self.metrics().record_outcome(endpoint, &outcome, latency);
+            deliver(ticket, outcome);
+        }
+    }
+}

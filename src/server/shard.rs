@@ -1,0 +1,222 @@
+//! One shard: a glommio executor that drives the binary port's engine and serves HTTP beside it.
+#![allow(unsafe_code)] // Handing a duplicate of the eventfd to glommio.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::time::{Duration, Instant};
+
+use flatbuffers::FlatBufferBuilder;
+use glommio::{LocalExecutorBuilder, Placement};
+
+use super::http::{self, HttpCalls};
+use super::ring::{ConnId, Engine, EngineConfig, Handler, Verdict};
+use super::service::{Service, Shared};
+use crate::api::{Call, Outcome, Ticket};
+use crate::error::{Code, Error};
+use crate::wire::request::{self, Request};
+use crate::wire::{frame, response};
+
+/// A call that came in by the binary protocol.
+struct BinaryCall {
+    conn: ConnId,
+    request_id: u64,
+    timings: bool,
+}
+
+/// What frames mean: the binary protocol over the shard's service.
+pub struct BinaryPort {
+    service: Rc<RefCell<Service>>,
+    builder: FlatBufferBuilder<'static>,
+    calls: Vec<Option<BinaryCall>>,
+    free: Vec<u32>,
+}
+
+impl BinaryPort {
+    /// A port over `service`.
+    pub fn new(service: Rc<RefCell<Service>>) -> Self {
+        BinaryPort { service, builder: FlatBufferBuilder::with_capacity(4096), calls: Vec::new(), free: Vec::new() }
+    }
+
+    /// Sends the outcome of a call that was pending.
+    fn deliver(&mut self, engine: &mut Engine, ticket: Ticket, outcome: &Outcome) {
+        let Some(call) = self.calls.get_mut(ticket.0 as usize).and_then(Option::take) else { return };
+        self.free.push(ticket.0 as u32);
+        let message = response::encode(&mut self.builder, call.request_id, outcome, call.timings);
+        engine.answer(call.conn, |out| frame::append(out, message));
+    }
+}
+
+impl Handler for BinaryPort {
+    fn frame(&mut self, conn: ConnId, message: &[u8], out: &mut Vec<u8>) -> Verdict {
+        let BinaryPort { service, builder, calls, free } = self;
+        let now = Instant::now();
+        let decoded = request::decode(message, |request_id, request| match request {
+            Request::Health => {
+                let service = service.borrow();
+                let version = &service.shared().generation.version;
+                frame::append(out, response::health(builder, request_id, !service.draining(), version));
+                Verdict::Continue
+            }
+            Request::Call(call) => {
+                let timings = matches!(call, Call::Recommend(c) if c.timings);
+                let slot = free.pop().unwrap_or_else(|| {
+                    calls.push(None);
+                    calls.len() as u32 - 1
+                });
+                match service.borrow_mut().submit(&call, Ticket(u64::from(slot)), now) {
+                    Some(outcome) => {
+                        free.push(slot);
+                        frame::append(out, response::encode(builder, request_id, &outcome, timings));
+                        Verdict::Continue
+                    }
+                    None => {
+                        calls[slot as usize] = Some(BinaryCall { conn, request_id, timings });
+                        Verdict::Pending
+                    }
+                }
+            }
+        });
+        decoded.unwrap_or_else(|malformed| {
+            // The frame's end is known, so the stream goes on.
+            let service = self.service.borrow();
+            service.shared().metrics.shards[usize::from(service.shard())].malformed.fetch_add(1, Relaxed);
+            frame::append(out, response::error(&mut self.builder, malformed.request_id, &malformed.error));
+            Verdict::Continue
+        })
+    }
+
+    fn oversized(&mut self, _: ConnId, _: usize, out: &mut Vec<u8>) {
+        let error = Error::fixed(Code::TooLarge, "the frame is larger than this server allows");
+        frame::append(out, response::error(&mut self.builder, 0, &error));
+    }
+}
+
+/// Everything that one shard owns.
+pub struct Shard {
+    /// Its number.
+    pub id: u16,
+    /// The CPU that it is pinned to.
+    pub cpu: usize,
+    /// With all others.
+    pub shared: Arc<Shared>,
+    /// Binary port.
+    pub listener: TcpListener,
+    /// HTTP port.
+    pub http: TcpListener,
+    /// Admin port; the first shard's.
+    pub admin: Option<TcpListener>,
+    /// Set to drain and end.
+    pub stop: Arc<AtomicBool>,
+    /// How often glommio looks for other work; 100 ms is its default.
+    pub preempt_timer: Duration,
+}
+
+impl Shard {
+    /// Starts the shard's thread. The handle's result says why it ended, if not by [`Self::stop`].
+    ///
+    /// # Errors
+    /// The thread could not be started.
+    pub fn spawn(self) -> io::Result<std::thread::JoinHandle<io::Result<()>>> {
+        std::thread::Builder::new().name(format!("shard-{}", self.id)).spawn(move || {
+            let executor = LocalExecutorBuilder::new(Placement::Fixed(self.cpu))
+                .preempt_timer(self.preempt_timer)
+                .name(&format!("shard-{}", self.id))
+                .make()
+                .map_err(|e| {
+                    io::Error::other(format!("{e}; if it speaks of locked memory, raise `ulimit -l` to 512 KiB or more"))
+                })?;
+            executor.run(self.serve())
+        })
+    }
+
+    async fn serve(self) -> io::Result<()> {
+        let service = Rc::new(RefCell::new(Service::new(self.shared.clone(), self.id)));
+        let config = &self.shared.config.server;
+        let engine_config = EngineConfig {
+            max_frame_bytes: config.max_frame_bytes as usize,
+            max_output_bytes: config.max_output_bytes as usize,
+            max_connections: config.max_connections as usize,
+            idle_timeout: Duration::from_secs(u64::from(config.idle_timeout_seconds)),
+        };
+        let mut engine = Engine::new(self.listener, engine_config)?;
+        let inbox = &self.shared.completions[usize::from(self.id)];
+        engine.register_eventfd(inbox.event_fd())?;
+        // SAFETY: the inbox outlives this shard and keeps the descriptor open while it is duplicated.
+        let event = unsafe { BorrowedFd::borrow_raw(inbox.event_fd()) }.try_clone_to_owned()?;
+        // SAFETY: the duplicate belongs to nobody else; glommio's file closes it.
+        let event = unsafe { glommio::io::BufferedFile::from_raw_fd(event.into_raw_fd()) };
+
+        let calls = Rc::new(HttpCalls::default());
+        let state = Rc::new(http::HttpState::new(service.clone(), calls.clone(), self.stop.clone()));
+        let mut listeners = vec![glommio::spawn_local(http::serve(self.http, state.clone(), http::Routes::Api))];
+        if let Some(admin) = self.admin {
+            listeners.push(glommio::spawn_local(http::serve(admin, state.clone(), http::Routes::Admin)));
+        }
+        // Calls run out of time, connections go idle, accepting resumes: somebody has to look.
+        let ticker = glommio::spawn_local({
+            let (shared, service, id) = (self.shared.clone(), service.clone(), usize::from(self.id));
+            async move {
+                loop {
+                    let busy = service.borrow().in_flight() > 0;
+                    glommio::timer::sleep(Duration::from_millis(if busy { 10 } else { 100 })).await;
+                    shared.completions[id].wake();
+                }
+            }
+        });
+
+        let mut port = BinaryPort::new(service.clone());
+        let mut drain_until: Option<Instant> = None;
+        loop {
+            let now = Instant::now();
+            let mut progress = engine.turn(0, now, &mut port)?;
+            progress += service.borrow_mut().poll(now, &mut |ticket, outcome| match ticket.0 >> 63 {
+                0 => port.deliver(&mut engine, ticket, &outcome),
+                _ => calls.deliver(ticket, outcome),
+            });
+            service.borrow_mut().kick();
+            engine.flush();
+            inbox.progressed();
+            let stats = engine.stats();
+            let metrics = &self.shared.metrics.shards[usize::from(self.id)];
+            metrics.connections.store(stats.connections as u64, Relaxed);
+            metrics.refused.store(stats.refused, Relaxed);
+
+            if self.stop.load(Acquire) {
+                let until = *drain_until.get_or_insert_with(|| {
+                    engine.stop_accepting();
+                    service.borrow_mut().drain();
+                    now + Duration::from_millis(u64::from(config.drain_timeout_ms))
+                });
+                let idle = service.borrow().in_flight() == 0 && engine.flushed() && state.idle();
+                if idle || now >= until {
+                    break;
+                }
+            }
+            if progress > 0 || engine.pending() {
+                glommio::executor().yield_if_needed().await;
+                continue;
+            }
+            engine.notify(true);
+            if inbox.arm() && engine.turn(0, now, &mut port)? == 0 && !engine.pending() && !service.borrow().pushed() {
+                // One eventfd for both: completions of the ring and of the workers.
+                event.read_at(0, 8).await.map_err(|e| io::Error::other(e.to_string()))?;
+            }
+            inbox.disarm();
+            engine.notify(false);
+        }
+        engine.close_all();
+        engine.flush();
+        let _ = engine.turn(0, Instant::now(), &mut port);
+        ticker.cancel().await;
+        for listener in listeners {
+            listener.cancel().await;
+        }
+        Ok(())
+    }
+}

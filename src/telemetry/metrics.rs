@@ -1,0 +1,401 @@
+//! Metrics by the specification's names, labels and buckets, with finer buckets below 10 ms added.
+//!
+//! Every shard records into counters of its own (relaxed atomics on its own cache lines); a scrape adds them up.
+//! Status labels are `ok` or the error's name.
+
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use crate::api::{CacheStatus, Outcome, Slate};
+use crate::candidates::Source;
+use crate::context::{Reason, Stage, StageTimings};
+use crate::device::Job;
+use crate::error::Code;
+
+/// Which call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Endpoint {
+    /// `recommend`
+    Recommend = 0,
+    /// `search`
+    Search = 1,
+    /// `rank`
+    Rank = 2,
+}
+
+const ENDPOINTS: [&str; 3] = ["recommend", "search", "rank"];
+const STATUSES: [Option<Code>; 9] = [
+    None,
+    Some(Code::BadRequest),
+    Some(Code::NotFound),
+    Some(Code::MethodNotAllowed),
+    Some(Code::DeadlineExceeded),
+    Some(Code::TooLarge),
+    Some(Code::Overloaded),
+    Some(Code::Internal),
+    Some(Code::Unavailable),
+];
+const REASONS: [Reason; 5] =
+    [Reason::Failed, Reason::Deadline, Reason::Exhausted, Reason::Defaulted, Reason::DeviceFallback];
+
+fn status_name(code: Option<Code>) -> &'static str {
+    code.map_or("ok", Code::name)
+}
+
+/// Seconds; the specification's are those from 0.01 up.
+const REQUEST_BUCKETS: [f64; 14] =
+    [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0];
+/// Seconds; the specification's are those from 0.005 up.
+const STAGE_BUCKETS: [f64; 14] =
+    [0.000001, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
+/// Candidates; the specification's.
+const CANDIDATE_BUCKETS: [f64; 6] = [10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
+
+/// A histogram with fixed buckets.
+struct Histogram<const N: usize> {
+    counts: [AtomicU64; N],
+    above: AtomicU64,
+    /// Nanoseconds, or plain units.
+    sum: AtomicU64,
+}
+
+impl<const N: usize> Default for Histogram<N> {
+    fn default() -> Self {
+        Histogram { counts: [const { AtomicU64::new(0) }; N], above: AtomicU64::new(0), sum: AtomicU64::new(0) }
+    }
+}
+
+impl<const N: usize> Histogram<N> {
+    fn observe(&self, bounds: &[f64; N], value: f64, sum: u64) {
+        let bucket = bounds.partition_point(|&bound| bound < value);
+        self.counts.get(bucket).unwrap_or(&self.above).fetch_add(1, Relaxed);
+        self.sum.fetch_add(sum, Relaxed);
+    }
+
+    fn observe_time(&self, bounds: &[f64; N], time: Duration) {
+        self.observe(bounds, time.as_secs_f64(), u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
+/// The counters of one shard; recording neither locks nor allocates.
+#[repr(align(128))]
+pub struct ShardMetrics {
+    requests: [[Histogram<14>; STATUSES.len()]; 3],
+    stages: [Histogram<14>; Stage::COUNT],
+    served: [AtomicU64; Source::COUNT],
+    backfilled: AtomicU64,
+    cache_hits: AtomicU64,
+    cache_misses: AtomicU64,
+    shared: AtomicU64,
+    candidates: [Histogram<6>; Source::COUNT],
+    inference: Vec<Histogram<14>>,
+    degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
+    unknown_users: AtomicU64,
+    nan_scores: AtomicU64,
+    /// Calls in flight now.
+    pub in_flight: AtomicU64,
+    /// Binary connections open now.
+    pub connections: AtomicU64,
+    /// Connections refused for the cap.
+    pub refused: AtomicU64,
+    /// Frames that were no request.
+    pub malformed: AtomicU64,
+}
+
+impl ShardMetrics {
+    fn new(n_rankers: usize) -> Self {
+        ShardMetrics {
+            requests: Default::default(),
+            stages: Default::default(),
+            served: Default::default(),
+            backfilled: AtomicU64::new(0),
+            cache_hits: AtomicU64::new(0),
+            cache_misses: AtomicU64::new(0),
+            shared: AtomicU64::new(0),
+            candidates: Default::default(),
+            inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
+            degraded: Default::default(),
+            unknown_users: AtomicU64::new(0),
+            nan_scores: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            malformed: AtomicU64::new(0),
+        }
+    }
+
+    /// A call was answered.
+    pub fn record_outcome(&self, endpoint: Endpoint, outcome: &Outcome, latency: Duration) {
+        let code = match outcome {
+            Outcome::Failed(error) => Some(error.code),
+            Outcome::Slate(slate, cache) => {
+                self.record_slate(slate, *cache);
+                None
+            }
+            Outcome::Scored(_) => None,
+        };
+        let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
+        self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
+    }
+
+    fn record_slate(&self, slate: &Slate, cache: CacheStatus) {
+        match cache {
+            CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
+            CacheStatus::Miss => self.cache_misses.fetch_add(1, Relaxed),
+            CacheStatus::Bypass => 0,
+        };
+        if !slate.known_user {
+            self.unknown_users.fetch_add(1, Relaxed);
+        }
+        let mut served = [0u64; Source::COUNT];
+        let mut backfilled = 0;
+        for item in &slate.items {
+            backfilled += u64::from(item.sources.0 == 0);
+            item.sources.iter().for_each(|source| served[source as usize] += 1);
+        }
+        for (counter, n) in self.served.iter().zip(served).filter(|(_, n)| *n > 0) {
+            counter.fetch_add(n, Relaxed);
+        }
+        if backfilled > 0 {
+            self.backfilled.fetch_add(backfilled, Relaxed);
+        }
+        for degraded in &slate.degraded {
+            let reason = REASONS.iter().position(|r| *r == degraded.reason).unwrap_or(0);
+            self.degraded[degraded.stage as usize][reason].fetch_add(1, Relaxed);
+        }
+    }
+
+    /// A job came back from its worker.
+    pub fn record_job(&self, job: &Job) {
+        self.record_stages(&job.timings);
+        for (histogram, &time) in self.inference.iter().zip(&job.ranked.inference) {
+            if !time.is_zero() {
+                histogram.observe_time(&STAGE_BUCKETS, time);
+            }
+        }
+        for (histogram, &n) in self.candidates.iter().zip(&job.ranked.n_by_source).filter(|(_, n)| **n > 0) {
+            histogram.observe(&CANDIDATE_BUCKETS, f64::from(n), u64::from(n));
+        }
+        if job.ranked.n_nan > 0 {
+            self.nan_scores.fetch_add(u64::from(job.ranked.n_nan), Relaxed);
+        }
+    }
+
+    fn record_stages(&self, timings: &StageTimings) {
+        for stage in Stage::ALL {
+            let time = timings.get(stage);
+            if !time.is_zero() {
+                self.stages[stage as usize].observe_time(&STAGE_BUCKETS, time);
+            }
+        }
+    }
+
+    /// A call was answered together with an identical one.
+    pub fn record_shared(&self) {
+        self.shared.fetch_add(1, Relaxed);
+    }
+}
+
+/// All counters of the process.
+pub struct Metrics {
+    /// By shard.
+    pub shards: Vec<ShardMetrics>,
+    rankers: Vec<String>,
+    /// Shards that the watchdog had to kick.
+    pub watchdog_kicks: AtomicU64,
+}
+
+/// Values that are read at scrape time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gauges<'a> {
+    /// Jobs waiting for a worker.
+    pub queue_depth: usize,
+    /// Result cache, bytes.
+    pub cache_bytes: u64,
+    /// Result cache, entries.
+    pub cache_entries: usize,
+    /// The bundle.
+    pub generation: &'a str,
+}
+
+impl Metrics {
+    /// Counters for `n_shards` shards and the given rankers.
+    pub fn new(n_shards: usize, rankers: Vec<String>) -> Self {
+        Metrics {
+            shards: (0..n_shards).map(|_| ShardMetrics::new(rankers.len())).collect(),
+            rankers,
+            watchdog_kicks: AtomicU64::new(0),
+        }
+    }
+
+    fn sum(&self, of: impl Fn(&ShardMetrics) -> &AtomicU64) -> u64 {
+        self.shards.iter().map(|s| of(s).load(Relaxed)).sum()
+    }
+
+    /// Prometheus text exposition, format 0.0.4.
+    pub fn render(&self, gauges: &Gauges<'_>) -> String {
+        let mut out = String::with_capacity(32 << 10);
+        let o = &mut out;
+        head(o, "recommendation_request_latency_seconds", "histogram", "Request latency");
+        let each_request = || {
+            (0..ENDPOINTS.len()).flat_map(|e| (0..STATUSES.len()).map(move |s| (e, s))).filter(|&(e, s)| {
+                self.shards.iter().any(|shard| count(&shard.requests[e][s]) > 0)
+            })
+        };
+        let labels = |e: usize, s: usize| format!("endpoint=\"{}\",status=\"{}\"", ENDPOINTS[e], status_name(STATUSES[s]));
+        for (e, s) in each_request() {
+            let name = "recommendation_request_latency_seconds";
+            self.histogram(o, name, &labels(e, s), &REQUEST_BUCKETS, 1e-9, |m| &m.requests[e][s]);
+        }
+        head(o, "recommendation_requests_total", "counter", "Total requests");
+        for (e, s) in each_request() {
+            let total: u64 = self.shards.iter().map(|m| count(&m.requests[e][s])).sum();
+            line(o, "recommendation_requests_total", &labels(e, s), total);
+        }
+        head(o, "recommendation_stage_latency_seconds", "histogram", "Per-stage latency");
+        for stage in Stage::ALL {
+            let labels = format!("stage=\"{}\"", stage.name());
+            let name = "recommendation_stage_latency_seconds";
+            self.histogram(o, name, &labels, &STAGE_BUCKETS, 1e-9, |m| &m.stages[stage as usize]);
+        }
+        head(o, "recommendations_served_total", "counter", "Total recommendations served");
+        for source in Source::ALL {
+            let labels = format!("source=\"{}\"", source.name());
+            line(o, "recommendations_served_total", &labels, self.sum(|m| &m.served[source as usize]));
+        }
+        line(o, "recommendations_served_total", "source=\"backfill\"", self.sum(|m| &m.backfilled));
+        head(o, "recommendation_cache_hits_total", "counter", "Cache hits");
+        line(o, "recommendation_cache_hits_total", "cache_level=\"l1\"", self.sum(|m| &m.cache_hits));
+        head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
+        for (at, ranker) in self.rankers.iter().enumerate() {
+            let labels = format!("model_name=\"{}\"", escaped(ranker));
+            self.histogram(o, "model_inference_latency_seconds", &labels, &STAGE_BUCKETS, 1e-9, |m| &m.inference[at]);
+        }
+        head(o, "candidates_generated", "histogram", "Number of candidates generated");
+        for source in Source::ALL {
+            let labels = format!("source=\"{}\"", source.name());
+            self.histogram(o, "candidates_generated", &labels, &CANDIDATE_BUCKETS, 1.0, |m| &m.candidates[source as usize]);
+        }
+        head(o, "tastemaker_degraded_total", "counter", "Answers that did without something, by stage and reason");
+        for stage in Stage::ALL {
+            for (at, reason) in REASONS.iter().enumerate() {
+                let n = self.sum(|m| &m.degraded[stage as usize][at]);
+                if n > 0 {
+                    let labels = format!("stage=\"{}\",reason=\"{}\"", stage.name(), reason.name());
+                    line(o, "tastemaker_degraded_total", &labels, n);
+                }
+            }
+        }
+        let plain: [(&str, &str, &str, u64); 12] = [
+            ("tastemaker_cache_misses_total", "counter", "Results that had to be computed", self.sum(|m| &m.cache_misses)),
+            ("tastemaker_shared_total", "counter", "Calls answered together with an identical one", self.sum(|m| &m.shared)),
+            ("tastemaker_unknown_users_total", "counter", "Answers to users that the bundle lacks", self.sum(|m| &m.unknown_users)),
+            ("tastemaker_nan_scores_total", "counter", "Ranker scores that were not a number", self.sum(|m| &m.nan_scores)),
+            ("tastemaker_malformed_frames_total", "counter", "Frames that were no request", self.sum(|m| &m.malformed)),
+            ("tastemaker_connections_refused_total", "counter", "Connections beyond the cap", self.sum(|m| &m.refused)),
+            ("tastemaker_connections", "gauge", "Open binary connections", self.sum(|m| &m.connections)),
+            ("tastemaker_in_flight", "gauge", "Calls in flight", self.sum(|m| &m.in_flight)),
+            ("tastemaker_queue_depth", "gauge", "Jobs waiting for a worker", gauges.queue_depth as u64),
+            ("tastemaker_cache_bytes", "gauge", "Memory of the result cache", gauges.cache_bytes),
+            ("tastemaker_cache_entries", "gauge", "Results in the cache", gauges.cache_entries as u64),
+            ("tastemaker_watchdog_kicks_total", "counter", "Shards woken by the watchdog", self.watchdog_kicks.load(Relaxed)),
+        ];
+        for (name, kind, help, value) in plain {
+            head(o, name, kind, help);
+            line(o, name, "", value);
+        }
+        head(o, "tastemaker_info", "gauge", "Version and bundle");
+        let labels = format!("version=\"{}\",generation=\"{}\"", env!("CARGO_PKG_VERSION"), escaped(gauges.generation));
+        line(o, "tastemaker_info", &labels, 1);
+        out
+    }
+
+    fn histogram<'a, const N: usize>(
+        &'a self,
+        out: &mut String,
+        name: &str,
+        labels: &str,
+        bounds: &[f64; N],
+        unit: f64,
+        of: impl Fn(&'a ShardMetrics) -> &'a Histogram<N>,
+    ) {
+        let total = |bucket: usize| -> u64 { self.shards.iter().map(|m| of(m).counts[bucket].load(Relaxed)).sum() };
+        let mut running = 0;
+        for (bucket, bound) in bounds.iter().enumerate() {
+            running += total(bucket);
+            line(out, &format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), running);
+        }
+        running += self.shards.iter().map(|m| of(m).above.load(Relaxed)).sum::<u64>();
+        line(out, &format!("{name}_bucket"), &format!("{labels},le=\"+Inf\""), running);
+        let sum: u64 = self.shards.iter().map(|m| of(m).sum.load(Relaxed)).sum();
+        let _ = writeln!(out, "{name}_sum{{{labels}}} {}", sum as f64 * unit);
+        line(out, &format!("{name}_count"), labels, running);
+    }
+}
+
+fn count<const N: usize>(histogram: &Histogram<N>) -> u64 {
+    histogram.counts.iter().map(|c| c.load(Relaxed)).sum::<u64>() + histogram.above.load(Relaxed)
+}
+
+fn head(out: &mut String, name: &str, kind: &str, help: &str) {
+    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+fn line(out: &mut String, name: &str, labels: &str, value: u64) {
+    let _ = match labels {
+        "" => writeln!(out, "{name} {value}"),
+        labels => writeln!(out, "{name}{{{labels}}} {value}"),
+    };
+}
+
+fn escaped(label: &str) -> String {
+    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use std::collections::HashMap;
+
+    #[test]
+    fn exposition_is_sound() {
+        let metrics = Metrics::new(2, vec!["ma\"in".into()]);
+        for shard in 0..2 {
+            for us in [3, 70, 900, 12_000, 2_000_000] {
+                let outcome = Outcome::Failed(Error::fixed(Code::Overloaded, "x"));
+                metrics.shards[shard].record_outcome(Endpoint::Rank, &outcome, Duration::from_micros(us));
+            }
+        }
+        let text = metrics.render(&Gauges { generation: "g", ..Gauges::default() });
+        let (mut types, mut values) = (HashMap::new(), HashMap::new());
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# TYPE ") {
+                let (name, kind) = rest.split_once(' ').unwrap();
+                assert!(types.insert(name, kind).is_none(), "{name} twice");
+            } else if !line.starts_with('#') {
+                let (series, value) = line.rsplit_once(' ').unwrap();
+                assert!(values.insert(series, value.parse::<f64>().unwrap()).is_none(), "{series} twice");
+            }
+        }
+        let series = "recommendation_request_latency_seconds";
+        let labels = "endpoint=\"rank\",status=\"overloaded\"";
+        let mut last = 0.0;
+        for bound in REQUEST_BUCKETS {
+            let value = values[format!("{series}_bucket{{{labels},le=\"{bound}\"}}").as_str()];
+            assert!(value >= last);
+            last = value;
+        }
+        assert_eq!(last, 8.0);
+        assert_eq!(values[format!("{series}_bucket{{{labels},le=\"+Inf\"}}").as_str()], 10.0);
+        assert_eq!(values[format!("{series}_count{{{labels}}}").as_str()], 10.0);
+        assert!((values[format!("{series}_sum{{{labels}}}").as_str()] - 2.0 * 2.012_973).abs() < 1e-6);
+        assert_eq!(values[format!("recommendation_requests_total{{{labels}}}").as_str()], 10.0);
+        assert!(text.contains("model_name=\"ma\\\"in\""));
+        for name in ["recommendations_served_total", "recommendation_cache_hits_total", "candidates_generated"] {
+            assert!(types.contains_key(name), "{name}");
+        }
+    }
+}
