@@ -8,6 +8,9 @@ use super::CatalogError;
 use super::array::Array;
 use super::generation::{Matrix, MatrixData};
 
+/// Largest dimension.
+pub const MAX_DIM: usize = 8192;
+
 /// Reads a matrix and checks that it has `n_rows` rows and only finite values.
 ///
 /// # Errors
@@ -32,8 +35,8 @@ pub fn read(path: &Path, n_rows: usize, rows_of: &str) -> Result<Matrix, Catalog
     if rows != n_rows {
         return Err(wrong(format!("{rows} rows, but {rows_of} has {n_rows}")));
     }
-    if dim == 0 || dim > 8192 {
-        return Err(wrong(format!("dim is {dim}, expected 1 to 8192")));
+    if dim == 0 || dim > MAX_DIM {
+        return Err(wrong(format!("dim is {dim}, expected 1 to {MAX_DIM}")));
     }
     let width = if half { 2 } else { 4 };
     let want = rows.checked_mul(dim).and_then(|n| n.checked_mul(width));

@@ -2,7 +2,7 @@
 
 mod build;
 mod check;
-//S mod demo;
+mod demo;
 mod eval;
 mod features;
 mod inspect;
@@ -24,7 +24,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Make a synthetic catalogue, build it, serve it and show a result.
-    //S Demo(demo::Demo),
+    Demo(demo::Demo),
     /// Turn a dataset directory into a bundle.
     Build(build::Build),
     /// Serve a bundle until SIGTERM or SIGINT, then drain.
@@ -47,7 +47,7 @@ enum Command {
 /// Whatever made it fail, for a person to read; the exit code is then 1.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        //S Command::Demo(command) => command.run(),
+        Command::Demo(command) => command.run(),
         Command::Build(command) => command.run(),
         Command::Serve(command) => command.run(),
         Command::Recommend(command) => command.run(),
