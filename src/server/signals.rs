@@ -28,7 +28,7 @@ pub fn wait() -> &'static str {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGTERM);
         libc::sigaddset(&mut set, libc::SIGINT);
-        libc::sigwait(&set, &mut signal);
+        while libc::sigwait(&set, &mut signal) != 0 {}
     }
     if signal == libc::SIGINT { "SIGINT" } else { "SIGTERM" }
 }

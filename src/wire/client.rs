@@ -19,7 +19,7 @@ const MAX_ANSWER: usize = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The connection broke.
-    #[error("{0}")]
+    #[error("the connection broke: {0}")]
     Io(#[from] io::Error),
     /// The server answered what is not an answer.
     #[error("the server sent a malformed answer: {0}")]
@@ -170,9 +170,11 @@ impl Client {
                 Split::TooLarge { len } => return Err(ClientError::Malformed(format!("a frame of {len} bytes"))),
                 Split::Partial { .. } => {
                     let mut chunk = [0; 16 << 10];
-                    match self.stream.read(&mut chunk)? {
-                        0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                        n => self.received.extend_from_slice(&chunk[..n]),
+                    match self.stream.read(&mut chunk) {
+                        Ok(0) => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+                        Ok(n) => self.received.extend_from_slice(&chunk[..n]),
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                        Err(e) => return Err(e.into()),
                     }
                 }
             }
