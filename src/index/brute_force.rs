@@ -1,7 +1,7 @@
 //! Exact scan: the oracle that other index kinds are held against.
 
 use super::{Kernel, SearchScratch, VectorIndex};
-use crate::candidates::{Scored, best_first};
+use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, MatrixData, Metric};
 use half::slice::HalfFloatSliceExt;
 
@@ -98,21 +98,17 @@ impl VectorIndex for BruteForce {
                 let row = (start + at) as u32;
                 // Written so that NaN fails; equal scores lose to the lower rows already there.
                 if (score > threshold || best.len() < k && score == threshold) && allowed(row) {
-                    best.push(Scored { row, score });
+                    best.push(Packed::from(Scored { row, score }));
                 }
             }
             if best.len() >= room {
-                best.select_nth_unstable_by(k - 1, best_first);
+                best.select_nth_unstable(k - 1);
                 best.truncate(k);
-                threshold = best[k - 1].score;
+                threshold = Scored::from(best[k - 1]).score;
             }
         }
-        if best.len() > k {
-            best.select_nth_unstable_by(k - 1, best_first);
-            best.truncate(k);
-        }
-        best.sort_unstable_by(best_first);
-        out.extend_from_slice(best);
+        keep_best(best, k);
+        out.extend(best.iter().map(|&p| Scored::from(p)));
     }
 
     fn score(&self, query: &[f32], row: u32) -> f32 {
@@ -130,6 +126,7 @@ impl VectorIndex for BruteForce {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::candidates::best_first;
     use half::f16;
     use proptest::prelude::*;
 

@@ -1,4 +1,4 @@
-//! Inner products of one query with many rows; one body, compiled for AVX-512, AVX2 and the baseline, chosen at run time.
+//! Inner products of one query with many rows: AVX-512, AVX2 and portable, chosen at run time.
 #![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected.
 
 /// Which instruction set to use.
@@ -12,61 +12,84 @@ pub enum Kernel {
     Portable,
 }
 
-/// Lanes that sum up side by side: four 16-lane registers hide the latency of the adds.
-const LANES: usize = 64;
-
-/// Four vector accumulators in flight; `mul_add` is one instruction where the caller's target has FMA.
-macro_rules! dot {
-    ($a:expr, $b:expr, $fma:expr) => {{
-        let (a, b): (&[f32], &[f32]) = ($a, $b);
-        let mut sums = [0f32; LANES];
-        let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-        let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-        for (a, b) in a_chunks.iter().zip(b_chunks) {
-            for lane in 0..LANES {
-                sums[lane] = if $fma { a[lane].mul_add(b[lane], sums[lane]) } else { sums[lane] + a[lane] * b[lane] };
-            }
+/// Sixteen-lane sums in four registers hide the latency of the adds; the last values come in by a masked load.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_setzero_ps(); 4];
+    let (a_wide, a_rest) = a.as_chunks::<64>();
+    let (b_wide, b_rest) = b.as_chunks::<64>();
+    for (a, b) in a_wide.iter().zip(b_wide) {
+        for (part, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: 16 values from `16 * part` lie within the 64 of the chunk.
+            let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr().add(16 * part)), _mm512_loadu_ps(b.as_ptr().add(16 * part))) };
+            *sum = _mm512_fmadd_ps(a, b, *sum);
         }
-        let (a_small, a_rest) = a_rest.as_chunks::<16>();
-        let (b_small, b_rest) = b_rest.as_chunks::<16>();
-        for (a, b) in a_small.iter().zip(b_small) {
-            for lane in 0..16 {
-                sums[lane] = if $fma { a[lane].mul_add(b[lane], sums[lane]) } else { sums[lane] + a[lane] * b[lane] };
-            }
-        }
-        let mut width = LANES;
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                sums[lane] += sums[lane + width];
-            }
-        }
-        sums[0] + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
-    }};
-}
-
-macro_rules! dots {
-    ($query:expr, $rows:expr, $out:expr, $fma:expr) => {
-        for (row, out) in $rows.chunks_exact($query.len()).zip($out) {
-            *out = dot!($query, row, $fma);
-        }
-    };
+    }
+    for (part, (a, b)) in a_rest.chunks(16).zip(b_rest.chunks(16)).enumerate() {
+        let mask = ((1u32 << a.len().min(b.len())) - 1) as u16;
+        // SAFETY: the mask admits only the values that both chunks have.
+        let (a, b) = unsafe { (_mm512_maskz_loadu_ps(mask, a.as_ptr()), _mm512_maskz_loadu_ps(mask, b.as_ptr())) };
+        sums[part] = _mm512_fmadd_ps(a, b, sums[part]);
+    }
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])))
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn dots_avx512(query: &[f32], rows: &[f32], out: &mut [f32]) {
-    dots!(query, rows, out, true);
+    for (row, out) in rows.chunks_exact(query.len()).zip(out) {
+        *out = dot_avx512(query, row);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm256_setzero_ps(); 4];
+    let (a_wide, a_rest) = a.as_chunks::<32>();
+    let (b_wide, b_rest) = b.as_chunks::<32>();
+    for (a, b) in a_wide.iter().zip(b_wide) {
+        for (part, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: 8 values from `8 * part` lie within the 32 of the chunk.
+            let (a, b) = unsafe { (_mm256_loadu_ps(a.as_ptr().add(8 * part)), _mm256_loadu_ps(b.as_ptr().add(8 * part))) };
+            *sum = _mm256_fmadd_ps(a, b, *sum);
+        }
+    }
+    let sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    let half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+    let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    let total = _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+    total + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn dots_avx2(query: &[f32], rows: &[f32], out: &mut [f32]) {
-    dots!(query, rows, out, true);
+    for (row, out) in rows.chunks_exact(query.len()).zip(out) {
+        *out = dot_avx2(query, row);
+    }
+}
+
+/// Eight running sums, which any compiler keeps in vector registers.
+fn dot_portable(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; 8];
+    let (a_wide, a_rest) = a.as_chunks::<8>();
+    let (b_wide, b_rest) = b.as_chunks::<8>();
+    for (a, b) in a_wide.iter().zip(b_wide) {
+        for lane in 0..8 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
 fn dots_portable(query: &[f32], rows: &[f32], out: &mut [f32]) {
-    dots!(query, rows, out, false);
+    for (row, out) in rows.chunks_exact(query.len()).zip(out) {
+        *out = dot_portable(query, row);
+    }
 }
 
 impl Kernel {

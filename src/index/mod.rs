@@ -6,7 +6,7 @@ mod distance;
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
 
-use crate::candidates::Scored;
+use crate::candidates::{Packed, Scored};
 
 /// A searchable set of item vectors. Row `i` of the index is item row `i`.
 pub trait VectorIndex: Send + Sync {
@@ -32,5 +32,5 @@ pub trait VectorIndex: Send + Sync {
 pub struct SearchScratch {
     scores: Vec<f32>,
     block: Vec<f32>,
-    best: Vec<Scored>,
+    best: Vec<Packed>,
 }

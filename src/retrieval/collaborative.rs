@@ -1,6 +1,6 @@
 //! Neighbours of the items in the user's history. What is gathered on the way also feeds the ranker's cross features.
 
-use crate::candidates::{Scored, best_first};
+use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Interaction, Lists};
 
 /// What the history says of one item.
@@ -21,7 +21,7 @@ pub struct Signal {
 pub struct Signals {
     by_row: Vec<Signal>,
     touched: Vec<u32>,
-    best: Vec<Scored>,
+    best: Vec<Packed>,
 }
 
 impl Signals {
@@ -67,20 +67,18 @@ impl Signals {
             touched
                 .iter()
                 .map(|&row| Scored { row, score: by_row[row as usize].sum })
-                .filter(|s| s.score > 0.0 && allowed(s.row)),
+                .filter(|s| s.score > 0.0 && allowed(s.row))
+                .map(Packed::from),
         );
-        if best.len() > k && k > 0 {
-            best.select_nth_unstable_by(k - 1, best_first);
-        }
-        best.truncate(k);
-        best.sort_unstable_by(best_first);
-        out.extend_from_slice(best);
+        keep_best(best, k);
+        out.extend(best.iter().map(|&p| Scored::from(p)));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::candidates::best_first;
     use proptest::prelude::*;
 
     proptest! {

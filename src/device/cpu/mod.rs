@@ -8,7 +8,7 @@ use std::time::Instant;
 use rten::ThreadPool;
 
 use super::{Device, DeviceError, Job, RankedItem, Task};
-use crate::candidates::{Candidates, Scored, Source, best_first};
+use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
@@ -24,6 +24,9 @@ use crate::retrieval::{Marks, ann, trending};
 
 /// Generations kept ready: the one that serves and the one before it, for jobs still on their way.
 const KEPT: usize = 2;
+
+/// Share of each source in rank fusion: what everybody likes only decides where nothing personal does.
+const FUSION_WEIGHTS: [f32; Source::COUNT] = [1.0, 1.0, 0.02, 1.0];
 
 /// The CPU engine of one worker.
 pub struct CpuDevice {
@@ -62,6 +65,7 @@ struct Scratch {
     scores: Vec<f32>,
     mean: WeightedMean,
     best: Vec<Scored>,
+    order: Vec<Packed>,
 }
 
 /// Runs `body` with a new CPU device on the single thread that its rankers run on.
@@ -190,16 +194,12 @@ impl Loaded {
 
         clock = Instant::now();
         blend_search(config.search_weight, scratch);
-        let Scratch { best, scores, candidates, .. } = scratch;
-        best.clear();
-        best.extend(candidates.rows.iter().zip(&*scores).map(|(&row, &score)| Scored { row, score }));
-        job.ranked.n_nan = best.iter().filter(|s| s.score.is_nan()).count() as u32;
-        if best.len() > top_m && top_m > 0 {
-            best.select_nth_unstable_by(top_m - 1, best_first);
-            best.truncate(top_m);
-        }
-        best.sort_unstable_by(best_first);
-        job.ranked.items.extend(best.iter().map(|s| {
+        let Scratch { order, scores, candidates, .. } = scratch;
+        order.clear();
+        order.extend(candidates.rows.iter().zip(&*scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
+        job.ranked.n_nan = scores.iter().filter(|s| s.is_nan()).count() as u32;
+        keep_best(order, top_m);
+        job.ranked.items.extend(order.iter().map(|&s| Scored::from(s)).map(|s| {
             let sources = candidates.rows.binary_search(&s.row).map_or_else(|_| Default::default(), |at| candidates.sources[at]);
             RankedItem { row: s.row, score: s.score, sources }
         }));
@@ -306,7 +306,7 @@ impl Loaded {
                 let ranks = &scratch.candidates.source_ranks;
                 let fused = |at: usize| {
                     let share = |&rank: &u16| if rank == 0 { 0.0 } else { 1.0 / (60.0 + f32::from(rank)) };
-                    ranks.iter().map(|ranks| share(&ranks[at])).sum::<f32>()
+                    ranks.iter().zip(FUSION_WEIGHTS).map(|(ranks, weight)| weight * share(&ranks[at])).sum::<f32>()
                 };
                 scratch.scores.extend((0..n).map(fused));
             }
