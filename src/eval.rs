@@ -69,9 +69,8 @@ pub fn read_truth(file: &Path, user: &str, item: &str, relevant: &[Relevance]) -
     let mut first = 0;
     for batch in reader {
         let batch = batch.with_context(|| file.display().to_string())?;
-        let column = |name: &str| {
-            batch.column_by_name(name).with_context(|| format!("{}: no column `{name}`", file.display()))
-        };
+        let column =
+            |name: &str| batch.column_by_name(name).with_context(|| format!("{}: no column `{name}`", file.display()));
         let (users, items) = (ids(column(user)?, file, user, first)?, ids(column(item)?, file, item, first)?);
         let mut keep = vec![relevant.is_empty(); batch.num_rows()];
         for rule in relevant {

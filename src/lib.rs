@@ -2,10 +2,10 @@
 #![deny(unsafe_code)]
 
 pub mod api;
-pub mod cli;
 pub mod cache;
 pub mod candidates;
 pub mod catalog;
+pub mod cli;
 pub mod config;
 pub mod context;
 pub mod device;

@@ -103,7 +103,8 @@ pub fn build(
     };
     let category = dataset.roles.category.map(|at| &dataset.items.columns[at].data);
     let half_life = config.interactions.trending_half_life_days * 86_400.0;
-    let (trending, trending_by_category, popularity) = popularity::trending(&dataset.interactions, n_items, half_life, category);
+    let (trending, trending_by_category, popularity) =
+        popularity::trending(&dataset.interactions, n_items, half_life, category);
 
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -192,10 +193,7 @@ fn put_in_place(temporary: tempfile::TempDir, out: &Path, parent: &Path) -> Resu
     })
 }
 
-fn embeddings(
-    dataset: &Dataset,
-    warnings: &mut Vec<String>,
-) -> Result<(Option<Matrix>, Option<Matrix>), CatalogError> {
+fn embeddings(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<(Option<Matrix>, Option<Matrix>), CatalogError> {
     let read = |file: &Path, n: usize, of: &Path| {
         let path = dataset.directory.join(file);
         if path.exists() { npy::read(&path, n, &of.display().to_string()).map(Some) } else { Ok(None) }

@@ -391,7 +391,7 @@ impl Reader {
         }
         let len = section.bytes as usize / size_of::<T>();
         Array::mapped(self.map.clone(), section.offset as usize, len)
-            .filter(|_| section.bytes as usize % size_of::<T>() == 0)
+            .filter(|_| (section.bytes as usize).is_multiple_of(size_of::<T>()))
             .ok_or_else(|| self.corrupt(name, "misaligned"))
     }
 

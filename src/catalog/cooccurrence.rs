@@ -19,9 +19,8 @@ const MAX_HISTORY: usize = 1000;
 /// `n_items` per thread, beside the result. `done` is called with the number of items finished.
 pub fn neighbours(histories: &Histories, n_users: usize, n_items: usize, done: &(dyn Fn(u64) + Sync)) -> Lists {
     let (by_user, by_item) = positive(histories, n_users, n_items);
-    let norms: Vec<f32> = (0..n_items)
-        .map(|item| by_item.of(item).map(|(_, weight)| weight * weight).sum::<f32>().sqrt())
-        .collect();
+    let norms: Vec<f32> =
+        (0..n_items).map(|item| by_item.of(item).map(|(_, weight)| weight * weight).sum::<f32>().sqrt()).collect();
     let rows: Vec<Vec<(u32, f32)>> = (0..n_items)
         .into_par_iter()
         .map_init(

@@ -17,6 +17,7 @@ use super::generation::{Column, ColumnData, Entities, IdTable, Metric, NO_CODE, 
 /// `dataset.toml`; every key has a default.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+#[derive(Default)]
 pub struct DatasetConfig {
     /// Part of the bundle's version. Default: the directory's name.
     pub name: String,
@@ -28,18 +29,6 @@ pub struct DatasetConfig {
     pub interactions: InteractionsConfig,
     /// Vectors.
     pub embeddings: EmbeddingsConfig,
-}
-
-impl Default for DatasetConfig {
-    fn default() -> Self {
-        DatasetConfig {
-            name: String::new(),
-            items: ItemsConfig::default(),
-            users: UsersConfig::default(),
-            interactions: InteractionsConfig::default(),
-            embeddings: EmbeddingsConfig::default(),
-        }
-    }
 }
 
 /// Where items are and what their columns mean.
@@ -210,7 +199,8 @@ impl DatasetConfig {
                 return Err(CatalogError::file(&file, format!("weight_rule {}: weight must be 0 or more", at + 1)));
             }
         }
-        if !(config.interactions.trending_half_life_days > 0.0) {
+        let half_life = config.interactions.trending_half_life_days;
+        if !half_life.is_finite() || half_life <= 0.0 {
             return Err(CatalogError::file(&file, "interactions.trending_half_life_days must be above 0"));
         }
         Ok(config)
@@ -371,7 +361,8 @@ impl Table {
             } else if let Ok(values) = self.numbers(name) {
                 let present = || values.iter().filter(|v| v.is_finite());
                 let default = present().sum::<f64>() / present().count().max(1) as f64;
-                let values: Vec<f32> = values.iter().map(|v| if v.is_finite() { *v as f32 } else { f32::NAN }).collect();
+                let values: Vec<f32> =
+                    values.iter().map(|v| if v.is_finite() { *v as f32 } else { f32::NAN }).collect();
                 ColumnData::Number { values: values.into(), default: default as f32 }
             } else {
                 unusable.push(format!("{name} ({})", column.data_type()));
@@ -391,9 +382,7 @@ impl Table {
         let wrong = || CatalogError::column(&self.file, name, "expected lists of numbers");
         let column = self.cast(name, column, &DataType::new_list(DataType::Float32, true)).map_err(|_| wrong())?;
         let list = column.as_list::<i32>();
-        Ok((0..list.len())
-            .map(|row| list.value(row).as_primitive::<Float32Type>().values().to_vec())
-            .collect())
+        Ok((0..list.len()).map(|row| list.value(row).as_primitive::<Float32Type>().values().to_vec()).collect())
     }
 
     /// Rows of lists of ids, for precomputed neighbours.
@@ -562,12 +551,7 @@ impl Dataset {
     }
 }
 
-fn entities(
-    table: &Table,
-    id: &str,
-    ignore: &[String],
-    warnings: &mut Vec<String>,
-) -> Result<Entities, CatalogError> {
+fn entities(table: &Table, id: &str, ignore: &[String], warnings: &mut Vec<String>) -> Result<Entities, CatalogError> {
     let (ids, integer) = table.ids(id)?;
     let skip: Vec<&str> = ignore.iter().map(String::as_str).chain([id]).collect();
     let (columns, unusable) = table.features(&skip)?;

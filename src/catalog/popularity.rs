@@ -66,7 +66,9 @@ mod tests {
     fn categories_have_their_own_order() {
         let column = ColumnData::Category {
             codes: vec![0, 1, 0].into(),
-            vocabulary: std::sync::Arc::new(super::super::generation::IdTable::build(["a", "b"].iter(), false).unwrap()),
+            vocabulary: std::sync::Arc::new(
+                super::super::generation::IdTable::build(["a", "b"].iter(), false).unwrap(),
+            ),
         };
         let (_, lists, _) = trending(&[at(2, 1.0, 0.0)], 3, 1.0, Some(&column));
         assert_eq!(lists.of(0), (&[2, 0][..], &[1.0, 0.0][..]));

@@ -40,7 +40,8 @@ const WORD_BOOST: f32 = 2.0;
 const FIRST_COLUMN_TIMES: usize = 2;
 
 fn analyzers() -> (TextAnalyzer, TextAnalyzer) {
-    let words = TextAnalyzer::builder(SimpleTokenizer::default()).filter(RemoveLongFilter::limit(64)).filter(LowerCaser);
+    let words =
+        TextAnalyzer::builder(SimpleTokenizer::default()).filter(RemoveLongFilter::limit(64)).filter(LowerCaser);
     // The bounds are constants that the tokenizer accepts; were they not, trigram search would be off, words still on.
     let grams = match NgramTokenizer::new(3, 3, false) {
         Ok(grams) => TextAnalyzer::builder(grams).filter(LowerCaser).build(),

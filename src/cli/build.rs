@@ -43,7 +43,7 @@ impl Build {
     pub fn run(self) -> anyhow::Result<()> {
         let IndexKind::BruteForce = self.index;
         let progress = Reporter::new();
-        let options = BuildOptions { overwrite: self.overwrite, ..BuildOptions::default() };
+        let options = BuildOptions { overwrite: self.overwrite };
         let report = build::build(&self.dataset, &self.out, &options, &progress)?;
         progress.finish();
         println!("{report}");

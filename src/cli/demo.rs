@@ -13,7 +13,7 @@ use crate::catalog::bundle;
 use crate::catalog::generation::Generation;
 use crate::catalog::synthetic::{self, SyntheticOptions};
 use crate::config::Config;
-use crate::server::{DeviceKind, Server, signals};
+use crate::server::{Options, Server, signals};
 use crate::wire::client::{Client, SlateAnswer};
 
 /// `tastemaker demo`
@@ -63,7 +63,7 @@ impl Demo {
         }
         self.overrides.apply(&mut config);
         config.validate().map_err(anyhow::Error::msg)?;
-        let server = Server::start(generation.clone(), config, DeviceKind::Cpu)?;
+        let server = Server::start(generation.clone(), config, Options::default())?;
         let shown = show(&server, &generation);
         if shown.is_err() || self.once {
             server.shut_down()?;

@@ -82,7 +82,10 @@ impl Eval {
                     })
                 })
                 .collect();
-            handles.into_iter().map(|h| h.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")))).collect()
+            handles
+                .into_iter()
+                .map(|h| h.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked"))))
+                .collect()
         });
         progress.finish();
         let mut users = Vec::new();
@@ -117,7 +120,8 @@ impl Eval {
                 meter.add(rows, &user.relevant, user.n_relevant);
             }
         }
-        let mut rows = vec![("slate".to_owned(), slate.quality(n_items)), ("merged".to_owned(), merged.quality(n_items))];
+        let mut rows =
+            vec![("slate".to_owned(), slate.quality(n_items)), ("merged".to_owned(), merged.quality(n_items))];
         for (source, meter) in Source::ALL.into_iter().zip(&alone) {
             if users.iter().any(|u| !u.by_source[source as usize].is_empty()) {
                 rows.push((format!("{} alone", source.name()), meter.quality(n_items)));

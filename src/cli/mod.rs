@@ -14,7 +14,13 @@ use clap::{Parser, Subcommand};
 
 /// Inference server for personalization: retrieval, ranking and re-ranking in one process.
 #[derive(Debug, Parser)]
-#[command(name = "tastemaker", version, propagate_version = true, subcommand_required = true, arg_required_else_help = true)]
+#[command(
+    name = "tastemaker",
+    version,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
 #[command(after_help = "Exit codes: 0 ok, 1 failed, 2 usage.\nStart with `tastemaker demo`.")]
 pub struct Cli {
     #[command(subcommand)]

@@ -41,7 +41,7 @@ impl Device for SimDevice {
 
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
         self.batches += 1;
-        let due = |every: u64| every > 0 && self.batches % every == 0;
+        let due = |every: u64| every > 0 && self.batches.is_multiple_of(every);
         if due(self.script.fail_every) {
             return Err(DeviceError::Failed("scripted".into()));
         }

@@ -145,7 +145,7 @@ mod tests {
                 false => MatrixData::F32(values.into()),
             };
             let index = BruteForce::new(Matrix { dim: 3, data }, metric, Kernel::detect());
-            let allowed = |row: u32| row % every != 0;
+            let allowed = |row: u32| !row.is_multiple_of(every);
             let mut want: Vec<Scored> = (0..rows.len() as u32)
                 .filter(|&row| allowed(row))
                 .map(|row| Scored { row, score: index.score(&query, row) })

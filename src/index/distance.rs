@@ -23,7 +23,8 @@ fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a_wide.iter().zip(b_wide) {
         for (part, sum) in sums.iter_mut().enumerate() {
             // SAFETY: 16 values from `16 * part` lie within the 64 of the chunk.
-            let (a, b) = unsafe { (_mm512_loadu_ps(a.as_ptr().add(16 * part)), _mm512_loadu_ps(b.as_ptr().add(16 * part))) };
+            let (a, b) =
+                unsafe { (_mm512_loadu_ps(a.as_ptr().add(16 * part)), _mm512_loadu_ps(b.as_ptr().add(16 * part))) };
             *sum = _mm512_fmadd_ps(a, b, *sum);
         }
     }
@@ -54,7 +55,8 @@ fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a_wide.iter().zip(b_wide) {
         for (part, sum) in sums.iter_mut().enumerate() {
             // SAFETY: 8 values from `8 * part` lie within the 32 of the chunk.
-            let (a, b) = unsafe { (_mm256_loadu_ps(a.as_ptr().add(8 * part)), _mm256_loadu_ps(b.as_ptr().add(8 * part))) };
+            let (a, b) =
+                unsafe { (_mm256_loadu_ps(a.as_ptr().add(8 * part)), _mm256_loadu_ps(b.as_ptr().add(8 * part))) };
             *sum = _mm256_fmadd_ps(a, b, *sum);
         }
     }

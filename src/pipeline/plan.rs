@@ -46,7 +46,9 @@ pub fn recommend(
 pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error> {
     match (1..=config.max_n_items).contains(&n_items) {
         true => Ok(()),
-        false => Err(Error::new(Code::BadRequest, format!("n_items is {n_items}, expected 1 to {}", config.max_n_items))),
+        false => {
+            Err(Error::new(Code::BadRequest, format!("n_items is {n_items}, expected 1 to {}", config.max_n_items)))
+        }
     }
 }
 
@@ -54,12 +56,7 @@ pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error>
 ///
 /// # Errors
 /// An unknown item or user, a vector of another dimension, k out of range, a catalogue without what is asked for.
-pub fn search(
-    call: &SearchCall<'_>,
-    generation: &Arc<Generation>,
-    now: Instant,
-    job: &mut Job,
-) -> Result<(), Error> {
+pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) -> Result<(), Error> {
     if call.k == 0 || call.k as usize > MAX_K {
         return Err(Error::new(Code::BadRequest, format!("k is {}, expected 1 to {MAX_K}", call.k)));
     }
@@ -91,7 +88,9 @@ pub fn search(
         SearchBy::User(id) => {
             let row = generation.users.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such user"))?;
             let users = generation.user_embeddings.as_ref();
-            users.ok_or(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings"))?.extend_row(row, &mut vector);
+            users
+                .ok_or(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings"))?
+                .extend_row(row, &mut vector);
             job.user.row = Some(row);
             job.user.seen.extend(generation.histories.of(row).map(|i| i.row));
             job.user.seen.sort_unstable();

@@ -49,7 +49,11 @@ impl OnnxRanker {
         }
         if inputs.len() != model.input_ids().len() {
             let known = names_of(model.input_ids());
-            return Err(wrong(format!("the manifest fills {} of the model's inputs {}", inputs.len(), known.join(", "))));
+            return Err(wrong(format!(
+                "the manifest fills {} of the model's inputs {}",
+                inputs.len(),
+                known.join(", ")
+            )));
         }
         let known = names_of(model.output_ids());
         let Some(at) = known.iter().position(|n| *n == manifest.output.name) else {
@@ -73,10 +77,8 @@ impl OnnxRanker {
                 .map_err(|e| format!("input of {} values for {n} x {width}: {e}", values_of.len()))?;
             values.push((*id, view.into()));
         }
-        let [scores] = self
-            .model
-            .run_n(values, [self.output], Some(self.options.clone()))
-            .map_err(|e| e.to_string())?;
+        let [scores] =
+            self.model.run_n(values, [self.output], Some(self.options.clone())).map_err(|e| e.to_string())?;
         Ok(scores)
     }
 }

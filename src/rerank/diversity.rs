@@ -143,10 +143,9 @@ fn inverse_norms(matrix: &Matrix) -> Vec<f32> {
     let inverse = |norm: f32| if norm > 0.0 { 1.0 / norm.sqrt() } else { 0.0 };
     match &matrix.data {
         MatrixData::F32(values) => values.chunks_exact(matrix.dim).map(|x| inverse(dot(x, x))).collect(),
-        MatrixData::F16(values) => values
-            .chunks_exact(matrix.dim)
-            .map(|x| inverse(x.iter().map(|v| v.to_f32() * v.to_f32()).sum()))
-            .collect(),
+        MatrixData::F16(values) => {
+            values.chunks_exact(matrix.dim).map(|x| inverse(x.iter().map(|v| v.to_f32() * v.to_f32()).sum())).collect()
+        }
     }
 }
 

@@ -238,9 +238,11 @@ impl Rules {
         let RulesScratch { list, scores, counts } = scratch;
         let hard = self.hard_filter(input.context);
         list.clear();
-        list.extend(
-            diverse.iter().filter(|i| hard.allows(i.row)).map(|&item| Entry { item, key: item.score, acted: 0 }),
-        );
+        list.extend(diverse.iter().filter(|i| hard.allows(i.row)).map(|&item| Entry {
+            item,
+            key: item.score,
+            acted: 0,
+        }));
         let mark = |index: usize| if index < 64 { 1u64 << index } else { 0 };
 
         // A place keeps its worth when diversity gave it to another item.
@@ -322,12 +324,8 @@ impl Rules {
 }
 
 fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result<Rule, RuleError> {
-    let wrong = |field: &str, reason: String| RuleError {
-        index,
-        name: config.name.clone(),
-        field: field.to_owned(),
-        reason,
-    };
+    let wrong =
+        |field: &str, reason: String| RuleError { index, name: config.name.clone(), field: field.to_owned(), reason };
     let column = |field: &str, name: &str| {
         generation.items.column_index(name).ok_or_else(|| {
             let hint = nearest(name, generation.items.columns.iter().map(|c| c.name.as_str()));
@@ -465,14 +463,8 @@ mod tests {
         let items: Vec<RankedItem> = (0..6)
             .map(|row| RankedItem { row, score: 1.0 - row as f32 / 10.0, sources: SourceSet::default() })
             .collect();
-        let input = RerankInput {
-            generation: &generation,
-            context: &request,
-            seen,
-            items: &items,
-            n_items: n,
-            explain: false,
-        };
+        let input =
+            RerankInput { generation: &generation, context: &request, seen, items: &items, n_items: n, explain: false };
         let mut out = Vec::new();
         reranker.rerank(input, &mut RerankScratch::default(), &mut out);
         out.iter().map(|i| i.row).collect()
@@ -507,7 +499,10 @@ mod tests {
 
     #[test]
     fn boost_bury_cap_pin() {
-        assert_eq!(slate("[[rules]]\naction='boost'\namount=2.0\nwhere={category='c1'}", &[], &[], 6), [1, 3, 5, 0, 2, 4]);
+        assert_eq!(
+            slate("[[rules]]\naction='boost'\namount=2.0\nwhere={category='c1'}", &[], &[], 6),
+            [1, 3, 5, 0, 2, 4]
+        );
         assert_eq!(slate("[[rules]]\naction='bury'\nwhere={category='c0'}", &[], &[], 6), [1, 3, 5, 0, 2, 4]);
         assert_eq!(slate("[[rules]]\naction='cap'\nattribute='category'\nmax=1", &[], &[], 6), [0, 1]);
         assert_eq!(slate("[[rules]]\naction='pin'\nitems=['5','3']\nrank=2", &[], &[], 4), [0, 5, 3, 1]);

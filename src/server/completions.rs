@@ -55,7 +55,8 @@ impl Completions {
         Ok(Completions {
             queue: ArrayQueue::new(capacity),
             event,
-            armed: AtomicBool::new(false),
+            // Until its first turn the shard is as good as asleep.
+            armed: AtomicBool::new(true),
             progress: AtomicU64::new(0),
         })
     }
@@ -90,6 +91,11 @@ impl Completions {
         self.armed.store(true, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         self.queue.is_empty()
+    }
+
+    /// Whether the shard sleeps of its own accord.
+    pub fn armed(&self) -> bool {
+        self.armed.load(Ordering::Relaxed)
     }
 
     /// The shard is awake.

@@ -1,17 +1,15 @@
 //! HTTP/1.1 by hyper on glommio: the JSON API and the admin port.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Acquire;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
@@ -19,7 +17,7 @@ use bytes::Bytes;
 use futures_lite::{AsyncRead, AsyncWrite, FutureExt};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response};
 
 use super::json::{self, RankBody, RecommendBody, SearchBody};
@@ -126,19 +124,56 @@ impl Drop for Waiting {
 pub struct HttpState {
     service: Rc<RefCell<Service>>,
     calls: Rc<HttpCalls>,
-    stop: Arc<AtomicBool>,
-    requests: Cell<usize>,
+    /// By number, what wakes an open connection; it then ends as soon as it owes no answer.
+    connections: RefCell<BTreeMap<u64, Option<Waker>>>,
+    next_connection: Cell<u64>,
+    ending: Cell<bool>,
+}
+
+/// Takes a connection off the list, however it ends.
+struct Open<'a> {
+    state: &'a HttpState,
+    number: u64,
+    /// Open connections of its port.
+    of_port: Rc<Cell<usize>>,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.of_port.set(self.of_port.get() - 1);
+        self.state.connections.borrow_mut().remove(&self.number);
+    }
 }
 
 impl HttpState {
     /// The state of one shard's HTTP side.
-    pub fn new(service: Rc<RefCell<Service>>, calls: Rc<HttpCalls>, stop: Arc<AtomicBool>) -> Self {
-        HttpState { service, calls, stop, requests: Cell::new(0) }
+    pub fn new(service: Rc<RefCell<Service>>, calls: Rc<HttpCalls>) -> Self {
+        HttpState {
+            service,
+            calls,
+            connections: RefCell::default(),
+            next_connection: Cell::new(0),
+            ending: Cell::new(false),
+        }
     }
 
-    /// Whether no request is being answered.
+    fn open(&self, of_port: Rc<Cell<usize>>) -> Open<'_> {
+        of_port.set(of_port.get() + 1);
+        let number = self.next_connection.get();
+        self.next_connection.set(number + 1);
+        self.connections.borrow_mut().insert(number, None);
+        Open { state: self, number, of_port }
+    }
+
+    /// Lets every connection finish what it was asked, and end.
+    pub fn end(&self) {
+        self.ending.set(true);
+        self.connections.borrow_mut().values_mut().filter_map(Option::take).for_each(Waker::wake);
+    }
+
+    /// Whether no connection is open.
     pub fn idle(&self) -> bool {
-        self.requests.get() == 0
+        self.connections.borrow().is_empty()
     }
 
     /// Makes a call and waits for its outcome.
@@ -159,17 +194,32 @@ impl HttpState {
     }
 }
 
-/// A listening socket with `SO_REUSEPORT`.
+/// A listening socket with `SO_REUSEPORT`, so that each shard has its own on the same address.
+///
+/// # Errors
+/// The address is not ours.
+pub fn listen_again(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = bound(addr, true)?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+/// As [`listen_again`], but only if nobody listens there yet: `SO_REUSEPORT` alone would let a second server take a share
+/// of the first one's clients.
 ///
 /// # Errors
 /// The address is taken or not ours.
-pub fn listen(addr: std::net::SocketAddr) -> io::Result<TcpListener> {
+pub fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+    drop(bound(addr, false)?);
+    listen_again(addr)
+}
+
+fn bound(addr: SocketAddr, shared: bool) -> io::Result<socket2::Socket> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(addr), socket2::Type::STREAM, None)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shared)?;
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
-    socket.listen(1024)?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// Accepts and serves until cancelled.
@@ -177,7 +227,7 @@ pub async fn serve(listener: TcpListener, state: Rc<HttpState>, routes: Routes) 
     #[allow(unsafe_code)]
     // SAFETY: the descriptor is given away by its owner and taken by glommio's listener.
     let listener = unsafe { glommio::net::TcpListener::from_raw_fd(listener.into_raw_fd()) };
-    let open = Rc::new(Cell::new(0usize));
+    let of_port = Rc::new(Cell::new(0));
     loop {
         let stream = match listener.accept().await {
             Ok(stream) => stream,
@@ -188,42 +238,49 @@ pub async fn serve(listener: TcpListener, state: Rc<HttpState>, routes: Routes) 
                 continue;
             }
         };
-        if open.get() >= MAX_CONNECTIONS {
+        if of_port.get() >= MAX_CONNECTIONS {
             continue;
         }
-        open.set(open.get() + 1);
-        let (state, open) = (state.clone(), open.clone());
+        let (state, of_port) = (state.clone(), of_port.clone());
         glommio::spawn_local(async move {
+            let open = state.open(of_port);
             // A panic in one connection must not end the shard.
-            if AssertUnwindSafe(connection(stream, state, routes)).catch_unwind().await.is_err() {
+            if AssertUnwindSafe(connection(stream, &open, routes)).catch_unwind().await.is_err() {
                 tracing::error!("an HTTP connection panicked");
             }
-            open.set(open.get() - 1);
         })
         .detach();
     }
 }
 
-async fn connection(stream: glommio::net::TcpStream, state: Rc<HttpState>, routes: Routes) {
+async fn connection(stream: glommio::net::TcpStream, open: &Open<'_>, routes: Routes) {
     // Latency is all that it changes.
     let _ = stream.set_nodelay(true);
-    let service = hyper::service::service_fn(|request| {
-        let state = state.clone();
-        async move {
-            state.requests.set(state.requests.get() + 1);
-            let response = answer(request, &state, routes).await;
-            state.requests.set(state.requests.get() - 1);
-            Ok::<_, Infallible>(response)
+    let state = open.state;
+    let service =
+        hyper::service::service_fn(|request| async move { Ok::<_, Infallible>(answer(request, state, routes).await) });
+    let mut served = pin!(
+        hyper::server::conn::http1::Builder::new()
+            .timer(GlommioTimer)
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_headers(64)
+            .max_buf_size(64 << 10)
+            .serve_connection(GlommioIo(stream), service)
+    );
+    let mut told = false;
+    let served = poll_fn(|cx| {
+        if !state.ending.get() {
+            if let Some(waker) = state.connections.borrow_mut().get_mut(&open.number)
+                && waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker()))
+            {
+                *waker = Some(cx.waker().clone());
+            }
+        } else if !std::mem::replace(&mut told, true) {
+            served.as_mut().graceful_shutdown();
         }
+        served.as_mut().poll(cx)
     });
-    let served = hyper::server::conn::http1::Builder::new()
-        .timer(GlommioTimer)
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_headers(64)
-        .max_buf_size(64 << 10)
-        .serve_connection(GlommioIo(stream), service)
-        .await;
-    if let Err(error) = served {
+    if let Err(error) = served.await {
         tracing::debug!(%error, "an HTTP connection ended");
     }
 }
@@ -248,7 +305,11 @@ async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -
         Routes::Api => api(request, state).await,
         Routes::Admin => admin(&request, state),
     };
-    result.unwrap_or_else(|error| failed(&error))
+    let mut response = result.unwrap_or_else(|error| failed(&error));
+    if state.service.borrow().draining() {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 type Answer = Result<Response<Full<Bytes>>, Error>;
@@ -416,7 +477,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
             Ok(respond(200, "application/json", body.to_string().into_bytes()))
         }
         "/healthz" => Ok(respond(200, "text/plain", b"ok\n".to_vec())),
-        _ if state.stop.load(Acquire) => Err(Error::fixed(Code::Unavailable, "draining")),
+        _ if service.draining() => Err(Error::fixed(Code::Unavailable, "draining")),
         _ => Ok(respond(200, "text/plain", b"ready\n".to_vec())),
     }
 }

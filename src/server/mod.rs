@@ -113,8 +113,13 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
     signals::keep_freed_memory();
     let start = Instant::now();
     let generation = Arc::new(catalog::bundle::open(bundle)?);
-    tracing::info!(generation = generation.version, items = generation.items.len(), users = generation.users.len(), "bundle verified");
-    let server = Server::start(generation, config, DeviceKind::Cpu)?;
+    tracing::info!(
+        generation = generation.version,
+        items = generation.items.len(),
+        users = generation.users.len(),
+        "bundle verified"
+    );
+    let server = Server::start(generation, config, Options::default())?;
     tracing::info!(
         binary = %server.addrs.binary,
         http = %server.addrs.http,
@@ -125,11 +130,11 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
         "serving"
     );
     let signal = std::thread::Builder::new().name("signals".into()).spawn({
-        let stop = server.stop.clone();
+        let stop = server.stopper();
         move || {
             let name = signals::wait();
             tracing::info!(signal = name, "draining; a second signal ends at once");
-            stop.store(true, Ordering::Release);
+            stop.stop();
             signals::wait();
             std::process::exit(1);
         }
@@ -149,6 +154,23 @@ pub enum DeviceKind {
     Sim(sim::Script),
 }
 
+/// What tests and measurements change; the default is what serves.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What computes.
+    pub device: DeviceKind,
+    /// How often glommio looks for other work. Default 100 ms.
+    pub preempt_timer: Duration,
+    /// Whether shards are watched from outside. Default true.
+    pub watchdog: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { device: DeviceKind::Cpu, preempt_timer: Duration::from_millis(100), watchdog: true }
+    }
+}
+
 /// Where a server listens.
 #[derive(Clone, Copy, Debug)]
 pub struct Addrs {
@@ -160,12 +182,26 @@ pub struct Addrs {
     pub admin: SocketAddr,
 }
 
+/// Ends a server, from any thread.
+#[derive(Clone)]
+pub struct Stop {
+    flag: Arc<AtomicBool>,
+    shared: Arc<Shared>,
+}
+
+impl Stop {
+    /// Lets the shards drain and end.
+    pub fn stop(&self) {
+        self.flag.store(true, Ordering::Release);
+        self.shared.completions.iter().for_each(Completions::wake);
+    }
+}
+
 /// A running server.
 pub struct Server {
     /// Where it listens.
     pub addrs: Addrs,
-    /// Set to drain and end.
-    pub stop: Arc<AtomicBool>,
+    stop: Stop,
     shared: Arc<Shared>,
     shards: Vec<JoinHandle<std::io::Result<()>>>,
     workers: Vec<JoinHandle<()>>,
@@ -174,12 +210,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts workers (rankers loaded and warm before this returns), then shards.
+    /// Starts workers (rankers loaded and warm), then shards; returns once all of them serve.
     ///
     /// # Errors
     /// As [`run`].
-    pub fn start(generation: Arc<Generation>, config: Config, kind: DeviceKind) -> anyhow::Result<Self> {
+    pub fn start(generation: Arc<Generation>, config: Config, options: Options) -> anyhow::Result<Self> {
         ring::probe().map_err(anyhow::Error::msg)?;
+        signals::raise_file_limit();
         let cpus = match &config.server.cpus {
             cpus if cpus.is_empty() => signals::allowed_cpus(),
             cpus => cpus.clone(),
@@ -201,21 +238,21 @@ impl Server {
             generation,
             config,
         });
-        let workers = Self::start_workers(&shared, &cpus, kind)?;
+        let workers = Self::start_workers(&shared, &cpus, options.device)?;
 
         let server = &shared.config.server;
         let binary = http::listen(server.listen).with_context(|| format!("binding {}", server.listen))?;
         let http = http::listen(server.http).with_context(|| format!("binding {}", server.http))?;
         let admin = http::listen(server.admin).with_context(|| format!("binding {}", server.admin))?;
-        let addrs =
-            Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
-        let stop = Arc::new(AtomicBool::new(false));
+        let addrs = Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
+        let stop = Stop { flag: Arc::new(AtomicBool::new(false)), shared: shared.clone() };
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
+        let (ready, started) = std::sync::mpsc::channel();
         for (id, &cpu) in cpus.iter().enumerate() {
             let again = |first: &mut Option<std::net::TcpListener>, addr| match first.take() {
                 Some(listener) => Ok(listener),
-                None => http::listen(addr),
+                None => http::listen_again(addr),
             };
             let shard = shard::Shard {
                 id: id as u16,
@@ -224,17 +261,28 @@ impl Server {
                 listener: again(&mut binary, addrs.binary)?,
                 http: again(&mut http, addrs.http)?,
                 admin: admin.take(),
-                stop: stop.clone(),
-                preempt_timer: Duration::from_millis(100),
+                stop: stop.flag.clone(),
+                preempt_timer: options.preempt_timer,
+                ready: ready.clone(),
             };
             shards.push(shard.spawn()?);
         }
-        let watched = Arc::new(AtomicBool::new(false));
+        let watched = Arc::new(AtomicBool::new(!options.watchdog));
         let watchdog = std::thread::Builder::new().name("watchdog".into()).spawn({
             let (shared, watched) = (shared.clone(), watched.clone());
             move || watchdog::run(&shared, &watched)
         })?;
-        Ok(Server { addrs, stop, shared, shards, workers, watchdog, watched })
+        drop(ready);
+        let server = Server { addrs, stop, shared, shards, workers, watchdog, watched };
+        let failed = started.iter().take(server.shards.len()).find_map(Result::err);
+        match failed {
+            Some(error) => {
+                // The shards' own ends say no more than the first of them did.
+                let _ = server.shut_down();
+                Err(anyhow::Error::new(error).context("starting a shard"))
+            }
+            None => Ok(server),
+        }
     }
 
     fn start_workers(shared: &Arc<Shared>, cpus: &[usize], kind: DeviceKind) -> anyhow::Result<Vec<JoinHandle<()>>> {
@@ -275,6 +323,11 @@ impl Server {
         Ok(workers)
     }
 
+    /// What ends this server.
+    pub fn stopper(&self) -> Stop {
+        self.stop.clone()
+    }
+
     /// Shards, one per CPU.
     pub fn n_shards(&self) -> usize {
         self.shards.len()
@@ -298,7 +351,7 @@ impl Server {
                 Err(_) => failed = failed.or(Some(anyhow::anyhow!("shard {id} panicked"))),
             }
             // One shard gone: the others must not serve on as if nothing were.
-            self.stop.store(true, Ordering::Release);
+            self.stop.stop();
         }
         self.shared.jobs.close();
         self.watched.store(true, Ordering::Release);
@@ -318,7 +371,7 @@ impl Server {
     /// # Errors
     /// As [`Self::join`].
     pub fn shut_down(self) -> anyhow::Result<()> {
-        self.stop.store(true, Ordering::Release);
+        self.stop.stop();
         self.join()
     }
 }

@@ -77,8 +77,19 @@ const BUFFERS: u16 = 1024;
 const BUFFER_BYTES: usize = 8192;
 /// Frames of one connection handled per turn: a busy neighbour waits its turn.
 const FRAMES_PER_TURN: usize = 64;
+/// Received bytes that wait for their turn, beyond which a connection is not read.
+const MAX_BACKLOG: usize = 256 << 10;
 /// After running out of descriptors, accepting pauses: the alternative is a loop at full speed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often timeouts are looked at.
+const SWEEP: Duration = Duration::from_millis(250);
+/// A frame that has begun must be whole within this time.
+const FRAME_TIMEOUT: Duration = Duration::from_secs(30);
+/// What is sent must be taken within this time.
+const SEND_TIMEOUT: Duration = Duration::from_secs(60);
+/// After the last byte was sent and the sending side shut down, what the peer still sends is read and dropped this
+/// long: closing with unread input would reset the connection and take answers with it that the peer has not read.
+pub const LINGER: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
 struct Conn {
@@ -95,15 +106,33 @@ struct Conn {
     sent: usize,
     recv_armed: bool,
     send_armed: bool,
+    /// When the send in flight began.
+    send_since: Option<Instant>,
     cancelling: bool,
     /// The peer finished sending; what it asked is still answered.
     eof: bool,
     /// Send what is there, then close.
     closing: bool,
+    /// All is sent and the sending side shut down; until then the peer may end in peace.
+    linger_until: Option<Instant>,
     /// Nothing can be sent any more.
     broken: bool,
     queued: bool,
     last_input: Option<Instant>,
+    /// When the frame at the front of `input` began.
+    frame_since: Option<Instant>,
+}
+
+impl Conn {
+    /// Bytes received and not yet handled.
+    fn backlog(&self) -> usize {
+        self.input.len() - self.used
+    }
+
+    /// Bytes that the peer has not been sent yet.
+    fn unsent(&self) -> usize {
+        self.output.len() + self.sending.len() - self.sent
+    }
 }
 
 /// The engine.
@@ -122,7 +151,9 @@ pub struct Engine {
     completed: Vec<cqueue::Entry>,
     config: EngineConfig,
     stats: EngineStats,
-    next_idle_check: Instant,
+    next_sweep: Instant,
+    /// As of the last turn.
+    now: Instant,
     watched: Box<u64>,
 }
 
@@ -139,7 +170,9 @@ pub fn probe() -> Result<(), String> {
                 .to_owned(),
             Some(libc::ENOSYS) => "this kernel has no io_uring; Linux 6.1 or later is needed".to_owned(),
             Some(libc::EINVAL) => "this kernel's io_uring is too old; Linux 6.1 or later is needed".to_owned(),
-            Some(libc::ENOMEM) => "not enough locked memory for io_uring; raise `ulimit -l` to 512 KiB or more".to_owned(),
+            Some(libc::ENOMEM) => {
+                "not enough locked memory for io_uring; raise `ulimit -l` to 512 KiB or more".to_owned()
+            }
             _ => format!("io_uring can't be set up: {e}"),
         }),
     }
@@ -178,7 +211,8 @@ impl Engine {
             completed: Vec::with_capacity(8192),
             config,
             stats: EngineStats::default(),
-            next_idle_check: Instant::now() + Duration::from_secs(1),
+            next_sweep: Instant::now() + SWEEP,
+            now: Instant::now(),
             watched: Box::new(0),
         })
     }
@@ -228,12 +262,7 @@ impl Engine {
         self.listener = None;
     }
 
-    /// Whether everything that was to be sent is sent.
-    pub fn flushed(&self) -> bool {
-        self.conns.iter().all(|c| c.fd.is_none() || c.broken || (c.output.is_empty() && !c.send_armed))
-    }
-
-    /// Closes every connection once its output is sent.
+    /// Closes every connection once its calls are answered and its output is sent.
     pub fn close_all(&mut self) {
         for slot in 0..self.conns.len() as u32 {
             if self.conns[slot as usize].fd.is_some() {
@@ -274,6 +303,7 @@ impl Engine {
     /// # Errors
     /// The ring itself broke.
     pub fn turn(&mut self, wait: usize, now: Instant, handler: &mut dyn Handler) -> io::Result<usize> {
+        self.now = now;
         self.arm_accept(now);
         let to_submit = self.ring.submission().len() as u32;
         const GETEVENTS: u32 = 1;
@@ -300,9 +330,9 @@ impl Engine {
             self.frames(slot, handler);
             self.queue(slot);
         }
-        if now >= self.next_idle_check {
-            self.next_idle_check = now + Duration::from_secs(1);
-            self.close_idle(now);
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
+            self.sweep(now);
         }
         self.flush();
         Ok(n)
@@ -350,6 +380,7 @@ impl Engine {
             SEND => {
                 let Some(conn) = self.conns.get_mut(slot as usize) else { return };
                 conn.send_armed = false;
+                conn.send_since = None;
                 match usize::try_from(entry.result()) {
                     Ok(n) if n > 0 => {
                         conn.sent += n;
@@ -397,9 +428,11 @@ impl Engine {
         let conn = &mut self.conns[slot as usize];
         let Some(fd) = &conn.fd else { return };
         conn.recv_armed = true;
-        let recv = opcode::RecvMulti::new(Fd(fd.as_raw_fd()), BufferRing::GROUP)
-            .build()
-            .user_data(token(RECV, slot, conn.generation));
+        let recv = opcode::RecvMulti::new(Fd(fd.as_raw_fd()), BufferRing::GROUP).build().user_data(token(
+            RECV,
+            slot,
+            conn.generation,
+        ));
         // SAFETY: it receives into the buffer ring, which lives as long as the ring.
         unsafe { push(&mut self.ring, &recv) };
     }
@@ -422,6 +455,7 @@ impl Engine {
                 {
                     conn.input.extend_from_slice(self.buffers.bytes(id, n));
                     conn.last_input = Some(now);
+                    conn.frame_since.get_or_insert(now);
                     self.frames(slot, handler);
                 }
             }
@@ -438,13 +472,14 @@ impl Engine {
         let conn = &mut self.conns[slot as usize];
         let id = ConnId { slot, generation: conn.generation };
         for _ in 0..FRAMES_PER_TURN {
-            if conn.broken || conn.output.len() + conn.sending.len() > self.config.max_output_bytes {
+            if conn.broken || conn.closing || conn.unsent() > self.config.max_output_bytes {
                 break;
             }
             match frame::split(&conn.input[conn.used..], self.config.max_frame_bytes) {
                 Split::Frame(message) => {
                     let verdict = handler.frame(id, message, &mut conn.output);
                     conn.used += PREFIX + message.len();
+                    conn.frame_since = conn.last_input;
                     match verdict {
                         Verdict::Continue => {}
                         Verdict::Pending => self.calls[slot as usize] += 1,
@@ -465,6 +500,7 @@ impl Engine {
         if conn.used == conn.input.len() {
             conn.input.clear();
             conn.used = 0;
+            conn.frame_since = None;
         } else if conn.used > 1 << 16 {
             conn.input.drain(..conn.used);
             conn.used = 0;
@@ -499,48 +535,68 @@ impl Engine {
                     .build()
                     .user_data(token(SEND, slot, conn.generation));
                 conn.send_armed = true;
+                conn.send_since = Some(self.now);
                 // SAFETY: `sending` is neither changed nor freed while `send_armed`, and the descriptor stays open.
                 unsafe { push(&mut self.ring, &send) };
             }
         }
+        let now = self.now;
         let conn = &mut self.conns[slot as usize];
-        let unsent = conn.output.len() + conn.sending.len();
+        let (unsent, backlog) = (conn.unsent(), conn.backlog());
         let more = !conn.closing && Self::has_frame(conn, self.config.max_frame_bytes);
         let answered = unsent == 0 && !self.in_flight(slot);
         let conn = &mut self.conns[slot as usize];
-        let done = conn.broken || answered && (conn.closing || conn.eof && !more);
-        if done {
-            if conn.recv_armed {
-                // Ends the multishot receive, whose last completion brings us here again.
-                if let Some(fd) = &conn.fd {
-                    let _ = socket2::SockRef::from(fd).shutdown(std::net::Shutdown::Both);
-                }
+        if conn.broken || answered && (conn.closing || conn.eof && !more) {
+            self.end(slot, now);
+            return;
+        }
+        if conn.closing {
+            return;
+        }
+        let full = unsent > limit || more && backlog > MAX_BACKLOG;
+        if full && conn.recv_armed && !conn.cancelling {
+            conn.cancelling = true;
+            let receiving = token(RECV, slot, conn.generation);
+            let cancel = opcode::AsyncCancel::new(receiving).build().user_data(token(CANCEL, slot, conn.generation));
+            // SAFETY: a cancel refers to no memory.
+            unsafe { push(&mut self.ring, &cancel) };
+        }
+        let conn = &mut self.conns[slot as usize];
+        let room = unsent <= limit / 2 && (!more || backlog <= MAX_BACKLOG / 2);
+        if room && !conn.recv_armed && !conn.cancelling && !conn.eof {
+            self.arm_recv(slot);
+        }
+        if more && unsent <= limit {
+            self.queue(slot);
+        }
+    }
+
+    /// Takes a connection that has nothing more to say from its last byte to its free slot.
+    fn end(&mut self, slot: u32, now: Instant) {
+        let conn = &mut self.conns[slot as usize];
+        let Some(fd) = &conn.fd else { return };
+        let until = match conn.linger_until {
+            Some(until) => until,
+            None => {
+                // A peer that is gone already makes this fail, and then nothing is left to do.
+                let _ = socket2::SockRef::from(fd).shutdown(std::net::Shutdown::Write);
+                *conn.linger_until.insert(now + LINGER)
             }
-            if !conn.recv_armed && !conn.send_armed && !conn.cancelling {
+        };
+        conn.closing = true;
+        if conn.broken || conn.eof || now >= until {
+            if conn.recv_armed || conn.send_armed {
+                // Ends the operations in flight; their last completions bring us here again.
+                let _ = socket2::SockRef::from(fd).shutdown(std::net::Shutdown::Both);
+            } else if !conn.cancelling {
                 let generation = conn.generation.wrapping_add(1);
                 *conn = Conn { generation, ..Conn::default() };
                 self.calls[slot as usize] = 0;
                 self.free.push(slot);
                 self.stats.connections -= 1;
             }
-            return;
-        }
-        if conn.closing {
-            return;
-        }
-        if unsent > limit && conn.recv_armed && !conn.cancelling {
-            conn.cancelling = true;
-            let receiving = token(RECV, slot, conn.generation);
-            let cancel = opcode::AsyncCancel::new(receiving).build().user_data(token(CANCEL, slot, conn.generation));
-            // SAFETY: a cancel refers to no memory.
-            unsafe { push(&mut self.ring, &cancel) };
-        } else if unsent <= limit / 2 || unsent <= limit && conn.recv_armed {
-            if !conn.recv_armed && !conn.cancelling && !conn.eof {
-                self.arm_recv(slot);
-            }
-            if more {
-                self.queue(slot);
-            }
+        } else if !conn.recv_armed && !conn.cancelling {
+            self.arm_recv(slot);
         }
     }
 
@@ -549,11 +605,20 @@ impl Engine {
         self.calls.get(slot as usize).is_some_and(|&n| n > 0)
     }
 
-    fn close_idle(&mut self, now: Instant) {
+    /// Ends connections that are idle, that hold a frame back, or that linger.
+    fn sweep(&mut self, now: Instant) {
+        let since = |at: Option<Instant>| at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         for slot in 0..self.conns.len() as u32 {
-            let conn = &mut self.conns[slot as usize];
-            let idle = conn.last_input.is_some_and(|at| now.saturating_duration_since(at) > self.config.idle_timeout);
-            if conn.fd.is_some() && idle && !self.in_flight(slot) {
+            let conn = &self.conns[slot as usize];
+            if conn.fd.is_none() {
+                continue;
+            }
+            let late = since(conn.frame_since) > FRAME_TIMEOUT && !Self::has_frame(conn, self.config.max_frame_bytes);
+            let idle = since(conn.last_input) > self.config.idle_timeout && !self.in_flight(slot);
+            if since(conn.send_since) > SEND_TIMEOUT {
+                self.conns[slot as usize].broken = true;
+                self.queue(slot);
+            } else if late || idle || conn.linger_until.is_some_and(|until| now >= until) {
                 self.conns[slot as usize].closing = true;
                 self.queue(slot);
             }
@@ -594,7 +659,9 @@ impl BufferRing {
         buffers.publish();
         // SAFETY: page-aligned, of the right size, and unmapped only after the ring, whose owner drops it first (field
         // order in `Engine`).
-        unsafe { ring.submitter().register_buf_ring_with_flags(buffers.entries.as_ptr() as u64, BUFFERS, Self::GROUP, 0)? };
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(buffers.entries.as_ptr() as u64, BUFFERS, Self::GROUP, 0)?
+        };
         Ok(buffers)
     }
 

@@ -79,6 +79,7 @@ pub struct Service {
     shard: u16,
     slots: Vec<Slot>,
     free: Vec<u32>,
+    #[expect(clippy::vec_box, reason = "jobs travel boxed: a queue's place is one pointer")]
     pool: Vec<Box<Job>>,
     finish: FinishScratch,
     in_flight: usize,
@@ -164,18 +165,14 @@ impl Service {
         if self.draining {
             return Some(Outcome::Failed(Error::fixed(Code::Unavailable, "the server is shutting down")));
         }
-        let mut job = match self.pool.pop() {
-            Some(job) => job,
-            None => Box::new(Job::new(self.shared.generation.clone())),
-        };
-        let limits = &self.shared.config.server;
+        let Service { shared, pool, .. } = self;
+        let generation = &shared.generation;
+        let mut job = pool.pop().unwrap_or_else(|| Box::new(Job::new(generation.clone())));
+        let (config, limits) = (&shared.config.pipeline, &shared.config.server);
         let budget = |asked: Option<Duration>| {
             let longest = Duration::from_millis(u64::from(limits.max_deadline_ms));
             Some(asked.unwrap_or(Duration::from_millis(u64::from(limits.default_deadline_ms))).min(longest))
         };
-        let shared = self.shared.clone();
-        let generation = &shared.generation;
-        let config = &shared.config.pipeline;
         let (mut key, mut n_items, mut explain) = (None, 0, false);
         let planned = match call {
             Call::Recommend(call) => {
@@ -192,7 +189,7 @@ impl Service {
                     let query = call.query.unwrap_or_default().trim();
                     let of = key::recommend(&generation.version, call.user_id, &job.context, query, call.n_items);
                     if let Some(slate) = cache.get(of, now) {
-                        self.pool.push(job);
+                        pool.push(job);
                         return Some(Outcome::Slate(slate, CacheStatus::L1));
                     }
                     key = Some(of);
@@ -209,11 +206,11 @@ impl Service {
             }
         };
         if let Err(error) = planned {
-            self.pool.push(job);
+            pool.push(job);
             return Some(Outcome::Failed(error));
         }
         let Some(slot) = self.free.pop() else {
-            self.pool.push(job);
+            pool.push(job);
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
         };
         let internal = Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot));
@@ -237,11 +234,11 @@ impl Service {
         } else {
             flight.leader = role == Some(Role::Leader);
             if let Err(job) = shared.jobs.push(job) {
+                pool.push(job);
+                self.free.push(slot);
                 if flight.leader {
                     self.release_followers(key, None);
                 }
-                self.pool.push(job);
-                self.free.push(slot);
                 return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "the queue to the workers is full")));
             }
             self.pushed = true;
@@ -313,11 +310,12 @@ impl Service {
         let outcome = match flight.endpoint {
             Endpoint::Recommend => {
                 let reranker = &self.shared.reranker;
-                pipeline::finish_recommend(&mut job, reranker, flight.n_items, flight.explain, &mut self.finish)
-                    .map(|slate| {
+                pipeline::finish_recommend(&mut job, reranker, flight.n_items, flight.explain, &mut self.finish).map(
+                    |slate| {
                         let status = if flight.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
                         Outcome::Slate(Arc::new(slate), status)
-                    })
+                    },
+                )
             }
             Endpoint::Search | Endpoint::Rank => {
                 pipeline::finish_scored(&mut job).map(|scored| Outcome::Scored(Arc::new(scored)))

@@ -9,18 +9,22 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use flatbuffers::FlatBufferBuilder;
 use glommio::{LocalExecutorBuilder, Placement};
 
 use super::http::{self, HttpCalls};
-use super::ring::{ConnId, Engine, EngineConfig, Handler, Verdict};
+use super::ring::{ConnId, Engine, EngineConfig, Handler, LINGER, Verdict};
 use super::service::{Service, Shared};
 use crate::api::{Call, Outcome, Ticket};
 use crate::error::{Code, Error};
 use crate::wire::request::{self, Request};
 use crate::wire::{frame, response};
+
+/// A shard that is to end goes on at least this long: what is in its sockets already is still answered.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// A call that came in by the binary protocol.
 struct BinaryCall {
@@ -115,6 +119,8 @@ pub struct Shard {
     pub stop: Arc<AtomicBool>,
     /// How often glommio looks for other work; 100 ms is its default.
     pub preempt_timer: Duration,
+    /// Told once: it serves, or why it can't.
+    pub ready: Sender<io::Result<()>>,
 }
 
 impl Shard {
@@ -124,14 +130,21 @@ impl Shard {
     /// The thread could not be started.
     pub fn spawn(self) -> io::Result<std::thread::JoinHandle<io::Result<()>>> {
         std::thread::Builder::new().name(format!("shard-{}", self.id)).spawn(move || {
+            let ready = self.ready.clone();
             let executor = LocalExecutorBuilder::new(Placement::Fixed(self.cpu))
                 .preempt_timer(self.preempt_timer)
                 .name(&format!("shard-{}", self.id))
                 .make()
-                .map_err(|e| {
-                    io::Error::other(format!("{e}; if it speaks of locked memory, raise `ulimit -l` to 512 KiB or more"))
-                })?;
-            executor.run(self.serve())
+                .map_err(|e| format!("{e}; if it speaks of locked memory, raise `ulimit -l` to 512 KiB or more"));
+            let ended = match executor {
+                Ok(executor) => executor.run(self.serve()),
+                Err(reason) => Err(io::Error::other(reason)),
+            };
+            if let Err(error) = &ended {
+                // Heard only if it did not come to serving.
+                let _ = ready.send(Err(io::Error::other(error.to_string())));
+            }
+            ended
         })
     }
 
@@ -153,25 +166,20 @@ impl Shard {
         let event = unsafe { glommio::io::BufferedFile::from_raw_fd(event.into_raw_fd()) };
 
         let calls = Rc::new(HttpCalls::default());
-        let state = Rc::new(http::HttpState::new(service.clone(), calls.clone(), self.stop.clone()));
+        let state = Rc::new(http::HttpState::new(service.clone(), calls.clone()));
         let mut listeners = vec![glommio::spawn_local(http::serve(self.http, state.clone(), http::Routes::Api))];
         if let Some(admin) = self.admin {
             listeners.push(glommio::spawn_local(http::serve(admin, state.clone(), http::Routes::Admin)));
         }
-        // Calls run out of time, connections go idle, accepting resumes: somebody has to look.
-        let ticker = glommio::spawn_local({
-            let (shared, service, id) = (self.shared.clone(), service.clone(), usize::from(self.id));
-            async move {
-                loop {
-                    let busy = service.borrow().in_flight() > 0;
-                    glommio::timer::sleep(Duration::from_millis(if busy { 10 } else { 100 })).await;
-                    shared.completions[id].wake();
-                }
-            }
-        });
+        // A read of the eventfd stands on the executor's main ring at all times; see `watchdog`.
+        let read = || async { event.read_at(0, 8).await.map(drop).map_err(|e| io::Error::other(e.to_string())) };
+        let mut standing = std::pin::pin!(read());
+        let _ = futures_lite::future::poll_once(&mut standing).await;
 
         let mut port = BinaryPort::new(service.clone());
-        let mut drain_until: Option<Instant> = None;
+        // Nobody waits any more only if another shard failed, and then this one is stopped.
+        let _ = self.ready.send(Ok(()));
+        let mut drain_since: Option<Instant> = None;
         loop {
             let now = Instant::now();
             let mut progress = engine.turn(0, now, &mut port)?;
@@ -188,13 +196,14 @@ impl Shard {
             metrics.refused.store(stats.refused, Relaxed);
 
             if self.stop.load(Acquire) {
-                let until = *drain_until.get_or_insert_with(|| {
+                let since = *drain_since.get_or_insert_with(|| {
                     engine.stop_accepting();
                     service.borrow_mut().drain();
-                    now + Duration::from_millis(u64::from(config.drain_timeout_ms))
+                    now
                 });
-                let idle = service.borrow().in_flight() == 0 && engine.flushed() && state.idle();
-                if idle || now >= until {
+                let (answered, drained) = (service.borrow().in_flight() == 0, now.saturating_duration_since(since));
+                if answered && drained >= SETTLE || drained >= Duration::from_millis(u64::from(config.drain_timeout_ms))
+                {
                     break;
                 }
             }
@@ -205,15 +214,28 @@ impl Shard {
             engine.notify(true);
             if inbox.arm() && engine.turn(0, now, &mut port)? == 0 && !engine.pending() && !service.borrow().pushed() {
                 // One eventfd for both: completions of the ring and of the workers.
-                event.read_at(0, 8).await.map_err(|e| io::Error::other(e.to_string()))?;
+                standing.as_mut().await?;
+                standing.set(read());
+                let _ = futures_lite::future::poll_once(&mut standing).await;
             }
             inbox.disarm();
             engine.notify(false);
         }
+        // Every call is answered; the answers get their time to arrive.
         engine.close_all();
         engine.flush();
-        let _ = engine.turn(0, Instant::now(), &mut port);
-        ticker.cancel().await;
+        state.end();
+        let until = Instant::now() + LINGER;
+        while engine.stats().connections > 0 || !state.idle() {
+            let now = Instant::now();
+            if now >= until {
+                break;
+            }
+            engine.turn(0, now, &mut port)?;
+            inbox.progressed();
+            glommio::timer::sleep(Duration::from_millis(1)).await;
+        }
+        inbox.arm();
         for listener in listeners {
             listener.cancel().await;
         }

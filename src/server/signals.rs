@@ -52,8 +52,21 @@ pub fn allowed_cpus() -> Vec<usize> {
         set
     };
     // SAFETY: indices are below the set's size.
-    let cpus: Vec<usize> = (0..libc::CPU_SETSIZE as usize).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect();
+    let cpus: Vec<usize> =
+        (0..libc::CPU_SETSIZE as usize).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect();
     if cpus.is_empty() { vec![0] } else { cpus }
+}
+
+/// Raises the limit of open files to the most that this process may have: every connection is one.
+pub fn raise_file_limit() {
+    // SAFETY: both calls read or write one struct that lives on this stack. Where they fail, the limit stays as it is.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
 }
 
 /// Keeps large freed blocks in the process: rankers allocate and free tensors at every request, and giving each back to

@@ -240,11 +240,12 @@ impl Metrics {
         let o = &mut out;
         head(o, "recommendation_request_latency_seconds", "histogram", "Request latency");
         let each_request = || {
-            (0..ENDPOINTS.len()).flat_map(|e| (0..STATUSES.len()).map(move |s| (e, s))).filter(|&(e, s)| {
-                self.shards.iter().any(|shard| count(&shard.requests[e][s]) > 0)
-            })
+            (0..ENDPOINTS.len())
+                .flat_map(|e| (0..STATUSES.len()).map(move |s| (e, s)))
+                .filter(|&(e, s)| self.shards.iter().any(|shard| count(&shard.requests[e][s]) > 0))
         };
-        let labels = |e: usize, s: usize| format!("endpoint=\"{}\",status=\"{}\"", ENDPOINTS[e], status_name(STATUSES[s]));
+        let labels =
+            |e: usize, s: usize| format!("endpoint=\"{}\",status=\"{}\"", ENDPOINTS[e], status_name(STATUSES[s]));
         for (e, s) in each_request() {
             let name = "recommendation_request_latency_seconds";
             self.histogram(o, name, &labels(e, s), &REQUEST_BUCKETS, 1e-9, |m| &m.requests[e][s]);
@@ -276,7 +277,9 @@ impl Metrics {
         head(o, "candidates_generated", "histogram", "Number of candidates generated");
         for source in Source::ALL {
             let labels = format!("source=\"{}\"", source.name());
-            self.histogram(o, "candidates_generated", &labels, &CANDIDATE_BUCKETS, 1.0, |m| &m.candidates[source as usize]);
+            self.histogram(o, "candidates_generated", &labels, &CANDIDATE_BUCKETS, 1.0, |m| {
+                &m.candidates[source as usize]
+            });
         }
         head(o, "tastemaker_degraded_total", "counter", "Answers that did without something, by stage and reason");
         for stage in Stage::ALL {
@@ -289,10 +292,30 @@ impl Metrics {
             }
         }
         let plain: [(&str, &str, &str, u64); 12] = [
-            ("tastemaker_cache_misses_total", "counter", "Results that had to be computed", self.sum(|m| &m.cache_misses)),
-            ("tastemaker_shared_total", "counter", "Calls answered together with an identical one", self.sum(|m| &m.shared)),
-            ("tastemaker_unknown_users_total", "counter", "Answers to users that the bundle lacks", self.sum(|m| &m.unknown_users)),
-            ("tastemaker_nan_scores_total", "counter", "Ranker scores that were not a number", self.sum(|m| &m.nan_scores)),
+            (
+                "tastemaker_cache_misses_total",
+                "counter",
+                "Results that had to be computed",
+                self.sum(|m| &m.cache_misses),
+            ),
+            (
+                "tastemaker_shared_total",
+                "counter",
+                "Calls answered together with an identical one",
+                self.sum(|m| &m.shared),
+            ),
+            (
+                "tastemaker_unknown_users_total",
+                "counter",
+                "Answers to users that the bundle lacks",
+                self.sum(|m| &m.unknown_users),
+            ),
+            (
+                "tastemaker_nan_scores_total",
+                "counter",
+                "Ranker scores that were not a number",
+                self.sum(|m| &m.nan_scores),
+            ),
             ("tastemaker_malformed_frames_total", "counter", "Frames that were no request", self.sum(|m| &m.malformed)),
             ("tastemaker_connections_refused_total", "counter", "Connections beyond the cap", self.sum(|m| &m.refused)),
             ("tastemaker_connections", "gauge", "Open binary connections", self.sum(|m| &m.connections)),
@@ -300,7 +323,12 @@ impl Metrics {
             ("tastemaker_queue_depth", "gauge", "Jobs waiting for a worker", gauges.queue_depth as u64),
             ("tastemaker_cache_bytes", "gauge", "Memory of the result cache", gauges.cache_bytes),
             ("tastemaker_cache_entries", "gauge", "Results in the cache", gauges.cache_entries as u64),
-            ("tastemaker_watchdog_kicks_total", "counter", "Shards woken by the watchdog", self.watchdog_kicks.load(Relaxed)),
+            (
+                "tastemaker_watchdog_kicks_total",
+                "counter",
+                "Shards woken by the watchdog",
+                self.watchdog_kicks.load(Relaxed),
+            ),
         ];
         for (name, kind, help, value) in plain {
             head(o, name, kind, help);

@@ -242,10 +242,7 @@ pub fn decode(message: &[u8]) -> Result<(u64, Answer), ClientError> {
     } else if let Some(scored) = message.body_as_scored_items() {
         Answer::Scored(scored.items().iter().map(|i| (i.item_id().to_owned(), i.score(), i.known())).collect())
     } else if let Some(health) = message.body_as_health_status() {
-        Answer::Health {
-            ready: health.ready(),
-            model_version: health.model_version().unwrap_or_default().to_owned(),
-        }
+        Answer::Health { ready: health.ready(), model_version: health.model_version().unwrap_or_default().to_owned() }
     } else if let Some(error) = message.body_as_error() {
         Answer::Error {
             code: error.code(),

@@ -60,7 +60,12 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
     }
     if let Some(search) = message.body_as_search() {
         let mut values: SmallVec<[f32; 256]> = SmallVec::new();
-        let given = [search.vector().is_some(), search.item_id().is_some(), search.user_id().is_some(), search.text().is_some()];
+        let given = [
+            search.vector().is_some(),
+            search.item_id().is_some(),
+            search.user_id().is_some(),
+            search.text().is_some(),
+        ];
         if given.iter().filter(|g| **g).count() != 1 {
             let message = "a search takes exactly one of vector, item_id, user_id, text";
             return Err(wrong(Error::fixed(Code::BadRequest, message)));
@@ -115,7 +120,9 @@ fn id<'a>(id: &'a str, otherwise: &'static str) -> Result<&'a str, Error> {
 
 fn query(query: Option<&str>) -> Result<Option<&str>, Error> {
     match query {
-        Some(text) if text.len() > LIMITS.query_bytes => Err(Error::fixed(Code::TooLarge, "query is longer than 1024 bytes")),
+        Some(text) if text.len() > LIMITS.query_bytes => {
+            Err(Error::fixed(Code::TooLarge, "query is longer than 1024 bytes"))
+        }
         other => Ok(other),
     }
 }
@@ -144,7 +151,8 @@ fn pairs<'a>(pairs: Option<Pairs<'a>>) -> Result<SmallVec<[(&'a str, &'a str); 1
 /// Makes the message of a request; `n_items` and `k` go out as they are.
 pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, request: &Request<'_>) -> &'b [u8] {
     builder.reset();
-    let us = |deadline: Option<Duration>| deadline.map_or(0, |d| u32::try_from(d.as_micros()).unwrap_or(u32::MAX).max(1));
+    let us =
+        |deadline: Option<Duration>| deadline.map_or(0, |d| u32::try_from(d.as_micros()).unwrap_or(u32::MAX).max(1));
     let (kind, body) = match request {
         Request::Health => (Body::Health, schema::Health::create(builder, &schema::HealthArgs {}).as_union_value()),
         Request::Call(Call::Recommend(call)) => {
@@ -276,7 +284,9 @@ mod tests {
         let call = RecommendCall { context: &context, ..RecommendCall::new("u", 1) };
         assert!(error(Call::Recommend(call)).contains("context"));
         let vector = vec![0.0; 5000];
-        assert!(error(Call::Search(SearchCall { by: SearchBy::Vector(&vector), k: 1, deadline: None })).contains("vector"));
+        assert!(
+            error(Call::Search(SearchCall { by: SearchBy::Vector(&vector), k: 1, deadline: None })).contains("vector")
+        );
     }
 
     #[test]

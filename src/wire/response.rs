@@ -50,7 +50,12 @@ pub fn error<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, e
 }
 
 /// The message that answers a health request.
-pub fn health<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, ready: bool, version: &str) -> &'b [u8] {
+pub fn health<'b>(
+    builder: &'b mut FlatBufferBuilder<'static>,
+    request_id: u64,
+    ready: bool,
+    version: &str,
+) -> &'b [u8] {
     builder.reset();
     let args = schema::HealthStatusArgs { ready, model_version: Some(builder.create_string(version)) };
     let body = schema::HealthStatus::create(builder, &args).as_union_value();

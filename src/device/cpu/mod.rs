@@ -90,13 +90,21 @@ impl CpuDevice {
         let loaded = self.loaded.iter().find(|l| Arc::ptr_eq(&l.generation, &job.generation));
         let index = loaded.and_then(|l| l.index.as_deref());
         let mut out = Vec::new();
-        fill(&layout, &job.generation, index, job, &mut self.scratch.features, &self.scratch.signals, &self.scratch.candidates, &mut out);
+        fill(
+            &layout,
+            &job.generation,
+            index,
+            job,
+            &mut self.scratch.features,
+            &self.scratch.signals,
+            &self.scratch.candidates,
+            &mut out,
+        );
         Ok((out, layout.width()))
     }
 
     fn prepare(&self, generation: &Arc<Generation>) -> Result<Loaded, DeviceError> {
-        let wrong =
-            |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
+        let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
         let index = generation.item_embeddings.clone().map(|matrix| {
             Box::new(BruteForce::new(matrix, generation.metric, Kernel::detect())) as Box<dyn VectorIndex>
         });
@@ -112,12 +120,19 @@ impl CpuDevice {
             let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
                 .map_err(|e| wrong(e.to_string()))?;
             let weight = match &self.config.rankers {
-                weights if weights.is_empty() => if at == 0 { 1.0 } else { 0.0 },
+                weights if weights.is_empty() => {
+                    if at == 0 {
+                        1.0
+                    } else {
+                        0.0
+                    }
+                }
                 weights => weights.get(&model.name).copied().unwrap_or(0.0),
             };
             rankers.push(LoadedRanker { layouts, ranker: Box::new(ranker), weight });
         }
-        if let Some(name) = self.config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name)) {
+        if let Some(name) = self.config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name))
+        {
             return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
         }
         Ok(Loaded { generation: generation.clone(), index, rankers })
@@ -200,7 +215,8 @@ impl Loaded {
         job.ranked.n_nan = scores.iter().filter(|s| s.is_nan()).count() as u32;
         keep_best(order, top_m);
         job.ranked.items.extend(order.iter().map(|&s| Scored::from(s)).map(|s| {
-            let sources = candidates.rows.binary_search(&s.row).map_or_else(|_| Default::default(), |at| candidates.sources[at]);
+            let sources =
+                candidates.rows.binary_search(&s.row).map_or_else(|_| Default::default(), |at| candidates.sources[at]);
             RankedItem { row: s.row, score: s.score, sources }
         }));
         if explain {
@@ -273,7 +289,13 @@ impl Loaded {
         job.ranked.inference.resize(rankers.len(), Default::default());
         for (at, loaded) in rankers.iter_mut().enumerate() {
             let weight = match only {
-                Some(wanted) => if wanted == at { 1.0 } else { 0.0 },
+                Some(wanted) => {
+                    if wanted == at {
+                        1.0
+                    } else {
+                        0.0
+                    }
+                }
                 None => loaded.weight,
             };
             if weight <= 0.0 || n == 0 || late {
@@ -282,7 +304,16 @@ impl Loaded {
             let clock = Instant::now();
             scratch.inputs.resize_with(loaded.layouts.len(), Vec::new);
             for (layout, out) in loaded.layouts.iter().zip(&mut scratch.inputs) {
-                fill(layout, generation, index.as_deref(), job, &mut scratch.features, &scratch.signals, &scratch.candidates, out);
+                fill(
+                    layout,
+                    generation,
+                    index.as_deref(),
+                    job,
+                    &mut scratch.features,
+                    &scratch.signals,
+                    &scratch.candidates,
+                    out,
+                );
             }
             let clock = job.timings.lap(Stage::Features, clock);
             let result = loaded.ranker.score(&scratch.inputs, n, &mut scratch.scores);

@@ -8,13 +8,13 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 420.0;
 const MARGIN: f64 = 60.0;
 
+/// Name, colour, value.
+type Series = (&'static str, &'static str, fn(&Report) -> f64);
+
 /// p50, p99 and p99.9 over the achieved rate; the latency axis is logarithmic.
 pub fn latency_over_rate(reports: &[Report]) -> String {
-    let series: [(&str, &str, fn(&Report) -> f64); 3] = [
-        ("p50", "#1b7f5c", |r| r.p50_ms),
-        ("p99", "#c8662b", |r| r.p99_ms),
-        ("p99.9", "#8a3b8f", |r| r.p999_ms),
-    ];
+    let series: [Series; 3] =
+        [("p50", "#1b7f5c", |r| r.p50_ms), ("p99", "#c8662b", |r| r.p99_ms), ("p99.9", "#8a3b8f", |r| r.p999_ms)];
     let values = || reports.iter().flat_map(|r| [r.p50_ms, r.p999_ms]).filter(|v| *v > 0.0);
     let low = values().fold(f64::INFINITY, f64::min).min(1.0).log10().floor();
     let high = values().fold(0.0, f64::max).max(1.0).log10().ceil().max(low + 1.0);
@@ -45,12 +45,8 @@ pub fn latency_over_rate(reports: &[Report]) -> String {
             HEIGHT - MARGIN + 18.0
         );
     }
-    let _ = writeln!(
-        out,
-        "<text x='{}' y='{}' text-anchor='middle'>answers per second</text>",
-        WIDTH / 2.0,
-        HEIGHT - 14.0
-    );
+    let _ =
+        writeln!(out, "<text x='{}' y='{}' text-anchor='middle'>answers per second</text>", WIDTH / 2.0, HEIGHT - 14.0);
     for (at, (name, colour, of)) in series.iter().enumerate() {
         let points: Vec<String> = reports.iter().map(|r| format!("{:.1},{:.1}", x(r.rps), y(of(r)))).collect();
         let _ = writeln!(

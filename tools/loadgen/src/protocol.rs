@@ -117,9 +117,9 @@ fn http_answer(input: &[u8]) -> Result<Option<(Seen, usize)>, String> {
         // The whole body is not parsed: the harness shares the machine with what it measures.
         seen.items = count(body, b"\"item_id\"");
         let cache = find(body, b"\"cache\":\"").map(|at| &body[at..]);
-        seen.cache = cache.and_then(|c| c.split(|&b| b == b'"').next()).map_or_else(String::new, |c| {
-            String::from_utf8_lossy(c).into_owned()
-        });
+        seen.cache = cache
+            .and_then(|c| c.split(|&b| b == b'"').next())
+            .map_or_else(String::new, |c| String::from_utf8_lossy(c).into_owned());
     } else {
         seen.error = Some(status);
     }

@@ -70,7 +70,9 @@ impl fmt::Display for Report {
         )?;
         let list = |f: &mut fmt::Formatter<'_>, name: &str, counts: &BTreeMap<String, u64>| match counts.is_empty() {
             true => Ok(()),
-            false => writeln!(f, "{name}: {}", counts.iter().map(|(k, n)| format!("{k} {n}")).collect::<Vec<_>>().join(", ")),
+            false => {
+                writeln!(f, "{name}: {}", counts.iter().map(|(k, n)| format!("{k} {n}")).collect::<Vec<_>>().join(", "))
+            }
         };
         list(f, "errors", &self.errors_by_name)?;
         list(f, "degraded", &self.degraded)?;
@@ -161,7 +163,8 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
         Some(addr) => Protocol::Http { host: addr.to_string() },
         None => Protocol::Binary(FlatBufferBuilder::new()),
     };
-    let mut engine = Engine::connect(addr, options.connections as usize).with_context(|| format!("connecting to {addr}"))?;
+    let mut engine =
+        Engine::connect(addr, options.connections as usize).with_context(|| format!("connecting to {addr}"))?;
 
     let start = Instant::now();
     let from = start + Duration::from_secs_f64(options.warmup);
@@ -292,10 +295,12 @@ fn hgrm(histogram: &Histogram<u64>) -> String {
     for step in histogram.iter_quantiles(5) {
         total += step.count_since_last_iteration();
         let quantile = step.quantile_iterated_to();
-        let inverse = if quantile < 1.0 { format!("{:14.2}", 1.0 / (1.0 - quantile)) } else { String::from("           inf") };
+        let inverse =
+            if quantile < 1.0 { format!("{:14.2}", 1.0 / (1.0 - quantile)) } else { String::from("           inf") };
         out += &format!("{:12.3} {quantile:14.12} {total:10} {inverse}\n", step.value_iterated_to() as f64 / 1e6);
     }
-    out += &format!("#[Mean    = {:12.3}, StdDeviation   = {:12.3}]\n", histogram.mean() / 1e6, histogram.stdev() / 1e6);
+    out +=
+        &format!("#[Mean    = {:12.3}, StdDeviation   = {:12.3}]\n", histogram.mean() / 1e6, histogram.stdev() / 1e6);
     out += &format!("#[Max     = {:12.3}, Total count    = {:12}]\n", histogram.max() as f64 / 1e6, histogram.len());
     out
 }
