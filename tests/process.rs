@@ -1,0 +1,193 @@
+//! The server as a process: signals under load, and machines that forbid what it needs.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+use tastemaker::api::{Call, RecommendCall};
+use tastemaker::wire::client::{Answer, Client};
+use tastemaker::wire::request::Request;
+
+/// `tastemaker serve` on free ports, its log as JSON.
+struct Served {
+    child: Child,
+    log: BufReader<std::process::ChildStderr>,
+    binary: SocketAddr,
+    http: SocketAddr,
+}
+
+impl Served {
+    fn start() -> Self {
+        let config = bundle_path().with_file_name("serve.toml");
+        std::fs::write(&config, "[telemetry]\nlog_json = true\n").unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_tastemaker"))
+            .arg("serve")
+            .arg(bundle_path())
+            .args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config"])
+            .arg(&config)
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        loop {
+            let mut line = String::new();
+            assert!(log.read_line(&mut line).unwrap() > 0, "the server ended");
+            let fields = &serde_json::from_str::<serde_json::Value>(&line).unwrap()["fields"];
+            if fields["message"] == "serving" {
+                let addr = |name: &str| fields[name].as_str().unwrap().parse().unwrap();
+                return Served { binary: addr("binary"), http: addr("http"), child, log };
+            }
+        }
+    }
+
+    fn terminate(&self) {
+        // SAFETY: a signal to a child that has not been waited for: the process id is still its own.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) }, 0);
+    }
+
+    /// Waits for the end; the exit code and the rest of the log.
+    fn ended(mut self) -> (Option<i32>, String) {
+        let mut rest = String::new();
+        self.log.read_to_string(&mut rest).unwrap();
+        (self.child.wait().unwrap().code(), rest)
+    }
+}
+
+/// What one client of [`sigterm_under_load_loses_no_accepted_call`] saw.
+#[derive(Default)]
+struct Seen {
+    slates: u64,
+    refused: u64,
+    /// When calls were sent that nobody answered.
+    unanswered: Vec<Instant>,
+}
+
+fn load(addr: SocketAddr) -> Seen {
+    const DEPTH: usize = 16;
+    let mut client = Client::connect(addr, PATIENCE).unwrap();
+    let mut seen = Seen::default();
+    let mut pending = std::collections::HashMap::new();
+    let mut n = 0u64;
+    let mut open = true;
+    loop {
+        while open && pending.len() < DEPTH {
+            n += 1;
+            let user = format!("user-{}", n % 80);
+            let call = RecommendCall { no_cache: n % 3 > 0, ..RecommendCall::new(&user, 10) };
+            match client.send(&Request::Call(Call::Recommend(call))) {
+                Ok(id) => drop(pending.insert(id, Instant::now())),
+                Err(_) => open = false,
+            }
+        }
+        if pending.is_empty() {
+            return seen;
+        }
+        match client.receive() {
+            Ok((id, answer)) => {
+                pending.remove(&id).unwrap();
+                match answer {
+                    Answer::Slate(_) => seen.slates += 1,
+                    Answer::Error { name, retryable: true, .. } => {
+                        seen.refused += 1;
+                        open &= name != "unavailable";
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            Err(_) => {
+                seen.unanswered = pending.into_values().collect();
+                return seen;
+            }
+        }
+    }
+}
+
+#[test]
+fn sigterm_under_load_loses_no_accepted_call() {
+    let served = Served::start();
+    let addr = served.binary;
+    let clients: Vec<_> = (0..8).map(|_| std::thread::spawn(move || load(addr))).collect();
+    // Until load is steady: the server has answered some thousand calls.
+    let mut probe = Client::connect(addr, PATIENCE).unwrap();
+    for _ in 0..100 {
+        probe.recommend(&RecommendCall { no_cache: true, ..RecommendCall::new("user-1", 10) }).unwrap();
+    }
+    served.terminate();
+    let terminated = Instant::now();
+    let (mut slates, mut refused) = (0, 0);
+    for client in clients {
+        let seen = client.join().unwrap();
+        slates += seen.slates;
+        refused += seen.refused;
+        // What is sent to a server that has said goodbye is not accepted; what is sent before or just after the signal is.
+        let settled = terminated + Duration::from_millis(15);
+        assert!(seen.unanswered.iter().all(|sent| *sent > settled), "{} calls lost", seen.unanswered.len());
+    }
+    assert!(slates > 500 && refused > 0, "{slates} slates, {refused} refused");
+    drop(probe);
+    let (code, log) = served.ended();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("\"signal\":\"SIGTERM\"") && log.contains("drained"), "{log}");
+    assert!(terminated.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn an_idle_server_ends_at_once_on_sigterm() {
+    let served = Served::start();
+    let (_binary, _http) = (connect(served.binary), connect(served.http));
+    let start = Instant::now();
+    served.terminate();
+    let (code, log) = served.ended();
+    assert_eq!(code, Some(0), "{log}");
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+}
+
+/// Runs `serve` with `io_uring_setup` failing with `errno`.
+fn serve_without_io_uring(errno: i32) -> (Option<i32>, String) {
+    const ALLOW: u32 = 0x7fff_0000;
+    const ERRNO: u32 = 0x0005_0000;
+    let instruction = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    // Load the system call's number; if it is io_uring_setup, fail; else allow.
+    let filter = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, ERRNO | errno as u32),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, ALLOW),
+    ];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tastemaker"));
+    command.arg("serve").arg(bundle_path()).args([
+        "--listen",
+        "127.0.0.1:0",
+        "--http",
+        "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
+    ]);
+    // SAFETY: between fork and exec only two system calls are made, on memory that the closure owns.
+    unsafe {
+        command.pre_exec(move || {
+            let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+            let failed = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) != 0;
+            if failed { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+        });
+    }
+    let out = command.output().unwrap();
+    (out.status.code(), String::from_utf8(out.stderr).unwrap())
+}
+
+#[test]
+fn a_machine_without_io_uring_is_told_in_one_line() {
+    for (errno, says) in [(libc::EPERM, "io_uring is forbidden here"), (libc::ENOSYS, "has no io_uring")] {
+        let (code, stderr) = serve_without_io_uring(errno);
+        assert_eq!(code, Some(1), "{stderr}");
+        let lines: Vec<&str> = stderr.lines().filter(|l| l.starts_with("tastemaker: ")).collect();
+        assert!(lines.len() == 1 && lines[0].contains(says), "{stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+}
