@@ -155,7 +155,7 @@ pub struct SlateItem {
     pub row: u32,
     /// The ranker's score after rules.
     pub score: f32,
-    /// Who proposed it; empty for backfill.
+    /// Who proposed it; empty for what only a pin or the filling up of a short slate brought.
     pub sources: SourceSet,
     /// Present when asked for.
     pub explanation: Option<Box<Explanation>>,

@@ -30,13 +30,11 @@ pub enum Stage {
     Rerank = 10,
     /// Trim, backfill.
     Respond = 11,
-    /// Result cache lookups.
-    Cache = 12,
 }
 
 impl Stage {
     /// Number of stages.
-    pub const COUNT: usize = 13;
+    pub const COUNT: usize = 12;
     /// All stages in the order of their discriminants.
     pub const ALL: [Stage; Self::COUNT] = [
         Stage::Plan,
@@ -51,7 +49,6 @@ impl Stage {
         Stage::Select,
         Stage::Rerank,
         Stage::Respond,
-        Stage::Cache,
     ];
 
     /// The name in metrics, responses and reports.
@@ -69,7 +66,6 @@ impl Stage {
             Stage::Select => "select",
             Stage::Rerank => "rerank",
             Stage::Respond => "respond",
-            Stage::Cache => "cache",
         }
     }
 }
@@ -107,10 +103,8 @@ pub enum Reason {
     Deadline,
     /// The catalogue cannot fill the slate after filters and rules.
     Exhausted,
-    /// A value was missing and a default stood in.
-    Defaulted,
-    /// The device failed and the CPU took over.
-    DeviceFallback,
+    /// The bundle lacks what the stage needs.
+    Missing,
 }
 
 impl Reason {
@@ -120,8 +114,7 @@ impl Reason {
             Reason::Failed => "failed",
             Reason::Deadline => "deadline",
             Reason::Exhausted => "exhausted",
-            Reason::Defaulted => "defaulted",
-            Reason::DeviceFallback => "device_fallback",
+            Reason::Missing => "missing",
         }
     }
 }

@@ -486,6 +486,8 @@ fn http_says_what_is_wrong() {
     // The server may answer and close before it has read it all.
     let _ = stream.write_all(&http_request("POST", "/v1/recommend", &huge));
     assert_eq!(read_response(&mut stream).unwrap().status, 413);
+    let refused = "recommendation_requests_total{endpoint=\"recommend\",status=\"bad_request\"}";
+    assert!(metric(&server, refused) >= 10.0, "requests that did not become calls count, too");
     server.shut_down().unwrap();
 }
 

@@ -242,7 +242,8 @@ impl ColumnData {
 /// Which item columns play a part beyond being features; positions in `items.columns`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Roles {
-    /// Category or tags; the first code of a row is its category. Trending per category, the diversity cap.
+    /// Category or tags. The first code of a row is its category for features and the diversity cap; in trending per
+    /// category a row stands under each of its codes.
     pub category: Option<usize>,
     /// Category or tags: author, brand, artist. "Same creator" features.
     pub creator: Option<usize>,

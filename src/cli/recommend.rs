@@ -37,7 +37,10 @@ pub struct Recommend {
 
 impl Recommend {
     pub fn run(self) -> anyhow::Result<()> {
-        let mut client = Client::connect(self.addr, Duration::from_secs(5))
+        let budget = self.deadline_ms.map(Duration::from_millis);
+        // The server's own word on the deadline comes a little later than the deadline.
+        let patience = Duration::from_secs(5) + budget.unwrap_or_default();
+        let mut client = Client::connect(self.addr, patience)
             .with_context(|| format!("{}: is `tastemaker serve` running there?", self.addr))?;
         let context: Vec<(&str, &str)> = self.context.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         let slate = client.recommend(&RecommendCall {
@@ -48,7 +51,7 @@ impl Recommend {
             explain: self.explain,
             timings: self.timings,
             no_cache: false,
-            deadline: self.deadline_ms.map(Duration::from_millis),
+            deadline: budget,
         })?;
         println!("{slate}");
         Ok(())

@@ -63,7 +63,7 @@ pub struct Job {
     pub generation: Arc<Generation>,
     /// When an answer is owed; a worker drops a job whose time is up (`failure` says so).
     pub deadline: Deadline,
-    /// When the shard pushed it.
+    /// When it was planned and ready for the queue.
     pub enqueued: Instant,
     /// What to do.
     pub task: Task,

@@ -291,7 +291,6 @@ fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Targ
             target.each(rows, |_, _| value);
         }
         Op::Popularity => {
-            // Trending holds the head of the catalogue; the tail's popularity is 0.
             let popularity = &generation.popularity;
             target.each(rows, |_, row| popularity.get(row as usize).map_or(0.0, |p| p.ln_1p()));
         }

@@ -140,16 +140,14 @@ pub fn finish_recommend(
         context: &job.context,
         seen: &job.user.seen,
         items: &job.ranked.items,
+        unproposed: &job.ranked.backfill,
         n_items,
         explain,
     };
     reranker.rerank(input, &mut scratch.rerank, &mut items);
     let clock = job.timings.lap(Stage::Rerank, clock);
     if items.len() < n_items {
-        response::backfill(&job.ranked, n_items, explain, &mut items);
-        if items.len() < n_items {
-            job.degraded.push(Degradation { stage: Stage::Respond, reason: Reason::Exhausted });
-        }
+        job.degraded.push(Degradation { stage: Stage::Respond, reason: Reason::Exhausted });
     }
     if explain {
         response::explain(&job.ranked, &mut items);

@@ -35,7 +35,7 @@ pub fn recommend(
     job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
     job.filter = reranker.hard_filter(&job.context);
     resolve_user(call.user_id, generation, config, job);
-    job.timings.lap(Stage::Plan, now);
+    job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
 
@@ -97,7 +97,7 @@ pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant,
         }
     }
     job.task = Task::Search { k: call.k, vector, exclude };
-    job.timings.lap(Stage::Plan, now);
+    job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
 
@@ -140,7 +140,7 @@ pub fn rank(
     let rows = call.item_ids.iter().map(|id| generation.items.ids.row(id).unwrap_or(NO_ROW)).collect();
     job.task = Task::Rank { rows, ranker };
     resolve_user(call.user_id, generation, config, job);
-    job.timings.lap(Stage::Plan, now);
+    job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
 

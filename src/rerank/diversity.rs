@@ -1,5 +1,6 @@
 //! Maximal marginal relevance (Carbonell & Goldstein, SIGIR 1998) over item embeddings, and a cap per category.
 
+use super::caps::{Cap, Counts};
 use crate::catalog::generation::{Generation, Matrix, MatrixData};
 use crate::device::RankedItem;
 
@@ -25,7 +26,7 @@ pub struct DiversityScratch {
     /// Largest similarity to anything picked so far.
     closest: Vec<f32>,
     open: Vec<u32>,
-    categories: Vec<(u32, u32)>,
+    categories: Counts,
 }
 
 impl Diversity {
@@ -35,8 +36,7 @@ impl Diversity {
             Some(matrix) if lambda < 1.0 => inverse_norms(matrix),
             _ => Vec::new(),
         };
-        let has_category = generation.roles.category.is_some();
-        Diversity { lambda, max_per_category: if has_category { max_per_category } else { 0 }, inverse_norms }
+        Diversity { lambda, max_per_category, inverse_norms }
     }
 
     /// Appends up to `n` of `items` (best first) to `out`, in the order picked. Each pick maximises
@@ -52,13 +52,14 @@ impl Diversity {
     ) {
         let DiversityScratch { vectors, row, relevance, closest, open, categories } = scratch;
         categories.clear();
+        let cap = self.cap(generation);
         let embeddings = generation.item_embeddings.as_ref().filter(|_| !self.inverse_norms.is_empty());
         let Some(matrix) = embeddings else {
             for item in items {
                 if out.len() == n {
                     break;
                 }
-                if self.within_cap(generation, item.row, categories) {
+                if within(cap, item.row, categories) {
                     out.push(*item);
                 }
             }
@@ -96,7 +97,7 @@ impl Diversity {
             }
             // Order is kept, so that ties go to the better ranked.
             let at = open.remove(best) as usize;
-            if !self.within_cap(generation, pool[at].row, categories) {
+            if !within(cap, pool[at].row, categories) {
                 continue;
             }
             out.push(pool[at]);
@@ -112,31 +113,27 @@ impl Diversity {
             if out.len() >= n {
                 break;
             }
-            if self.within_cap(generation, item.row, categories) {
+            if within(cap, item.row, categories) {
                 out.push(*item);
             }
         }
     }
 
-    /// Counts `row` towards its category and says whether it was within the cap; a row without a category always is.
-    fn within_cap(&self, generation: &Generation, row: u32, counts: &mut Vec<(u32, u32)>) -> bool {
-        if self.max_per_category == 0 {
-            return true;
-        }
-        let column = generation.roles.category.map(|at| &generation.items.columns[at].data);
-        let Some(&category) = column.and_then(|c| c.codes(row).first()) else { return true };
-        match counts.iter_mut().find(|(code, _)| *code == category) {
-            Some((_, count)) if *count >= self.max_per_category => false,
-            Some((_, count)) => {
-                *count += 1;
-                true
-            }
-            None => {
-                counts.push((category, 1));
-                true
-            }
-        }
+    /// The cap per category, where there is one.
+    pub fn cap<'a>(&self, generation: &'a Generation) -> Option<Cap<'a>> {
+        let column = &generation.items.columns[generation.roles.category?].data;
+        (self.max_per_category > 0).then_some(Cap { column, max: self.max_per_category, first_only: true })
     }
+}
+
+/// Counts `row` if it is within the cap, and says whether it was.
+fn within(cap: Option<Cap<'_>>, row: u32, counts: &mut Counts) -> bool {
+    let Some(cap) = cap else { return true };
+    let admitted = cap.admits(row, counts);
+    if admitted {
+        cap.count(row, counts);
+    }
+    admitted
 }
 
 fn inverse_norms(matrix: &Matrix) -> Vec<f32> {

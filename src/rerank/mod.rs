@@ -1,16 +1,21 @@
 //! From ranked items to a slate: seen filter, diversity, business rules. Works on slates, not on single items.
 
+pub mod caps;
 pub mod diversity;
 pub mod rules;
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::SlateItem;
+use smallvec::SmallVec;
+
+use crate::api::{Explanation, SlateItem};
+use crate::candidates::{Scored, SourceSet};
 use crate::catalog::generation::Generation;
 use crate::device::{Context, RankedItem};
+use caps::Counts;
 use diversity::{Diversity, DiversityScratch};
+use rules::{Bitmap, Rules, RulesScratch};
 pub use rules::{HardFilter, RuleConfig, RuleError};
-use rules::{Rules, RulesScratch};
 
 /// `[rerank]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,6 +67,8 @@ pub struct RerankInput<'a> {
     pub seen: &'a [u32],
     /// Best first, unique rows.
     pub items: &'a [RankedItem],
+    /// What may fill the slate up when `items` do not, best first.
+    pub unproposed: &'a [Scored],
     /// Slate length wanted.
     pub n_items: usize,
     /// Name the rules that acted on each item.
@@ -75,6 +82,7 @@ pub struct RerankScratch {
     diverse: Vec<RankedItem>,
     diversity: DiversityScratch,
     rules: RulesScratch,
+    counts: Vec<Counts>,
 }
 
 impl Reranker {
@@ -94,13 +102,107 @@ impl Reranker {
         self.rules.hard_filter(context)
     }
 
-    /// Fills `out` with at most `n_items` items in order: those not seen, diversified to `2 * n_items`, after rules.
+    /// Fills `out` with at most `n_items` items in order: those not seen, diversified to `2 * n_items`, after rules; then
+    /// whatever else seen items, rules and caps allow, until the slate is full.
     pub fn rerank(&self, input: RerankInput<'_>, scratch: &mut RerankScratch, out: &mut Vec<SlateItem>) {
-        let RerankScratch { fresh, diverse, diversity, rules } = scratch;
+        let RerankScratch { fresh, diverse, diversity, rules, counts } = scratch;
         fresh.clear();
         fresh.extend(input.items.iter().filter(|item| input.seen.binary_search(&item.row).is_err()));
         diverse.clear();
         self.diversity.pick(input.generation, fresh, 2 * input.n_items, diversity, diverse);
         self.rules.apply(&input, diverse, rules, out);
+        if out.len() < input.n_items {
+            self.fill(&input, fresh, counts, out);
+        }
+    }
+
+    /// Fills up from `fresh`, the ranked items, then from those that nobody proposed.
+    fn fill(&self, input: &RerankInput<'_>, fresh: &[RankedItem], counts: &mut Vec<Counts>, out: &mut Vec<SlateItem>) {
+        let hard = self.hard_filter(input.context);
+        let by_category = self.diversity.cap(input.generation).map(|cap| (cap, None));
+        let by_rule = self.rules.caps(input.context, input.generation).map(|(cap, of)| (cap, Some(of)));
+        let caps: SmallVec<[_; 4]> = by_category.into_iter().chain(by_rule).collect();
+        let counted = |of: Option<&Bitmap>, row| of.is_none_or(|of| of.has(row));
+        counts.clear();
+        counts.resize_with(caps.len(), Counts::new);
+        let count = |row: u32, counts: &mut [Counts]| {
+            for ((cap, of), counts) in caps.iter().zip(counts) {
+                if counted(*of, row) {
+                    cap.count(row, counts);
+                }
+            }
+        };
+        out.iter().for_each(|item| count(item.row, counts));
+        let unproposed = input.unproposed.iter().filter(|s| input.seen.binary_search(&s.row).is_err());
+        let unproposed = unproposed.map(|s| (s.row, s.score, SourceSet::default()));
+        for (row, score, sources) in fresh.iter().map(|i| (i.row, i.score, i.sources)).chain(unproposed) {
+            if out.len() >= input.n_items {
+                break;
+            }
+            let admitted =
+                caps.iter().zip(&*counts).all(|((cap, of), counts)| !counted(*of, row) || cap.admits(row, counts));
+            if admitted && hard.allows(row) && out.iter().all(|item| item.row != row) {
+                count(row, counts);
+                let explanation =
+                    input.explain.then(|| Box::new(Explanation { backfill: true, ..Explanation::default() }));
+                out.push(SlateItem { row, score, sources, explanation });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::testing;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn slates_are_as_full_as_caps_allow(
+            categories in prop::collection::vec(0u32..4, 4..40), n_ranked in 0usize..40, n in 1usize..20,
+            by_category in 0u32..3, by_rule in 1u32..4, seen in prop::collection::btree_set(0u32..40, 0..6),
+        ) {
+            let mut generation = testing::plain(categories.len());
+            testing::add_category(&mut generation, "category", &categories);
+            let rule = RuleConfig {
+                name: "cap".into(),
+                attribute: Some("category".into()),
+                max: Some(by_rule),
+                ..toml::from_str("action = 'cap'").unwrap()
+            };
+            let config = RerankConfig { mmr_lambda: 1.0, max_per_category: by_category, rules: vec![rule] };
+            let reranker = Reranker::compile(&config, &generation).unwrap();
+            let rows = 0..categories.len() as u32;
+            let n_ranked = n_ranked.min(categories.len());
+            let item = |row: u32| RankedItem { row, score: -(row as f32), sources: SourceSet(1) };
+            let items: Vec<RankedItem> = rows.clone().take(n_ranked).map(item).collect();
+            let unproposed: Vec<Scored> = rows.clone().skip(n_ranked).map(|row| Scored { row, score: 0.0 }).collect();
+            let seen: Vec<u32> = seen.into_iter().collect();
+            let input = RerankInput {
+                generation: &generation,
+                context: &Context::default(),
+                seen: &seen,
+                items: &items,
+                unproposed: &unproposed,
+                n_items: n,
+                explain: false,
+            };
+            let mut out = Vec::new();
+            reranker.rerank(input, &mut RerankScratch::default(), &mut out);
+            let cap = if by_category == 0 { by_rule } else { by_category.min(by_rule) };
+            let mut possible = 0;
+            for category in 0..4 {
+                let of = |row: &u32| categories[*row as usize] == category;
+                let shown = out.iter().filter(|i| of(&i.row)).count();
+                let there = rows.clone().filter(|row| of(row) && !seen.contains(row)).count();
+                prop_assert!(shown <= cap as usize);
+                possible += there.min(cap as usize);
+            }
+            prop_assert_eq!(out.len(), n.min(possible));
+            let unique: std::collections::HashSet<u32> = out.iter().map(|i| i.row).collect();
+            prop_assert_eq!(unique.len(), out.len());
+            prop_assert!(out.iter().all(|i| !seen.contains(&i.row)));
+        }
     }
 }

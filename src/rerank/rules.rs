@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use super::RerankInput;
+use super::caps::{Cap, Counts};
 use crate::api::{Explanation, SlateItem};
 use crate::candidates::SourceSet;
 use crate::catalog::generation::{ColumnData, Generation};
@@ -17,21 +18,24 @@ use crate::context::nearest;
 use crate::device::{Context, RankedItem};
 
 /// One `[[rerank.rules]]`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RuleConfig {
     /// For explanations and errors.
+    #[serde(default)]
     pub name: String,
     /// What it does.
     pub action: Action,
     /// Context conditions, all must hold: a value, a list of values, or `"*"` for any value.
+    #[serde(default)]
     pub when: BTreeMap<String, OneOrMany>,
     /// Item conditions, all must hold: a value, a list of values, or comparisons as in `{ ge = 4, lt = 5 }`.
-    #[serde(rename = "where")]
+    #[serde(default, rename = "where")]
     pub conditions: BTreeMap<String, Condition>,
     /// Boost: added to the score, as a share of the list's range of scores; may be negative.
     pub amount: Option<f32>,
     /// Pin: the items, in order.
+    #[serde(default)]
     pub items: Vec<String>,
     /// Pin: rank of the first item, from 1.
     pub rank: Option<u32>,
@@ -42,11 +46,10 @@ pub struct RuleConfig {
 }
 
 /// What a rule does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
     /// Items that match are never shown.
-    #[default]
     Exclude,
     /// Only items that match are shown.
     Require,
@@ -127,7 +130,7 @@ pub struct RuleError {
 
 /// One bit per item.
 #[derive(Debug)]
-struct Bitmap(Vec<u64>);
+pub struct Bitmap(Vec<u64>);
 
 impl Bitmap {
     fn of(n: usize, holds: impl Fn(u32) -> bool) -> Self {
@@ -138,7 +141,8 @@ impl Bitmap {
         Bitmap(words)
     }
 
-    fn has(&self, row: u32) -> bool {
+    /// Whether `row` is in it.
+    pub fn has(&self, row: u32) -> bool {
         self.0.get(row as usize / 64).is_some_and(|word| word >> (row % 64) & 1 == 1)
     }
 }
@@ -190,7 +194,7 @@ pub struct Rules {
 pub struct RulesScratch {
     list: Vec<Entry>,
     scores: Vec<f32>,
-    counts: Vec<(u32, u32)>,
+    counts: Counts,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -200,6 +204,13 @@ struct Entry {
     key: f32,
     /// One bit per rule that acted, for the first 64 rules.
     acted: u64,
+}
+
+impl Rule {
+    fn cap<'a>(&self, generation: &'a Generation) -> Option<Cap<'a>> {
+        let Effect::Cap { column, max } = self.effect else { return None };
+        Some(Cap { column: &generation.items.columns[column].data, max, first_only: false })
+    }
 }
 
 impl Rules {
@@ -225,6 +236,15 @@ impl Rules {
             _ => None,
         });
         HardFilter { active: hard.collect() }
+    }
+
+    /// The caps that are active in `context`, each with the items that it counts.
+    pub fn caps<'a>(
+        &'a self,
+        context: &'a Context,
+        generation: &'a Generation,
+    ) -> impl Iterator<Item = (Cap<'a>, &'a Bitmap)> {
+        self.active(context).filter_map(|(_, rule)| Some((rule.cap(generation)?, &*rule.matches)))
     }
 
     /// Turns the diversified list into at most `n_items` slate items.
@@ -274,23 +294,13 @@ impl Rules {
             list.sort_by_key(|e| rule.matches.has(e.item.row));
         }
         for (_, rule) in self.active(input.context) {
-            let Effect::Cap { column, max } = rule.effect else { continue };
-            let column = &input.generation.items.columns[column].data;
+            let Some(cap) = rule.cap(input.generation) else { continue };
             counts.clear();
             list.retain(|entry| {
-                if !rule.matches.has(entry.item.row) {
-                    return true;
-                }
-                let codes = column.codes(entry.item.row);
-                let count_of = |counts: &[(u32, u32)], code| counts.iter().find(|(c, _)| *c == code).map_or(0, |c| c.1);
-                let keep = codes.iter().all(|&code| count_of(counts, code) < max);
-                if keep {
-                    for &code in codes {
-                        match counts.iter_mut().find(|(c, _)| *c == code) {
-                            Some((_, count)) => *count += 1,
-                            None => counts.push((code, 1)),
-                        }
-                    }
+                let row = entry.item.row;
+                let keep = !rule.matches.has(row) || cap.admits(row, counts);
+                if keep && rule.matches.has(row) {
+                    cap.count(row, counts);
                 }
                 keep
             });
@@ -345,7 +355,11 @@ fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result
         (false, true) => Err(wrong(field, format!("is missing; action {:?} needs it", config.action))),
         _ => Ok(()),
     };
-    use Action::{Boost, Cap, Pin};
+    use Action::{Boost, Cap, Exclude, Pin, Require};
+    let conditional = config.action != Pin;
+    if !conditional || matches!(config.action, Exclude | Require) {
+        unused("where", !config.conditions.is_empty(), conditional)?;
+    }
     unused("amount", config.amount.is_some(), config.action == Boost)?;
     unused("items", !config.items.is_empty(), config.action == Pin)?;
     unused("rank", config.rank.is_some(), config.action == Pin)?;
@@ -360,10 +374,10 @@ fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result
             other => return Err(wrong("amount", format!("is {other:?}, expected a finite number"))),
         },
         Action::Pin => {
-            let rank = config.rank.unwrap_or(1);
-            if rank == 0 {
-                return Err(wrong("rank", "is 0; ranks count from 1".into()));
-            }
+            let rank = match config.rank {
+                Some(rank) if rank > 0 => rank,
+                _ => return Err(wrong("rank", "is 0; ranks count from 1".into())),
+            };
             let row = |id: &String| {
                 generation.items.ids.row(id).ok_or_else(|| wrong("items", format!("no item `{id}` in the catalogue")))
             };
@@ -392,7 +406,7 @@ fn test<'a>(data: &'a ColumnData, condition: &'a Condition) -> Result<Box<dyn Fn
     };
     match (condition, data) {
         (Condition::Number(want), ColumnData::Number { values, .. }) => {
-            Ok(Box::new(move |row| f64::from(values[row as usize]) == *want))
+            Ok(Box::new(move |row| values[row as usize] == *want as f32))
         }
         (Condition::Number(_), _) => Err("is a number, but the column holds strings".into()),
         (Condition::Values(_), ColumnData::Number { .. }) => {
@@ -420,15 +434,17 @@ fn test<'a>(data: &'a ColumnData, condition: &'a Condition) -> Result<Box<dyn Fn
             }
             Ok(Box::new(move |row| {
                 let value = match data {
-                    ColumnData::Number { values, .. } => f64::from(values[row as usize]),
-                    _ => f64::NAN,
+                    ColumnData::Number { values, .. } => values[row as usize],
+                    _ => f32::NAN,
                 };
-                let holds = |bound: &Option<f64>, test: fn(&f64, &f64) -> bool| bound.is_none_or(|b| test(&value, &b));
+                // Columns hold f32: a bound means the f32 nearest to it, as the value next to it does.
+                let holds =
+                    |bound: &Option<f64>, test: fn(&f32, &f32) -> bool| bound.is_none_or(|b| test(&value, &(b as f32)));
                 want_missing.is_none_or(|want| missing(row) == want)
-                    && holds(lt, f64::lt)
-                    && holds(le, f64::le)
-                    && holds(gt, f64::gt)
-                    && holds(ge, f64::ge)
+                    && holds(lt, f32::lt)
+                    && holds(le, f32::le)
+                    && holds(gt, f32::gt)
+                    && holds(ge, f32::ge)
             }))
         }
     }
@@ -463,8 +479,15 @@ mod tests {
         let items: Vec<RankedItem> = (0..6)
             .map(|row| RankedItem { row, score: 1.0 - row as f32 / 10.0, sources: SourceSet::default() })
             .collect();
-        let input =
-            RerankInput { generation: &generation, context: &request, seen, items: &items, n_items: n, explain: false };
+        let input = RerankInput {
+            generation: &generation,
+            context: &request,
+            seen,
+            items: &items,
+            unproposed: &[],
+            n_items: n,
+            explain: false,
+        };
         let mut out = Vec::new();
         reranker.rerank(input, &mut RerankScratch::default(), &mut out);
         out.iter().map(|i| i.row).collect()

@@ -24,7 +24,7 @@ use super::json::{self, RankBody, RecommendBody, SearchBody};
 use super::service::Service;
 use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, Ticket};
 use crate::error::{Code, Error};
-use crate::telemetry::metrics::Gauges;
+use crate::telemetry::metrics::{Endpoint, Gauges};
 use crate::wire::LIMITS;
 
 /// Marks a ticket as an HTTP call's.
@@ -305,14 +305,31 @@ async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -
         Routes::Api => api(request, state).await,
         Routes::Admin => admin(&request, state),
     };
-    let mut response = result.unwrap_or_else(|error| failed(&error));
+    let mut response = match result {
+        Ok(response) => response,
+        Err(Failure::Refused(error) | Failure::Failed(error)) => failed(&error),
+    };
     if state.service.borrow().draining() {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
 
-type Answer = Result<Response<Full<Bytes>>, Error>;
+type Answer = Result<Response<Full<Bytes>>, Failure>;
+
+/// Why there is no answer but an error.
+enum Failure {
+    /// The request did not become a call, which counts here.
+    Refused(Error),
+    /// The call failed; the service has counted it.
+    Failed(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Refused(error)
+    }
+}
 
 fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
     match method == allowed {
@@ -322,18 +339,32 @@ fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
 }
 
 async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
-    let path = request.uri().path().to_owned();
-    if !matches!(path.as_str(), "/v1/recommend" | "/v1/search" | "/v1/rank") {
-        return Err(Error::fixed(Code::NotFound, "no such path; there are /v1/recommend, /v1/search and /v1/rank"));
+    let started = Instant::now();
+    let endpoint = match request.uri().path() {
+        "/v1/recommend" => Endpoint::Recommend,
+        "/v1/search" => Endpoint::Search,
+        "/v1/rank" => Endpoint::Rank,
+        _ => {
+            let message = "no such path; there are /v1/recommend, /v1/search and /v1/rank";
+            return Err(Error::fixed(Code::NotFound, message).into());
+        }
+    };
+    let answer = async {
+        only(request.method(), &Method::POST)?;
+        let limit = state.service.borrow().shared().config.server.max_frame_bytes as usize;
+        let body = body(request, limit).await?;
+        match endpoint {
+            Endpoint::Recommend => recommend(&body, state).await,
+            Endpoint::Search => search(&body, state).await,
+            Endpoint::Rank => rank(&body, state).await,
+        }
+    };
+    let answer = answer.await;
+    if let Err(Failure::Refused(error)) = &answer {
+        let outcome = Outcome::Failed(error.clone());
+        state.service.borrow().metrics().record_outcome(endpoint, &outcome, started.elapsed());
     }
-    only(request.method(), &Method::POST)?;
-    let limit = state.service.borrow().shared().config.server.max_frame_bytes as usize;
-    let body = body(request, limit).await?;
-    match path.as_str() {
-        "/v1/recommend" => recommend(&body, state).await,
-        "/v1/search" => search(&body, state).await,
-        _ => rank(&body, state).await,
-    }
+    answer
 }
 
 async fn body(request: Request<Incoming>, limit: usize) -> Result<Bytes, Error> {
@@ -359,10 +390,10 @@ async fn recommend(body: &[u8], state: &HttpState) -> Answer {
     check_id(&body.user_id.0, "user_id")?;
     let context = context(&body.context)?;
     if body.query.as_ref().is_some_and(|q| q.len() > LIMITS.query_bytes) {
-        return Err(Error::fixed(Code::TooLarge, "query is longer than 1024 bytes"));
+        return Err(Error::fixed(Code::TooLarge, "query is longer than 1024 bytes").into());
     }
     if body.n_items == Some(0) {
-        return Err(Error::fixed(Code::BadRequest, "n_items is 0, expected 1 or more"));
+        return Err(Error::fixed(Code::BadRequest, "n_items is 0, expected 1 or more").into());
     }
     let call = RecommendCall {
         user_id: &body.user_id.0,
@@ -387,12 +418,22 @@ async fn search(body: &[u8], state: &HttpState) -> Answer {
         (None, Some(item), None, None) => SearchBy::Item(&item.0),
         (None, None, Some(user), None) => SearchBy::User(&user.0),
         (None, None, None, Some(text)) if text.len() <= LIMITS.query_bytes => SearchBy::Text(text),
-        (None, None, None, Some(_)) => return Err(Error::fixed(Code::TooLarge, "text is longer than 1024 bytes")),
+        (None, None, None, Some(_)) => {
+            return Err(Error::fixed(Code::TooLarge, "text is longer than 1024 bytes").into());
+        }
         _ => {
             let message = "a search takes exactly one of vector, item_id, user_id, text";
-            return Err(Error::fixed(Code::BadRequest, message));
+            return Err(Error::fixed(Code::BadRequest, message).into());
         }
     };
+    match by {
+        SearchBy::Item(id) => check_id(id, "item_id")?,
+        SearchBy::User(id) => check_id(id, "user_id")?,
+        SearchBy::Vector(values) if values.len() > LIMITS.vector_values => {
+            return Err(Error::fixed(Code::TooLarge, "vector has more than 8192 values").into());
+        }
+        SearchBy::Vector(_) | SearchBy::Text(_) => {}
+    }
     let deadline = body.deadline_ms.map(Duration::from_millis);
     match state.call(&Call::Search(SearchCall { by, k: body.k.unwrap_or(10), deadline })).await {
         Outcome::Scored(scored) => Ok(respond(200, "application/json", json::scored(&scored))),
@@ -404,7 +445,11 @@ async fn rank(body: &[u8], state: &HttpState) -> Answer {
     let body: RankBody<'_> = json::parse(body)?;
     check_id(&body.user_id.0, "user_id")?;
     let context = context(&body.context)?;
+    if body.item_ids.len() > LIMITS.items {
+        return Err(Error::fixed(Code::TooLarge, "more than 10000 items").into());
+    }
     let item_ids: Vec<&str> = body.item_ids.iter().map(|id| &*id.0).collect();
+    item_ids.iter().try_for_each(|id| check_id(id, "an item id"))?;
     let call = RankCall {
         user_id: &body.user_id.0,
         context: &context,
@@ -419,10 +464,10 @@ async fn rank(body: &[u8], state: &HttpState) -> Answer {
 }
 
 fn unexpected(outcome: Outcome) -> Answer {
-    Err(match outcome {
+    Err(Failure::Failed(match outcome {
         Outcome::Failed(error) => error,
         _ => Error::fixed(Code::Internal, "the answer does not fit the question"),
-    })
+    }))
 }
 
 fn check_id(id: &str, field: &str) -> Result<(), Error> {
@@ -451,7 +496,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz" | "/readyz" | "/generations") {
         let message = "no such path; there are /metrics, /healthz, /readyz and /generations";
-        return Err(Error::fixed(Code::NotFound, message));
+        return Err(Error::fixed(Code::NotFound, message).into());
     }
     only(request.method(), &Method::GET)?;
     let service = state.service.borrow();
@@ -477,7 +522,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
             Ok(respond(200, "application/json", body.to_string().into_bytes()))
         }
         "/healthz" => Ok(respond(200, "text/plain", b"ok\n".to_vec())),
-        _ if service.draining() => Err(Error::fixed(Code::Unavailable, "draining")),
+        _ if service.draining() => Err(Error::fixed(Code::Unavailable, "draining").into()),
         _ => Ok(respond(200, "text/plain", b"ready\n".to_vec())),
     }
 }

@@ -11,8 +11,8 @@ pub mod watchdog;
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -52,7 +52,7 @@ pub struct ServerConfig {
     pub max_frame_bytes: u32,
     /// Unsent answers of one connection beyond which it is not read, bytes. Default 4 MiB.
     pub max_output_bytes: u32,
-    /// Time budget of a call that names none, milliseconds. 1 to 60000, default 1000.
+    /// Time budget of a call that names none, milliseconds. 1 to `max_deadline_ms`, default 1000.
     pub default_deadline_ms: u32,
     /// Largest time budget, milliseconds. 1 to 600000, default 10000.
     pub max_deadline_ms: u32,
@@ -112,6 +112,23 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
     signals::block().context("blocking signals")?;
     signals::keep_freed_memory();
     let start = Instant::now();
+    let stop: Arc<OnceLock<Stop>> = Arc::default();
+    let signal = std::thread::Builder::new().name("signals".into()).spawn({
+        let stop = stop.clone();
+        move || {
+            let name = signals::wait();
+            match stop.get() {
+                Some(stop) => {
+                    tracing::info!(signal = name, "draining; a second signal ends at once");
+                    stop.stop();
+                    signals::wait();
+                }
+                None => tracing::info!(signal = name, "ended before it served"),
+            }
+            std::process::exit(1);
+        }
+    });
+    signal.context("starting the signal thread")?;
     let generation = Arc::new(catalog::bundle::open(bundle)?);
     tracing::info!(
         generation = generation.version,
@@ -120,6 +137,7 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
         "bundle verified"
     );
     let server = Server::start(generation, config, Options::default())?;
+    let _ = stop.set(server.stopper());
     tracing::info!(
         binary = %server.addrs.binary,
         http = %server.addrs.http,
@@ -129,17 +147,6 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
         ready_ms = start.elapsed().as_millis() as u64,
         "serving"
     );
-    let signal = std::thread::Builder::new().name("signals".into()).spawn({
-        let stop = server.stopper();
-        move || {
-            let name = signals::wait();
-            tracing::info!(signal = name, "draining; a second signal ends at once");
-            stop.stop();
-            signals::wait();
-            std::process::exit(1);
-        }
-    });
-    signal.context("starting the signal thread")?;
     server.join()?;
     tracing::info!("drained");
     Ok(())
@@ -190,6 +197,11 @@ pub struct Stop {
 }
 
 impl Stop {
+    /// Whether the shards are to end.
+    pub fn stopped(&self) -> bool {
+        self.flag.load(Ordering::Acquire)
+    }
+
     /// Lets the shards drain and end.
     pub fn stop(&self) {
         self.flag.store(true, Ordering::Release);
@@ -261,7 +273,7 @@ impl Server {
                 listener: again(&mut binary, addrs.binary)?,
                 http: again(&mut http, addrs.http)?,
                 admin: admin.take(),
-                stop: stop.flag.clone(),
+                stop: stop.clone(),
                 preempt_timer: options.preempt_timer,
                 ready: ready.clone(),
             };
@@ -350,8 +362,6 @@ impl Server {
                 Ok(Err(error)) => failed = failed.or(Some(anyhow::anyhow!("shard {id}: {error}"))),
                 Err(_) => failed = failed.or(Some(anyhow::anyhow!("shard {id} panicked"))),
             }
-            // One shard gone: the others must not serve on as if nothing were.
-            self.stop.stop();
         }
         self.shared.jobs.close();
         self.watched.store(true, Ordering::Release);

@@ -114,7 +114,8 @@ impl Service {
         &self.shared
     }
 
-    fn metrics(&self) -> &ShardMetrics {
+    /// The shard's counters.
+    pub fn metrics(&self) -> &ShardMetrics {
         &self.shared.metrics.shards[usize::from(self.shard)]
     }
 
@@ -267,10 +268,10 @@ impl Service {
                     if let Some(mut flight) = self.take(ticket) {
                         self.pool.extend(flight.waiting.take());
                         self.metrics().record_shared();
-                        self.answer(&flight, Outcome::Slate(slate, CacheStatus::Miss), now, deliver);
+                        self.answer(&flight, Outcome::Slate(slate, CacheStatus::Miss), deliver);
                     }
                 }
-                Completion::Retry { ticket } => self.retry(ticket, now, deliver),
+                Completion::Retry { ticket } => self.retry(ticket, deliver),
             }
         }
         if now >= self.next_sweep {
@@ -294,10 +295,9 @@ impl Service {
         Some(flight)
     }
 
-    fn answer(&self, flight: &Flight, outcome: Outcome, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+    fn answer(&self, flight: &Flight, outcome: Outcome, deliver: &mut dyn FnMut(Ticket, Outcome)) {
         if !flight.answered {
-            let latency = now.saturating_duration_since(flight.started);
-            self.metrics().record_outcome(flight.endpoint, &outcome, latency);
+            self.metrics().record_outcome(flight.endpoint, &outcome, flight.started.elapsed());
             deliver(flight.ticket, outcome);
         }
     }
@@ -334,7 +334,7 @@ impl Service {
         if flight.leader {
             self.release_followers(flight.key, slate);
         }
-        self.answer(&flight, outcome, now, deliver);
+        self.answer(&flight, outcome, deliver);
         self.pool.push(job);
     }
 
@@ -352,7 +352,7 @@ impl Service {
         }
     }
 
-    fn retry(&mut self, ticket: Ticket, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+    fn retry(&mut self, ticket: Ticket, deliver: &mut dyn FnMut(Ticket, Outcome)) {
         let slot = (ticket.0 & 0xffff_ffff) as usize;
         let Some(entry) = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32) else { return };
         let Some(job) = entry.flight.as_mut().and_then(|f| f.waiting.take()) else { return };
@@ -362,7 +362,7 @@ impl Service {
                 self.pool.push(job);
                 if let Some(flight) = self.take(ticket) {
                     let error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
-                    self.answer(&flight, Outcome::Failed(error), now, deliver);
+                    self.answer(&flight, Outcome::Failed(error), deliver);
                 }
             }
         }

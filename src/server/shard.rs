@@ -7,14 +7,14 @@ use std::net::TcpListener;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use flatbuffers::FlatBufferBuilder;
 use glommio::{LocalExecutorBuilder, Placement};
 
+use super::Stop;
 use super::http::{self, HttpCalls};
 use super::ring::{ConnId, Engine, EngineConfig, Handler, LINGER, Verdict};
 use super::service::{Service, Shared};
@@ -115,12 +115,20 @@ pub struct Shard {
     pub http: TcpListener,
     /// Admin port; the first shard's.
     pub admin: Option<TcpListener>,
-    /// Set to drain and end.
-    pub stop: Arc<AtomicBool>,
+    /// Says when to drain and end; the end of a shard ends them all.
+    pub stop: Stop,
     /// How often glommio looks for other work; 100 ms is its default.
     pub preempt_timer: Duration,
     /// Told once: it serves, or why it can't.
     pub ready: Sender<io::Result<()>>,
+}
+
+struct EndsAll(Stop);
+
+impl Drop for EndsAll {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
 }
 
 impl Shard {
@@ -131,6 +139,8 @@ impl Shard {
     pub fn spawn(self) -> io::Result<std::thread::JoinHandle<io::Result<()>>> {
         std::thread::Builder::new().name(format!("shard-{}", self.id)).spawn(move || {
             let ready = self.ready.clone();
+            // However this shard ends: the others must not serve on as if nothing were.
+            let _ends_all = EndsAll(self.stop.clone());
             let executor = LocalExecutorBuilder::new(Placement::Fixed(self.cpu))
                 .preempt_timer(self.preempt_timer)
                 .name(&format!("shard-{}", self.id))
@@ -179,8 +189,8 @@ impl Shard {
         let mut port = BinaryPort::new(service.clone());
         // Nobody waits any more only if another shard failed, and then this one is stopped.
         let _ = self.ready.send(Ok(()));
-        let mut drain_since: Option<Instant> = None;
-        loop {
+        let mut drain_since = None;
+        let cut_off = loop {
             let now = Instant::now();
             let mut progress = engine.turn(0, now, &mut port)?;
             progress += service.borrow_mut().poll(now, &mut |ticket, outcome| match ticket.0 >> 63 {
@@ -195,16 +205,16 @@ impl Shard {
             metrics.connections.store(stats.connections as u64, Relaxed);
             metrics.refused.store(stats.refused, Relaxed);
 
-            if self.stop.load(Acquire) {
+            if self.stop.stopped() {
                 let since = *drain_since.get_or_insert_with(|| {
                     engine.stop_accepting();
                     service.borrow_mut().drain();
                     now
                 });
-                let (answered, drained) = (service.borrow().in_flight() == 0, now.saturating_duration_since(since));
-                if answered && drained >= SETTLE || drained >= Duration::from_millis(u64::from(config.drain_timeout_ms))
-                {
-                    break;
+                let (left, drained) = (service.borrow().in_flight(), now.saturating_duration_since(since));
+                let late = drained >= Duration::from_millis(u64::from(config.drain_timeout_ms));
+                if left == 0 && drained >= SETTLE || late {
+                    break left;
                 }
             }
             if progress > 0 || engine.pending() {
@@ -220,7 +230,7 @@ impl Shard {
             }
             inbox.disarm();
             engine.notify(false);
-        }
+        };
         // Every call is answered; the answers get their time to arrive.
         engine.close_all();
         engine.flush();
@@ -239,6 +249,9 @@ impl Shard {
         for listener in listeners {
             listener.cancel().await;
         }
-        Ok(())
+        match cut_off {
+            0 => Ok(()),
+            n => Err(io::Error::other(format!("{n} calls were still computed when server.drain_timeout_ms ended"))),
+        }
     }
 }

@@ -37,7 +37,7 @@ pub fn run(shared: &Arc<Shared>, stop: &AtomicBool) {
             let busy = shard.in_flight.load(Relaxed) + shard.connections.load(Relaxed) > 0;
             let pulse = if busy { BUSY_PULSE } else { IDLE_PULSE };
             if !completions.armed() || !completions.is_empty() {
-                // It does not sleep, has work, and does not move.
+                // It has work and does not move: parked wrongly, or one turn takes long. A kick harms neither.
                 completions.wake();
                 shared.metrics.watchdog_kicks.fetch_add(1, Relaxed);
             } else if now.saturating_duration_since(*since) >= pulse {

@@ -37,8 +37,7 @@ const STATUSES: [Option<Code>; 9] = [
     Some(Code::Internal),
     Some(Code::Unavailable),
 ];
-const REASONS: [Reason; 5] =
-    [Reason::Failed, Reason::Deadline, Reason::Exhausted, Reason::Defaulted, Reason::DeviceFallback];
+const REASONS: [Reason; 4] = [Reason::Failed, Reason::Deadline, Reason::Exhausted, Reason::Missing];
 
 fn status_name(code: Option<Code>) -> &'static str {
     code.map_or("ok", Code::name)
@@ -326,7 +325,7 @@ impl Metrics {
             (
                 "tastemaker_watchdog_kicks_total",
                 "counter",
-                "Shards woken by the watchdog",
+                "Kicks to shards that had work and did not move",
                 self.watchdog_kicks.load(Relaxed),
             ),
         ];

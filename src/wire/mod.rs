@@ -35,11 +35,11 @@ pub const LIMITS: Limits = Limits {
     context_pairs: 64,
     context_bytes: 4096,
     query_bytes: 1024,
-    vector_values: 4096,
+    vector_values: 8192,
     items: 10_000,
 };
 
-/// Nothing that the schema can say is deeper; a Rank of [`Limits::items`] has the most entries.
+/// Nothing that the schema can say is deeper.
 fn verifier(max_tables: usize) -> VerifierOptions {
     VerifierOptions { max_depth: 8, max_tables, max_apparent_size: 64 << 20, ignore_missing_null_terminator: false }
 }

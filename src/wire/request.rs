@@ -28,6 +28,9 @@ pub struct Malformed {
     pub error: Error,
 }
 
+/// Tables that are verified: context pairs beyond their limit are then refused by name and not as damage.
+const MAX_TABLES: usize = 4096;
+
 /// Pairs of the request context.
 type Pairs<'a> = Vector<'a, ForwardsUOffset<schema::Pair<'a>>>;
 
@@ -40,7 +43,7 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
     if frame.len() < 8 || !schema::message_buffer_has_identifier(frame) {
         return Err(lost("not a TSTM message"));
     }
-    let message = schema::root_as_message_with_opts(&verifier(LIMITS.context_pairs + 8), frame)
+    let message = schema::root_as_message_with_opts(&verifier(MAX_TABLES), frame)
         .map_err(|_| lost("not a valid FlatBuffer of the schema"))?;
     let request_id = message.request_id();
     let wrong = |error| Malformed { request_id, error };
@@ -72,7 +75,7 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
         }
         let by = if let Some(vector) = search.vector() {
             if vector.len() > LIMITS.vector_values {
-                return Err(wrong(Error::fixed(Code::TooLarge, "vector has more than 4096 values")));
+                return Err(wrong(Error::fixed(Code::TooLarge, "vector has more than 8192 values")));
             }
             values.extend(vector.iter());
             SearchBy::Vector(&values)
@@ -283,7 +286,10 @@ mod tests {
         let context = [("k", long.as_str()), ("l", long.as_str()), ("m", long.as_str())];
         let call = RecommendCall { context: &context, ..RecommendCall::new("u", 1) };
         assert!(error(Call::Recommend(call)).contains("context"));
-        let vector = vec![0.0; 5000];
+        let many = vec![("k", "v"); 500];
+        let call = RecommendCall { context: &many, ..RecommendCall::new("u", 1) };
+        assert!(error(Call::Recommend(call)).contains("more than 64 pairs"));
+        let vector = vec![0.0; 9000];
         assert!(
             error(Call::Search(SearchCall { by: SearchBy::Vector(&vector), k: 1, deadline: None })).contains("vector")
         );

@@ -270,12 +270,12 @@ impl Loaded {
             trending::retrieve(generation, category, config.trending_k as usize, &allowed, taken, list);
             Ok(())
         });
-        if !query.is_empty()
-            && let Some(text) = &generation.text
-        {
-            source(Source::Search, Stage::Search, &mut |list| {
+        match &generation.text {
+            _ if query.is_empty() => {}
+            Some(text) => source(Source::Search, Stage::Search, &mut |list| {
                 text.search(query, config.search_k as usize, &allowed, list).map_err(|e| e.to_string())
-            });
+            }),
+            None => degraded.push(Degradation { stage: Stage::Search, reason: Reason::Missing }),
         }
     }
 
@@ -402,6 +402,10 @@ impl Loaded {
         candidates.sources.resize(n, Default::default());
         candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));
         candidates.source_ranks.iter_mut().for_each(|c| c.resize(n, 0));
+        if job.deadline.passed(Instant::now()) {
+            job.failure = Some(Error::fixed(Code::DeadlineExceeded, "the deadline passed before the ranker ran"));
+            return;
+        }
         let failed = job.degraded.len();
         self.score(scratch, job, Some(only));
         if job.degraded.len() > failed {
