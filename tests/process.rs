@@ -22,6 +22,10 @@ struct Served {
 }
 
 impl Served {
+    #[expect(
+        clippy::zombie_processes,
+        reason = "waited for in `ended`; a test that panics before ends the process anyway"
+    )]
     fn start() -> Self {
         let config = bundle_path().with_file_name("serve.toml");
         std::fs::write(&config, "[telemetry]\nlog_json = true\n").unwrap();
@@ -78,7 +82,7 @@ fn load(addr: SocketAddr) -> Seen {
         while open && pending.len() < DEPTH {
             n += 1;
             let user = format!("user-{}", n % 80);
-            let call = RecommendCall { no_cache: n % 3 > 0, ..RecommendCall::new(&user, 10) };
+            let call = RecommendCall { no_cache: !n.is_multiple_of(3), ..RecommendCall::new(&user, 10) };
             match client.send(&Request::Call(Call::Recommend(call))) {
                 Ok(id) => drop(pending.insert(id, Instant::now())),
                 Err(_) => open = false,

@@ -1,9 +1,9 @@
-//! Foreign thread → shard: the only bridge. A bounded queue and one eventfd, written only when the shard sleeps.
-#![allow(unsafe_code)] // Creating an eventfd.
+//! Foreign thread → shard: the only bridge. A bounded queue and an eventfd that is written only when the shard sleeps.
+#![allow(unsafe_code)] // Creating eventfds.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::FromRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
@@ -30,10 +30,22 @@ pub enum Completion {
     },
 }
 
+fn eventfd(flags: libc::c_int) -> io::Result<File> {
+    // SAFETY: a plain system call.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was made just now and belongs to nobody else; the File closes it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
 /// One shard's inbox.
 pub struct Completions {
     queue: ArrayQueue<Completion>,
     event: File,
+    /// A semaphore: each unit ends one of the reads that the shard has standing.
+    kick: File,
     armed: AtomicBool,
     /// Grows with every turn of the shard's loop; the watchdog looks at it.
     progress: AtomicU64,
@@ -45,16 +57,11 @@ impl Completions {
     /// # Errors
     /// No eventfd could be made.
     pub fn new(capacity: usize) -> io::Result<Self> {
-        // SAFETY: a plain system call; the descriptor that it returns belongs to nobody else.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: as above; the File is its only owner and closes it.
-        let event = unsafe { File::from_raw_fd(fd) };
+        let (event, kick) = (eventfd(0)?, eventfd(libc::EFD_SEMAPHORE)?);
         Ok(Completions {
             queue: ArrayQueue::new(capacity),
             event,
+            kick,
             // Until its first turn the shard is as good as asleep.
             armed: AtomicBool::new(true),
             progress: AtomicU64::new(0),
@@ -109,9 +116,20 @@ impl Completions {
         let _ = (&self.event).write(&1u64.to_ne_bytes());
     }
 
-    /// The eventfd, for the shard's rings.
-    pub fn event_fd(&self) -> RawFd {
-        self.event.as_raw_fd()
+    /// Ends one wrong park of the shard's executor; see `watchdog`.
+    pub fn kick(&self) {
+        // As above.
+        let _ = (&self.kick).write(&1u64.to_ne_bytes());
+    }
+
+    /// What [`Self::wake`] writes to, for the shard's rings.
+    pub fn event(&self) -> &File {
+        &self.event
+    }
+
+    /// What [`Self::kick`] writes to.
+    pub fn kicks(&self) -> &File {
+        &self.kick
     }
 
     /// Counts a turn of the shard's loop.

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -166,15 +166,13 @@ pub enum DeviceKind {
 pub struct Options {
     /// What computes.
     pub device: DeviceKind,
-    /// How often glommio looks for other work. Default 100 ms.
-    pub preempt_timer: Duration,
     /// Whether shards are watched from outside. Default true.
     pub watchdog: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { device: DeviceKind::Cpu, preempt_timer: Duration::from_millis(100), watchdog: true }
+        Options { device: DeviceKind::Cpu, watchdog: true }
     }
 }
 
@@ -274,7 +272,6 @@ impl Server {
                 http: again(&mut http, addrs.http)?,
                 admin: admin.take(),
                 stop: stop.clone(),
-                preempt_timer: options.preempt_timer,
                 ready: ready.clone(),
             };
             shards.push(shard.spawn()?);

@@ -1,10 +1,11 @@
 //! One shard: a glommio executor that drives the binary port's engine and serves HTTP beside it.
-#![allow(unsafe_code)] // Handing a duplicate of the eventfd to glommio.
+#![allow(unsafe_code)] // Handing duplicates of eventfds to glommio.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -25,6 +26,23 @@ use crate::wire::{frame, response};
 
 /// A shard that is to end goes on at least this long: what is in its sockets already is still answered.
 const SETTLE: Duration = Duration::from_millis(20);
+
+/// Reads of the kick's eventfd that stand on glommio's main ring: one may be spent before its task has run.
+const STANDING_READS: usize = 8;
+
+/// Out of the way: the preempt timer makes glommio 0.9 park executors that have work (see `watchdog`). In its place a busy
+/// shard lets glommio look at its own rings every [`REACTOR_EVERY`].
+pub const PREEMPT_TIMER: Duration = Duration::from_secs(3600);
+
+/// How long HTTP, timers and files wait at most while the binary port has no pause.
+const REACTOR_EVERY: Duration = Duration::from_millis(1);
+
+/// A duplicate of `file` as glommio reads it.
+fn glommio_file(file: &File) -> io::Result<glommio::io::BufferedFile> {
+    let fd = file.try_clone()?.into_raw_fd();
+    // SAFETY: the duplicate belongs to nobody else; glommio's file closes it.
+    Ok(unsafe { glommio::io::BufferedFile::from_raw_fd(fd) })
+}
 
 /// A call that came in by the binary protocol.
 struct BinaryCall {
@@ -117,8 +135,6 @@ pub struct Shard {
     pub admin: Option<TcpListener>,
     /// Says when to drain and end; the end of a shard ends them all.
     pub stop: Stop,
-    /// How often glommio looks for other work; 100 ms is its default.
-    pub preempt_timer: Duration,
     /// Told once: it serves, or why it can't.
     pub ready: Sender<io::Result<()>>,
 }
@@ -142,7 +158,7 @@ impl Shard {
             // However this shard ends: the others must not serve on as if nothing were.
             let _ends_all = EndsAll(self.stop.clone());
             let executor = LocalExecutorBuilder::new(Placement::Fixed(self.cpu))
-                .preempt_timer(self.preempt_timer)
+                .preempt_timer(PREEMPT_TIMER)
                 .name(&format!("shard-{}", self.id))
                 .make()
                 .map_err(|e| format!("{e}; if it speaks of locked memory, raise `ulimit -l` to 512 KiB or more"));
@@ -169,11 +185,15 @@ impl Shard {
         };
         let mut engine = Engine::new(self.listener, engine_config)?;
         let inbox = &self.shared.completions[usize::from(self.id)];
-        engine.register_eventfd(inbox.event_fd())?;
-        // SAFETY: the inbox outlives this shard and keeps the descriptor open while it is duplicated.
-        let event = unsafe { BorrowedFd::borrow_raw(inbox.event_fd()) }.try_clone_to_owned()?;
-        // SAFETY: the duplicate belongs to nobody else; glommio's file closes it.
-        let event = unsafe { glommio::io::BufferedFile::from_raw_fd(event.into_raw_fd()) };
+        engine.register_eventfd(inbox.event().as_raw_fd())?;
+        let event = glommio_file(inbox.event())?;
+        let kicks = Rc::new(glommio_file(inbox.kicks())?);
+        let standing: Vec<_> = (0..STANDING_READS)
+            .map(|_| {
+                let kicks = kicks.clone();
+                glommio::spawn_local(async move { while kicks.read_at(0, 8).await.is_ok() {} })
+            })
+            .collect();
 
         let calls = Rc::new(HttpCalls::default());
         let state = Rc::new(http::HttpState::new(service.clone(), calls.clone()));
@@ -181,15 +201,10 @@ impl Shard {
         if let Some(admin) = self.admin {
             listeners.push(glommio::spawn_local(http::serve(admin, state.clone(), http::Routes::Admin)));
         }
-        // A read of the eventfd stands on the executor's main ring at all times; see `watchdog`.
-        let read = || async { event.read_at(0, 8).await.map(drop).map_err(|e| io::Error::other(e.to_string())) };
-        let mut standing = std::pin::pin!(read());
-        let _ = futures_lite::future::poll_once(&mut standing).await;
-
         let mut port = BinaryPort::new(service.clone());
         // Nobody waits any more only if another shard failed, and then this one is stopped.
         let _ = self.ready.send(Ok(()));
-        let mut drain_since = None;
+        let (mut drain_since, mut reactor_ran) = (None, Instant::now());
         let cut_off = loop {
             let now = Instant::now();
             let mut progress = engine.turn(0, now, &mut port)?;
@@ -218,18 +233,25 @@ impl Shard {
                 }
             }
             if progress > 0 || engine.pending() {
-                glommio::executor().yield_if_needed().await;
+                if now.saturating_duration_since(reactor_ran) >= REACTOR_EVERY {
+                    inbox.wake();
+                    event.read_at(0, 8).await.map_err(|e| io::Error::other(e.to_string()))?;
+                    reactor_ran = Instant::now();
+                }
+                continue;
+            }
+            if drain_since.is_some() {
+                glommio::timer::sleep(Duration::from_millis(1)).await;
                 continue;
             }
             engine.notify(true);
             if inbox.arm() && engine.turn(0, now, &mut port)? == 0 && !engine.pending() && !service.borrow().pushed() {
                 // One eventfd for both: completions of the ring and of the workers.
-                standing.as_mut().await?;
-                standing.set(read());
-                let _ = futures_lite::future::poll_once(&mut standing).await;
+                event.read_at(0, 8).await.map_err(|e| io::Error::other(e.to_string()))?;
             }
             inbox.disarm();
             engine.notify(false);
+            reactor_ran = Instant::now();
         };
         // Every call is answered; the answers get their time to arrive.
         engine.close_all();
@@ -246,8 +268,8 @@ impl Shard {
             glommio::timer::sleep(Duration::from_millis(1)).await;
         }
         inbox.arm();
-        for listener in listeners {
-            listener.cancel().await;
+        for task in listeners.into_iter().chain(standing) {
+            task.cancel().await;
         }
         match cut_off {
             0 => Ok(()),
