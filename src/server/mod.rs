@@ -19,16 +19,11 @@ use std::time::Instant;
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::memory::ResultCache;
-use crate::cache::singleflight::SingleFlight;
 use crate::catalog;
 use crate::catalog::generation::Generation;
 use crate::config::Config;
-use crate::device::ring::JobQueue;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
-use crate::rerank::Reranker;
-use crate::telemetry::metrics::Metrics;
 use completions::Completions;
 use service::Shared;
 
@@ -231,23 +226,7 @@ impl Server {
             cpus if cpus.is_empty() => signals::allowed_cpus(),
             cpus => cpus.clone(),
         };
-        let per_shard = config.server.max_in_flight as usize;
-        let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
-        let mut completions = Vec::new();
-        for _ in &cpus {
-            // Twice, so that a call that ran out of time and its slot's next one both fit.
-            completions.push(Completions::new(2 * per_shard + 16).context("making an eventfd")?);
-        }
-        let shared = Arc::new(Shared {
-            reranker: Reranker::compile(&config.rerank, &generation)?,
-            jobs: JobQueue::new(per_shard * cpus.len(), cpus.len()),
-            completions,
-            cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
-            flights: SingleFlight::default(),
-            metrics: Metrics::new(cpus.len(), rankers),
-            generation,
-            config,
-        });
+        let shared = Arc::new(Shared::new(generation, config, cpus.len())?);
         let workers = Self::start_workers(&shared, &cpus, options.device)?;
 
         let server = &shared.config.server;

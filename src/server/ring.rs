@@ -233,8 +233,12 @@ impl Engine {
         if on { completion.enable_eventfd() } else { completion.disable_eventfd() }
     }
 
-    /// Makes [`Self::turn`] return when `fd`, an eventfd, becomes readable: for loops that sleep in the ring itself.
-    pub fn watch(&mut self, fd: RawFd) {
+    /// Makes [`Self::turn`] return when `event`, an eventfd that outlives the engine, becomes readable: for loops that sleep in the ring itself.
+    pub fn watch(&mut self, event: &impl AsRawFd) {
+        self.watch_fd(event.as_raw_fd());
+    }
+
+    fn watch_fd(&mut self, fd: RawFd) {
         let into: *mut u64 = &mut *self.watched;
         let read = opcode::Read::new(Fd(fd), into.cast(), 8).build().user_data(token(WATCH, fd as u32, 0));
         // SAFETY: `watched` is boxed and lives as long as the ring.
@@ -393,7 +397,7 @@ impl Engine {
                 }
                 self.queue(slot);
             }
-            WATCH => self.watch(slot as RawFd),
+            WATCH => self.watch_fd(slot as RawFd),
             _ => {
                 if let Some(conn) = self.conns.get_mut(slot as usize) {
                     conn.cancelling = false;

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
+
 use super::completions::{Completion, Completions};
 use crate::api::{CacheStatus, Call, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
@@ -38,6 +40,29 @@ pub struct Shared {
     pub flights: SingleFlight,
     /// Counters.
     pub metrics: Metrics,
+}
+
+impl Shared {
+    /// For `n_shards` shards and as many workers.
+    ///
+    /// # Errors
+    /// A rule that can't be compiled; no eventfd to be had.
+    pub fn new(generation: Arc<Generation>, config: Config, n_shards: usize) -> anyhow::Result<Self> {
+        let per_shard = config.server.max_in_flight as usize;
+        let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
+        // Twice, so that a call that ran out of time and its slot's next one both fit.
+        let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
+        Ok(Shared {
+            reranker: Reranker::compile(&config.rerank, &generation)?,
+            jobs: JobQueue::new(per_shard * n_shards, n_shards),
+            completions: completions.context("making an eventfd")?,
+            cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
+            flights: SingleFlight::default(),
+            metrics: Metrics::new(n_shards, rankers),
+            generation,
+            config,
+        })
+    }
 }
 
 impl JobSink for Shared {

@@ -66,7 +66,7 @@ impl BinaryPort {
     }
 
     /// Sends the outcome of a call that was pending.
-    fn deliver(&mut self, engine: &mut Engine, ticket: Ticket, outcome: &Outcome) {
+    pub fn deliver(&mut self, engine: &mut Engine, ticket: Ticket, outcome: &Outcome) {
         let Some(call) = self.calls.get_mut(ticket.0 as usize).and_then(Option::take) else { return };
         self.free.push(ticket.0 as u32);
         let message = response::encode(&mut self.builder, call.request_id, outcome, call.timings);
