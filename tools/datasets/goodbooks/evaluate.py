@@ -18,7 +18,7 @@ import prepare
 
 TRAIN = Path(__file__).resolve().parents[2] / "train" / "train.py"
 TRAIN_ARGUMENTS = [
-    "--dim", "128", "--users", "15000",
+    "--dim", "128", "--users", "30000", "--negatives", "150",
     "--column", "cross.overlap.tags", "--column", "item.avg_rating", "--column", "item.year",
 ]  # fmt: skip
 RELEVANT = ["--relevant", "kind=2", "--relevant", "rating>=4"]
