@@ -22,6 +22,7 @@ struct Served {
 }
 
 impl Served {
+    #[expect(clippy::zombie_processes, reason = "who holds it waits in `ended`; on a panic the test is over")]
     fn start() -> Self {
         let config = bundle_path().with_file_name("serve.toml");
         std::fs::write(&config, "[telemetry]\nlog_json = true\n").unwrap();
@@ -78,7 +79,7 @@ fn load(addr: SocketAddr) -> Seen {
         while open && pending.len() < DEPTH {
             n += 1;
             let user = format!("user-{}", n % 80);
-            let call = RecommendCall { no_cache: n % 3 > 0, ..RecommendCall::new(&user, 10) };
+            let call = RecommendCall { no_cache: !n.is_multiple_of(3), ..RecommendCall::new(&user, 10) };
             match client.send(&Request::Call(Call::Recommend(call))) {
                 Ok(id) => drop(pending.insert(id, Instant::now())),
                 Err(_) => open = false,
