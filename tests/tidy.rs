@@ -9,14 +9,15 @@ fn sources(folder: &str) -> Vec<(PathBuf, String)> {
         for entry in std::fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                folders.push(path);
+                folders.extend((!path.ends_with("target")).then_some(path));
             } else if path.extension().is_some_and(|e| e == "rs") {
                 let text = std::fs::read_to_string(&path).unwrap();
                 found.push((path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap().to_owned(), text));
             }
         }
     }
-    assert!(!found.is_empty() || folder != "src");
+    // Benches may all be in other languages.
+    assert!(!found.is_empty() || folder == "benches", "{folder}: no sources");
     found
 }
 
@@ -59,7 +60,7 @@ fn unsafe_is_fenced() {
 fn no_unfinished_work() {
     let marks =
         [["TO", "DO"].concat(), ["FIX", "ME"].concat(), ["unimpl", "emented!"].concat(), ["to", "do!("].concat()];
-    for folder in ["src", "tools", "tests", "benches"] {
+    for folder in ["src", "tools", "tests", "benches", "fuzz"] {
         for (path, text) in sources(folder) {
             for (number, line) in text.lines().enumerate() {
                 let mark = marks.iter().find(|mark| line.contains(*mark));
@@ -67,6 +68,60 @@ fn no_unfinished_work() {
             }
         }
     }
+}
+
+/// What `[text](target)` and `[name]: target` point to, outside code.
+fn links(markdown: &str) -> Vec<(usize, String)> {
+    let (mut found, mut fenced) = (Vec::new(), false);
+    for (number, line) in markdown.lines().enumerate() {
+        if line.trim_start().starts_with("```") {
+            fenced = !fenced;
+        }
+        if fenced {
+            continue;
+        }
+        // Every other piece between backticks is code.
+        let prose: String = line.split('`').step_by(2).collect::<Vec<_>>().join("`");
+        let inline = prose.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next());
+        found.extend(inline.map(|target| (number + 1, target.to_owned())));
+        if let Some((name, target)) = prose.split_once("]: ")
+            && name.starts_with('[')
+        {
+            found.push((number + 1, target.trim().to_owned()));
+        }
+    }
+    found
+}
+
+#[test]
+fn links_are_found() {
+    let text = "See [a](b.md#c) and [`x`](y \"t\").\n```\n[no](no.md)\n```\n`[no](no.md)`\n[ref]: d/e.md\n";
+    let found = [(1, "b.md#c"), (1, "y"), (6, "d/e.md")].map(|(line, target)| (line, target.to_owned()));
+    assert_eq!(links(text), found);
+}
+
+#[test]
+fn relative_links_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut folders, mut pages) = (vec![root.to_owned()], 0);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() && name != "target" && name != "node_modules" && !name.starts_with('.') {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "md") {
+                pages += 1;
+                for (line, target) in links(&std::fs::read_to_string(&path).unwrap()) {
+                    let file = target.split('#').next().unwrap();
+                    let elsewhere = target.contains("://") || target.starts_with("mailto:") || file.is_empty();
+                    let exists = elsewhere || folder.join(file).exists();
+                    assert!(exists, "{}:{line}: {target} does not exist", path.display());
+                }
+            }
+        }
+    }
+    assert!(pages > 3, "{pages}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::cooccurrence::{self, MAX_NEIGHBOURS};
-use super::dataset::{Dataset, RawInteraction, Table};
+use super::dataset::{Dataset, EmbeddingsConfig, RawInteraction, Table, optional};
 use super::generation::{Entities, Histories, Lists, Matrix};
 use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
@@ -92,6 +92,7 @@ pub fn build(
     let mut warnings = dataset.warnings.clone();
     let config = &dataset.config;
     let (item_embeddings, user_embeddings) = embeddings(&dataset, &mut warnings)?;
+    let rankers = rankers(directory)?;
     let histories = histories(&dataset.interactions, n_users);
 
     let collaborative = match precomputed(&dataset, &mut warnings)? {
@@ -116,12 +117,11 @@ pub fn build(
         .prefix(".tastemaker-build-")
         .tempdir_in(parent)
         .map_err(|e| CatalogError::io(parent, e))?;
-    let text = !dataset.texts.is_empty();
-    if text {
+    if !dataset.texts.is_empty() {
         progress.begin("text index", 0);
         TextIndex::build(&temporary.path().join("text"), &dataset.texts, n_items)?;
     }
-    let rankers = copy_rankers(directory, temporary.path())?;
+    copy_rankers(directory, temporary.path(), &rankers)?;
     progress.begin("writing bundle", 0);
     let version = bundle::write(
         temporary.path(),
@@ -139,7 +139,7 @@ pub fn build(
             trending_by_category: &trending_by_category,
             roles: dataset.roles,
             rankers: &rankers,
-            text,
+            texts: &dataset.texts,
         },
     )?;
     // What was written is read back before anybody relies on it.
@@ -162,7 +162,9 @@ fn check_target(out: &Path, overwrite: bool) -> Result<(), CatalogError> {
     if !out.exists() {
         return Ok(());
     }
-    let reason = match (out.join("manifest.json").exists(), overwrite) {
+    // A manifest.json alone may be anybody's.
+    let is_bundle = out.join("manifest.json").exists() && out.join("arrays.bin").exists();
+    let reason = match (is_bundle, overwrite) {
         (true, true) => return Ok(()),
         (true, false) => "exists; --overwrite replaces it",
         (false, _) => "exists and is not a bundle",
@@ -194,19 +196,22 @@ fn put_in_place(temporary: tempfile::TempDir, out: &Path, parent: &Path) -> Resu
 }
 
 fn embeddings(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<(Option<Matrix>, Option<Matrix>), CatalogError> {
-    let read = |file: &Path, n: usize, of: &Path| {
-        let path = dataset.directory.join(file);
-        if path.exists() { npy::read(&path, n, &of.display().to_string()).map(Some) } else { Ok(None) }
+    let read = |file: &Path, default: &Path, n: usize, of: &Path| {
+        let path = optional(&dataset.directory, file, default)?;
+        path.map(|path| npy::read(&path, n, &of.display().to_string())).transpose()
     };
-    let config = &dataset.config;
-    let items = read(&config.embeddings.items, dataset.items.len(), &config.items.file)?;
-    let users = read(&config.embeddings.users, dataset.users.len(), &config.users.file)?;
+    let (config, default) = (&dataset.config, EmbeddingsConfig::default());
+    let items = read(&config.embeddings.items, &default.items, dataset.items.len(), &config.items.file)?;
+    let users = read(&config.embeddings.users, &default.users, dataset.users.len(), &config.users.file)?;
     match (&items, &users) {
         (Some(items), Some(users)) if items.dim != users.dim => {
             let reason = format!("dim is {}, but that of the items is {}", users.dim, items.dim);
             return Err(CatalogError::file(&dataset.directory.join(&config.embeddings.users), reason));
         }
         (None, Some(_)) => warnings.push("user embeddings without item embeddings are of no use".into()),
+        (Some(_), None) => {
+            warnings.push("no user embeddings: the ann source is off, search by vector and item works".into())
+        }
         (None, None) => warnings.push("no embeddings: the ann source is off".into()),
         _ => {}
     }
@@ -275,13 +280,12 @@ fn precomputed(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<Option<L
     Ok(Some(cooccurrence::from_rows(&rows)))
 }
 
-/// Copies `rankers/NAME.{onnx,toml}`; returns the names, `main` first, then by name.
-fn copy_rankers(directory: &Path, out: &Path) -> Result<Vec<String>, CatalogError> {
-    let (from, to) = (directory.join("rankers"), out.join("rankers"));
+/// The names of `rankers/NAME.{onnx,toml}`, `main` first, then by name. Their manifests are checked.
+fn rankers(directory: &Path) -> Result<Vec<String>, CatalogError> {
+    let from = directory.join("rankers");
     if !from.exists() {
         return Ok(Vec::new());
     }
-    std::fs::create_dir_all(&to).map_err(|e| CatalogError::io(&to, e))?;
     let mut names = Vec::new();
     for entry in std::fs::read_dir(&from).map_err(|e| CatalogError::io(&from, e))? {
         let path = entry.map_err(|e| CatalogError::io(&from, e))?.path();
@@ -294,10 +298,15 @@ fn copy_rankers(directory: &Path, out: &Path) -> Result<Vec<String>, CatalogErro
     names.sort_by_key(|name| (name != "main", name.clone()));
     for name in &names {
         bundle::read_manifest(&from.join(format!("{name}.toml")))?;
-        for file in [format!("{name}.onnx"), format!("{name}.toml")] {
-            let copied = std::fs::copy(from.join(&file), to.join(&file));
-            copied.map_err(|e| CatalogError::io(&from.join(&file), e))?;
-        }
     }
     Ok(names)
+}
+
+fn copy_rankers(directory: &Path, out: &Path, names: &[String]) -> Result<(), CatalogError> {
+    let (from, to) = (directory.join("rankers"), out.join("rankers"));
+    std::fs::create_dir_all(&to).map_err(|e| CatalogError::io(&to, e))?;
+    for file in names.iter().flat_map(|name| [format!("{name}.onnx"), format!("{name}.toml")]) {
+        std::fs::copy(from.join(&file), to.join(&file)).map_err(|e| CatalogError::io(&from.join(&file), e))?;
+    }
+    Ok(())
 }

@@ -28,12 +28,14 @@ use super::text::TextIndex;
 use crate::ranking::manifest::RankerManifest;
 
 /// Raised with every change that an older server can't read.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 const ALIGNMENT: u64 = 64;
 const MANIFEST: &str = "manifest.json";
 const ARRAYS: &str = "arrays.bin";
 /// Also the mark of the format: the first bytes of `arrays.bin`.
 const MAGIC: &[u8; 8] = b"TSTMBNDL";
+/// How `manifest.json` begins: the checksum of everything behind this line.
+const SEAL: &[u8] = b"{\n  \"xxh3\": \"";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Manifest {
@@ -132,8 +134,8 @@ pub struct Content<'a> {
     pub roles: Roles,
     /// Names of the rankers whose files lie in `rankers/` already.
     pub rankers: &'a [String],
-    /// Whether `text/` holds an index.
-    pub text: bool,
+    /// What the index in `text/` is over, by column; empty without one.
+    pub texts: &'a [(String, Vec<String>)],
 }
 
 struct Writer {
@@ -158,8 +160,11 @@ impl Writer {
             xxh3: hex(xxh3_64(bytes)),
         };
         self.position = section.offset + section.bytes;
-        self.sections.insert(name, section);
-        Ok(())
+        match self.sections.insert(name.clone(), section) {
+            // As by columns `a` and `a.vocabulary`.
+            Some(_) => Err(CatalogError::file(&self.path, format!("names of columns collide at `{name}`; rename one"))),
+            None => Ok(()),
+        }
     }
 
     fn vector<T: Element>(&mut self, name: impl Into<String>, values: &[T]) -> Result<(), CatalogError> {
@@ -271,33 +276,53 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
         user_columns,
         roles: roles.into_iter().filter_map(|(name, at)| Some((name.to_owned(), at?))).collect(),
         rankers: content.rankers.to_vec(),
-        text: content.text,
+        text: !content.texts.is_empty(),
         arrays: sections,
         files,
     };
-    manifest.version = format!("{}-{}", content.name, content_hash(&manifest));
+    manifest.version = format!("{}-{}", content.name, content_hash(&manifest, content.texts));
     let path = directory.join(MANIFEST);
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| CatalogError::file(&path, e.to_string()))?;
-    std::fs::write(&path, text)
+    std::fs::write(&path, sealed(&text))
         .and_then(|()| File::open(&path)?.sync_all())
         .and_then(|()| File::open(directory)?.sync_all())
         .map_err(|e| CatalogError::io(&path, e))?;
     Ok(manifest.version)
 }
 
+/// The manifest with its own checksum in front.
+fn sealed(manifest: &[u8]) -> Vec<u8> {
+    let rest = manifest.strip_prefix(b"{").unwrap_or(manifest);
+    [SEAL, hex(xxh3_64(rest)).as_bytes(), b"\",", rest].concat()
+}
+
+fn seal_holds(text: &[u8]) -> bool {
+    let rest = text.strip_prefix(SEAL).and_then(|text| text.split_first_chunk::<16>());
+    rest.and_then(|(hash, rest)| Some(hex(xxh3_64(rest.strip_prefix(b"\",")?)).as_bytes() == hash)).unwrap_or(false)
+}
+
 /// Names the content: the same dataset gives the same hash. Files of the text index are left out, since their names
-/// are random; what they index is in the arrays or the dataset's text.
-fn content_hash(manifest: &Manifest) -> String {
+/// are random; the texts stand for them.
+fn content_hash(manifest: &Manifest, texts: &[(String, Vec<String>)]) -> String {
     let mut hash = Xxh3::new();
+    let mut add = |bytes: &[u8]| {
+        hash.update(&(bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
     for (name, section) in &manifest.arrays {
-        hash.update(name.as_bytes());
-        hash.update(section.xxh3.as_bytes());
+        add(name.as_bytes());
+        add(format!("{} {:?} {}", section.dtype, section.shape, section.xxh3).as_bytes());
     }
     for (name, file) in manifest.files.iter().filter(|(name, _)| name.starts_with("rankers/")) {
-        hash.update(name.as_bytes());
-        hash.update(file.as_bytes());
+        add(name.as_bytes());
+        add(file.as_bytes());
     }
-    hash.update(format!("{:?}", manifest.roles).as_bytes());
+    let Manifest { metric, roles, integer_item_ids, integer_user_ids, .. } = manifest;
+    add(format!("{metric:?} {roles:?} {integer_item_ids} {integer_user_ids}").as_bytes());
+    for (column, texts) in texts {
+        add(column.as_bytes());
+        texts.iter().for_each(|text| add(text.as_bytes()));
+    }
     format!("{:08x}", hash.digest() as u32)
 }
 
@@ -341,6 +366,9 @@ impl Reader {
             let reason = format!("format version {format_version}; this server reads {FORMAT_VERSION}: build it anew");
             return Err(CatalogError::file(&path, reason));
         }
+        if !seal_holds(&text) {
+            return Err(CatalogError::corrupt(&path, "checksum does not match"));
+        }
         let manifest: Manifest = serde_json::from_slice(&text).map_err(damaged)?;
         let path = directory.join(ARRAYS);
         let file = File::open(&path).map_err(|e| CatalogError::io(&path, e))?;
@@ -367,6 +395,19 @@ impl Reader {
                 None => Err(CatalogError::corrupt(&path, format!("`{name}` is cut"))),
             }
         })?;
+        let mut in_order: Vec<_> = sections.iter().map(|(_, section)| (section.offset, section.bytes)).collect();
+        in_order.sort_unstable();
+        let mut end = MAGIC.len();
+        for (offset, bytes) in in_order {
+            let padding = self.map.get(end..offset as usize);
+            if padding.is_none_or(|padding| padding.iter().any(|&byte| byte != 0)) {
+                return Err(CatalogError::corrupt(&path, "arrays overlap, or something lies between them"));
+            }
+            end = (offset + bytes) as usize;
+        }
+        if end != self.map.len() {
+            return Err(CatalogError::corrupt(&path, "something lies behind the last array"));
+        }
         for (name, want) in &self.manifest.files {
             let path = self.directory.join(name);
             if name.contains("..") || name.starts_with('/') {

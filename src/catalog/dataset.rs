@@ -223,26 +223,32 @@ impl Table {
         let open = std::fs::File::open(file).map_err(|e| CatalogError::io(file, e))?;
         let damaged = |e: &dyn std::fmt::Display| CatalogError::file(file, format!("not readable as Parquet: {e}"));
         let builder = ParquetRecordBatchReaderBuilder::try_new(open).map_err(|e| damaged(&e))?;
-        let names: Vec<String> = builder
-            .schema()
-            .fields()
-            .iter()
-            .map(|f| f.name().clone())
-            .filter(|name| only.is_none_or(|only| only.contains(&name.as_str())))
+        let fields = builder.schema().fields().clone();
+        let chosen: Vec<usize> = (0..fields.len())
+            .filter(|&at| only.is_none_or(|only| only.contains(&fields[at].name().as_str())))
             .collect();
-        let mask = parquet::arrow::ProjectionMask::columns(builder.parquet_schema(), names.iter().map(String::as_str));
+        let names: Vec<String> = chosen.iter().map(|&at| fields[at].name().clone()).collect();
+        let mut seen = std::collections::HashSet::new();
+        if let Some(twice) = names.iter().find(|name| !seen.insert(name.as_str())) {
+            return Err(CatalogError::column(file, twice, "there are two of this name"));
+        }
+        let mask = parquet::arrow::ProjectionMask::roots(builder.parquet_schema(), chosen.iter().copied());
         let reader = builder.with_projection(mask).with_batch_size(65_536).build().map_err(|e| damaged(&e))?;
         let mut parts: Vec<Vec<ArrayRef>> = vec![Vec::new(); names.len()];
         for batch in reader {
             let batch = batch.map_err(|e| damaged(&e))?;
-            for (part, name) in parts.iter_mut().zip(&names) {
-                part.extend(batch.column_by_name(name).cloned());
+            for (part, column) in parts.iter_mut().zip(batch.columns()) {
+                part.push(column.clone());
             }
         }
         let mut columns = Vec::with_capacity(names.len());
-        for part in &parts {
+        for (part, at) in parts.iter().zip(chosen) {
             let part: Vec<&dyn arrow_array::Array> = part.iter().map(AsRef::as_ref).collect();
-            columns.push(arrow_select::concat::concat(&part).map_err(|e| damaged(&e))?);
+            columns.push(match part.is_empty() {
+                // A file without rows has no batches, but its columns have types.
+                true => arrow_array::new_empty_array(fields[at].data_type()),
+                false => arrow_select::concat::concat(&part).map_err(|e| damaged(&e))?,
+            });
         }
         Ok(Table { file: file.into(), names, columns })
     }
@@ -275,16 +281,22 @@ impl Table {
     /// Missing, of another type, or with a null.
     pub fn ids(&self, name: &str) -> Result<(Vec<String>, bool), CatalogError> {
         let column = self.column(name)?;
-        self.no_nulls(name, column)?;
         if is_string(column.data_type()) {
-            let ids: Vec<String> = strings(column).iter().flatten().map(|s| (*s).to_owned()).collect();
-            if let Some(row) = ids.iter().position(|id| id.is_empty() || id.len() > 256) {
-                let reason = "an id has 1 to 256 bytes".into();
-                return Err(CatalogError::Row { file: self.file.clone(), row, column: name.into(), reason });
-            }
-            return Ok((ids, false));
+            let id = |(row, id): (usize, Option<&str>)| match id {
+                Some(id) if (1..=256).contains(&id.len()) => Ok(id.to_owned()),
+                Some(_) => Err((row, "an id has 1 to 256 bytes")),
+                None => Err((row, "null")),
+            };
+            let ids: Result<Vec<String>, _> = strings(column).into_iter().enumerate().map(id).collect();
+            return ids.map(|ids| (ids, false)).map_err(|(row, reason)| CatalogError::Row {
+                file: self.file.clone(),
+                row,
+                column: name.into(),
+                reason: reason.into(),
+            });
         }
         if column.data_type().is_integer() {
+            self.no_nulls(name, column)?;
             let column = self.cast(name, column, &DataType::Int64)?;
             self.no_nulls(name, &column)?;
             return Ok((column.as_primitive::<Int64Type>().values().iter().map(i64::to_string).collect(), true));
@@ -359,10 +371,10 @@ impl Table {
                 let (codes, vocabulary) = encode(lists.into_iter().flatten().map(Some))?;
                 ColumnData::Tags { offsets: offsets.into(), codes: codes.into(), vocabulary }
             } else if let Ok(values) = self.numbers(name) {
-                let present = || values.iter().filter(|v| v.is_finite());
+                let present = || values.iter().filter(|v| (**v as f32).is_finite());
                 let default = present().sum::<f64>() / present().count().max(1) as f64;
                 let values: Vec<f32> =
-                    values.iter().map(|v| if v.is_finite() { *v as f32 } else { f32::NAN }).collect();
+                    values.iter().map(|v| *v as f32).map(|v| if v.is_finite() { v } else { f32::NAN }).collect();
                 ColumnData::Number { values: values.into(), default: default as f32 }
             } else {
                 unusable.push(format!("{name} ({})", column.data_type()));
@@ -373,16 +385,23 @@ impl Table {
         Ok((columns, unusable))
     }
 
-    /// Rows of lists of numbers, for precomputed neighbours.
+    /// Rows of lists of numbers, NaN where null, for precomputed neighbours.
     ///
     /// # Errors
     /// Missing or not a list.
     pub fn number_lists(&self, name: &str) -> Result<Vec<Vec<f32>>, CatalogError> {
         let column = self.column(name)?;
         let wrong = || CatalogError::column(&self.file, name, "expected lists of numbers");
+        if !is_list(column.data_type()) {
+            return Err(wrong());
+        }
         let column = self.cast(name, column, &DataType::new_list(DataType::Float32, true)).map_err(|_| wrong())?;
         let list = column.as_list::<i32>();
-        Ok((0..list.len()).map(|row| list.value(row).as_primitive::<Float32Type>().values().to_vec()).collect())
+        let numbers = |row: usize| {
+            let values = list.value(row);
+            values.as_primitive::<Float32Type>().iter().map(|v| v.unwrap_or(f32::NAN)).collect()
+        };
+        Ok((0..list.len()).map(|row| if list.is_null(row) { Vec::new() } else { numbers(row) }).collect())
     }
 
     /// Rows of lists of ids, for precomputed neighbours.
@@ -392,6 +411,9 @@ impl Table {
     pub fn id_lists(&self, name: &str) -> Result<Vec<Vec<String>>, CatalogError> {
         let column = self.column(name)?;
         let wrong = || CatalogError::column(&self.file, name, "expected lists of ids");
+        if !is_list(column.data_type()) {
+            return Err(wrong());
+        }
         let column = self.cast(name, column, &DataType::new_list(DataType::Utf8, true)).map_err(|_| wrong())?;
         Ok(lists(&column)
             .ok_or_else(wrong)?
@@ -409,6 +431,10 @@ fn is_string(kind: &DataType) -> bool {
     }
 }
 
+fn is_list(kind: &DataType) -> bool {
+    matches!(kind, DataType::List(_) | DataType::LargeList(_) | DataType::FixedSizeList(..))
+}
+
 /// The values of a string column of any encoding; `None` where null.
 fn strings(column: &ArrayRef) -> Vec<Option<&str>> {
     match column.data_type() {
@@ -418,6 +444,9 @@ fn strings(column: &ArrayRef) -> Vec<Option<&str>> {
         DataType::Dictionary(..) => {
             let dictionary = column.as_any_dictionary();
             let values = strings(dictionary.values());
+            if values.is_empty() {
+                return vec![None; column.len()];
+            }
             let keys = dictionary.normalized_keys();
             (0..column.len()).map(|row| if column.is_null(row) { None } else { values[keys[row]] }).collect()
         }
@@ -526,13 +555,10 @@ impl Dataset {
         }
         drop(table);
 
-        let interactions_file = directory.join(&config.interactions.file);
-        let table = match interactions_file.exists() {
-            true => Some(Table::read(&interactions_file, None)?),
-            false => None,
-        };
-        let users_file = directory.join(&config.users.file);
-        let users = if users_file.exists() {
+        let interactions_file = optional(directory, &config.interactions.file, &InteractionsConfig::default().file)?;
+        let table = interactions_file.map(|file| Table::read(&file, None)).transpose()?;
+        let users_file = optional(directory, &config.users.file, &UsersConfig::default().file)?;
+        let users = if let Some(users_file) = users_file {
             entities(&Table::read(&users_file, None)?, &config.users.id, &config.users.ignore, &mut warnings)?
         } else if let Some(table) = &table {
             let (mut ids, integer) = table.ids(&config.interactions.user)?;
@@ -548,6 +574,19 @@ impl Dataset {
         };
         let timed = config.interactions.timestamp.is_some();
         Ok(Dataset { directory: directory.into(), config, items, roles, texts, users, interactions, timed, warnings })
+    }
+}
+
+/// A file that may be absent, unless `dataset.toml` names another one than the default.
+///
+/// # Errors
+/// It is named and absent.
+pub fn optional(directory: &Path, file: &Path, default: &Path) -> Result<Option<PathBuf>, CatalogError> {
+    let path = directory.join(file);
+    match path.exists() {
+        true => Ok(Some(path)),
+        false if file == default => Ok(None),
+        false => Err(CatalogError::file(&path, "dataset.toml names this file, but it does not exist")),
     }
 }
 
@@ -642,7 +681,7 @@ fn weights(table: &Table, config: &InteractionsConfig) -> Result<Vec<f32>, Catal
     }
     let Some(name) = &config.weight else { return Ok(vec![1.0; table.n_rows()]) };
     let values = table.numbers(name)?;
-    if let Some(row) = values.iter().position(|v| !(v.is_finite() && *v >= 0.0)) {
+    if let Some(row) = values.iter().position(|v| !((*v as f32).is_finite() && *v >= 0.0)) {
         let reason = "a weight is a finite number of 0 or more".into();
         return Err(CatalogError::Row { file: table.file.clone(), row, column: name.clone(), reason });
     }

@@ -16,9 +16,17 @@ pub const MAX_DIM: usize = 8192;
 /// # Errors
 /// Names the file, and the row of a NaN or infinity.
 pub fn read(path: &Path, n_rows: usize, rows_of: &str) -> Result<Matrix, CatalogError> {
-    let wrong = |reason: String| CatalogError::file(path, reason);
     let bytes = std::fs::read(path).map_err(|e| CatalogError::io(path, e))?;
-    let (header, data) = split_header(&bytes).ok_or_else(|| wrong("not an .npy file, or its header is cut".into()))?;
+    parse(&bytes, path, n_rows, rows_of)
+}
+
+/// As [`read`], of a file's `bytes`; `path` is for messages only. Nothing is allocated that `bytes` is not as long as.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(bytes: &[u8], path: &Path, n_rows: usize, rows_of: &str) -> Result<Matrix, CatalogError> {
+    let wrong = |reason: String| CatalogError::file(path, reason);
+    let (header, data) = split_header(bytes).ok_or_else(|| wrong("not an .npy file, or its header is cut".into()))?;
     let half = match dictionary_value(header, "descr") {
         Some("'<f4'") => false,
         Some("'<f2'") => true,
@@ -27,11 +35,10 @@ pub fn read(path: &Path, n_rows: usize, rows_of: &str) -> Result<Matrix, Catalog
     if dictionary_value(header, "fortran_order") != Some("False") {
         return Err(wrong("Fortran order; save it in C order".into()));
     }
-    let shape: Vec<usize> = dictionary_value(header, "shape")
-        .and_then(|s| s.strip_prefix('(')?.strip_suffix(')'))
-        .map(|s| s.split(',').filter_map(|part| part.trim().parse().ok()).collect())
-        .unwrap_or_default();
-    let [rows, dim] = shape[..] else { return Err(wrong(format!("shape is {shape:?}, expected [rows, dim]"))) };
+    let shape = dictionary_value(header, "shape").unwrap_or("missing");
+    let Some((rows, dim)) = two_numbers(shape) else {
+        return Err(wrong(format!("shape is {shape}, expected (rows, dim)")));
+    };
     if rows != n_rows {
         return Err(wrong(format!("{rows} rows, but {rows_of} has {n_rows}")));
     }
@@ -92,6 +99,13 @@ fn split_header(bytes: &[u8]) -> Option<(&str, &[u8])> {
     Some((std::str::from_utf8(header).ok()?, &rest[start + len..]))
 }
 
+/// `(rows, dim)`, as Python writes a tuple.
+fn two_numbers(tuple: &str) -> Option<(usize, usize)> {
+    let (rows, dim) = tuple.strip_prefix('(')?.strip_suffix(')')?.split_once(',')?;
+    let dim = dim.trim();
+    Some((rows.trim().parse().ok()?, dim.strip_suffix(',').unwrap_or(dim).trim().parse().ok()?))
+}
+
 /// The text of a value in the header's Python dictionary; tuples include their parentheses.
 fn dictionary_value<'a>(header: &'a str, key: &str) -> Option<&'a str> {
     let at = header.find(&format!("'{key}'"))? + key.len() + 2;
@@ -126,6 +140,15 @@ mod tests {
         let (_dir, path) = written(&[1.0, 2.0, f32::NAN, 4.0], 2);
         let error = read(&path, 2, "items").unwrap_err();
         assert!(matches!(error, CatalogError::Row { row: 1, ref column, .. } if column == "[0]"), "{error}");
+    }
+
+    #[test]
+    fn shapes() {
+        assert_eq!(two_numbers("(3, 4)"), Some((3, 4)));
+        assert_eq!(two_numbers("(3,4,)"), Some((3, 4)));
+        for tuple in ["(3,)", "(3)", "()", "(3, 4, 5)", "(3, x, 4)", "(-3, 4)", "(3, 99999999999999999999)", "3, 4"] {
+            assert_eq!(two_numbers(tuple), None, "{tuple}");
+        }
     }
 
     #[test]

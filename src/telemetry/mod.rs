@@ -45,6 +45,8 @@ pub fn init(config: &TelemetryConfig) -> anyhow::Result<()> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Else a line that can't be written panics: the pipe's reader may be gone, and the server serves on.
+        .log_internal_errors(false)
         .with_ansi(std::io::stderr().is_terminal());
     // Only a logger that is there already makes this fail, and then that one stays.
     let _ = if config.log_json { builder.json().try_init() } else { builder.with_target(false).try_init() };

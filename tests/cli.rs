@@ -1,0 +1,264 @@
+//! The command line as a process: exit codes, what goes to which stream, one line for what went wrong.
+
+mod common;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+
+use arrow_array::{ArrayRef, Float32Array, RecordBatch, StringArray};
+use common::*;
+use parquet::arrow::ArrowWriter;
+use tastemaker::catalog::synthetic::{self, SyntheticOptions};
+
+/// What a command left.
+#[derive(Debug)]
+struct Ran {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+fn run<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Ran {
+    let output = Command::new(env!("CARGO_BIN_EXE_tastemaker")).args(arguments).output().unwrap();
+    Ran {
+        code: output.status.code(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Ran {
+    #[track_caller]
+    fn ok(self) -> Self {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self
+    }
+
+    /// Failed with one line for a person, and nothing on standard output.
+    #[track_caller]
+    fn failed(&self) -> &str {
+        assert_eq!(self.code, Some(1), "{self:?}");
+        assert_eq!(self.out, "", "{self:?}");
+        let line = self.err.strip_suffix('\n').unwrap();
+        assert!(line.starts_with("tastemaker: ") && !line.contains('\n'), "{self:?}");
+        line
+    }
+
+    #[track_caller]
+    fn misused(&self) -> &str {
+        assert_eq!(self.code, Some(2), "{self:?}");
+        assert_eq!(self.out, "", "{self:?}");
+        &self.err
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+fn dataset(work: &Path) -> PathBuf {
+    let data = work.join("data");
+    synthetic::generate(&data, &SyntheticOptions { n_items: 200, n_users: 20, dim: 8, seed: 4 }).unwrap();
+    data
+}
+
+#[test]
+fn every_command_has_help() {
+    let top = run(["--help"]).ok();
+    assert!(top.out.contains("Exit codes: 0 ok, 1 failed, 2 usage."), "{}", top.out);
+    let listed = top.out.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(
+        commands,
+        ["demo", "build", "serve", "recommend", "eval", "inspect", "check", "features", "help"],
+        "{listed}"
+    );
+    for command in commands.into_iter().filter(|c| *c != "help") {
+        let help = run([command, "--help"]).ok();
+        assert!(help.out.contains(&format!("Usage: tastemaker {command}")), "{}", help.out);
+        assert!(help.out.lines().next().is_some_and(|line| line.contains(' ')), "{}", help.out);
+        assert_eq!(help.err, "");
+        // Every option says what it is for.
+        let options = help.out.split("Options:\n").nth(1).unwrap();
+        for line in options.lines().filter(|l| l.trim_start().starts_with('-')) {
+            let described = line.trim().contains("  ");
+            let next = options.lines().skip_while(|l| l != &line).nth(1).is_some_and(|l| l.starts_with("          "));
+            assert!(described || next, "{command}: {line}");
+        }
+    }
+    assert!(run(["--version"]).ok().out.starts_with("tastemaker "));
+}
+
+#[test]
+fn misuse_is_2() {
+    assert!(run::<&str>([]).misused().contains("Usage: tastemaker"));
+    assert!(run(["bild"]).misused().contains("'build'"));
+    assert!(run(["inspect"]).misused().contains("<BUNDLE>"));
+    assert!(run(["inspect", "x", "--jsn"]).misused().contains("'--json'"));
+    assert!(run(["build", "x"]).misused().contains("--out"));
+    assert!(run(["build", "x", "--out", "y", "--index", "hnsw"]).misused().contains("brute_force"));
+    assert!(run(["eval", "x", "--test", "y", "--k", "0"]).misused().contains("1..=10000"));
+    assert!(run(["eval", "x", "--test", "y", "--relevant", "rating"]).misused().contains("COLUMN>=NUMBER"));
+    assert!(run(["recommend", "u", "--context", "country"]).misused().contains("KEY=VALUE"));
+    assert!(run(["recommend", "u", "--addr", "nowhere"]).misused().contains("socket address"));
+    assert!(run(["demo", "--dim", "1"]).misused().contains("2..=1024"));
+}
+
+#[test]
+fn failure_is_1_and_one_line() {
+    let work = tempfile::tempdir().unwrap();
+    let nowhere = work.path().join("nowhere");
+    assert!(run(["inspect", path(&nowhere)]).failed().contains("not a bundle"));
+    assert!(run(["serve", path(&nowhere)]).failed().contains("not a bundle"));
+    assert!(run(["check", "--config", path(&nowhere)]).failed().contains("No such file"));
+    assert!(run(["eval", path(&nowhere), "--test", "t.parquet"]).failed().contains("not a bundle"));
+    let missing = run(["eval", path(bundle_path()), "--test", path(&nowhere)]);
+    assert!(missing.failed().contains(path(&nowhere)));
+    let missing = run(["features", path(bundle_path()), "--users", path(&nowhere), "--columns", "c", "--out", "o"]);
+    assert!(missing.failed().contains(path(&nowhere)));
+}
+
+#[test]
+fn nobody_to_ask() {
+    // A port that was free a moment ago, and where nobody listens.
+    let addr = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let ran = run(["recommend", "user-1", "--addr", &addr.to_string()]);
+    let line = ran.failed();
+    assert!(line.contains(&addr.to_string()) && line.contains("is `tastemaker serve` running there?"), "{line}");
+}
+
+#[test]
+fn asks_a_server() {
+    let server = start(config(), Default::default());
+    let addr = server.addrs.binary.to_string();
+    let ran = run(["recommend", "user-1", "-n", "3", "--addr", &addr, "--explain", "--timings"]).ok();
+    assert_eq!(ran.out.lines().filter(|line| line.contains("item-")).count(), 3, "{}", ran.out);
+    assert!(ran.out.contains("known user") && ran.out.contains("µs: "), "{}", ran.out);
+    let ran = run(["recommend", "user-1", "-n", "100000", "--addr", &addr]);
+    assert!(ran.failed().contains("n_items"), "{ran:?}");
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn check_names_what_is_wrong() {
+    let work = tempfile::tempdir().unwrap();
+    let file = work.path().join("t.toml");
+    let check = |text: &str, bundle: Option<&Path>| {
+        std::fs::write(&file, text).unwrap();
+        run(["check", "--config", path(&file)].into_iter().chain(bundle.map(path)))
+    };
+    assert_eq!(check("", None).ok().out, format!("{}: ok\n", file.display()));
+    assert_eq!(check("", Some(bundle_path())).ok().out, format!("{}: ok\n", file.display()));
+    let unknown = check("[cache]\nttl_second = 5\n", None);
+    let want = format!("tastemaker: {}:2: unknown key `ttl_second`; did you mean `ttl_seconds`?", file.display());
+    assert_eq!(unknown.failed(), want);
+    assert!(check("[cache]\nttl_seconds = 0\n", None).failed().contains("ttl_seconds"));
+    // A rule that is sound by itself, over a column that this bundle lacks.
+    let rule = "[[rerank.rules]]\nname = \"r\"\naction = \"exclude\"\nwhere = { pirce = { ge = 5 } }\n";
+    check(rule, None).ok();
+    let ran = check(rule, Some(bundle_path()));
+    assert!(ran.failed().contains("pirce") && ran.failed().contains("price"), "{ran:?}");
+}
+
+#[test]
+fn inspect_for_people_and_programs() {
+    let ran = run(["inspect", path(bundle_path())]).ok();
+    assert!(ran.out.contains("checksums verified") && ran.out.contains("ranker        demo: "), "{}", ran.out);
+    assert!(ran.out.lines().any(|l| l.split_whitespace().eq(["items", "600"])), "{}", ran.out);
+    let info: serde_json::Value =
+        serde_json::from_str(&run(["inspect", "--json", path(bundle_path())]).ok().out).unwrap();
+    assert_eq!((&info["n_items"], &info["n_users"], &info["dim"]), (&600.into(), &80.into(), &16.into()));
+    assert_eq!(info["version"], generation().version);
+    assert_eq!(info["roles"]["category"], "category");
+    assert!(info["rankers"]["demo"].as_array().is_some_and(|columns| !columns.is_empty()));
+}
+
+#[test]
+fn build_speaks_plainly_to_a_pipe() {
+    let work = tempfile::tempdir().unwrap();
+    let (data, out) = (dataset(work.path()), work.path().join("bundle"));
+    let ran = run(["build", path(&data), "--out", path(&out)]).ok();
+    assert!(!ran.err.contains(['\r', '\u{1b}']), "{ran:?}");
+    let stages: Vec<&str> = ran.err.lines().filter_map(|line| line.strip_suffix(" …")).collect();
+    assert_eq!(stages, ["reading dataset", "item-item neighbours", "text index", "writing bundle"], "{ran:?}");
+    let line = ran.out.trim_end();
+    assert!(line.starts_with(path(&out)) && line.contains("(200 items, 20 users, "), "{ran:?}");
+
+    let again = run(["build", path(&data), "--out", path(&out)]);
+    assert!(again.failed().contains("--overwrite"));
+    let replaced = run(["build", path(&data), "--out", path(&out), "--overwrite"]).ok();
+    let version = |ran: &Ran| ran.out.split(": ").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert_eq!(version(&replaced), version(&ran));
+
+    std::fs::remove_file(data.join("items.parquet")).unwrap();
+    let ran = run(["build", path(&data), "--out", path(&work.path().join("other"))]);
+    assert_eq!(ran.code, Some(1));
+    assert!(ran.err.lines().last().is_some_and(|l| l.starts_with("tastemaker: ") && l.contains("items.parquet")));
+}
+
+#[test]
+fn eval_prints_a_table_or_json() {
+    let work = tempfile::tempdir().unwrap();
+    let test = work.path().join("test.parquet");
+    // What ten users did not do, and an item that the bundle does not know.
+    let generation = generation();
+    let (mut users, mut items, mut ratings) = (Vec::new(), Vec::new(), Vec::new());
+    for user in 0..10 {
+        let seen: Vec<u32> = generation.histories.of(user).map(|entry| entry.row).collect();
+        let unseen = (0..600).filter(|row| !seen.contains(row));
+        for (at, row) in unseen.step_by(20).enumerate() {
+            users.push(generation.users.ids.id(user));
+            items.push(generation.items.ids.id(row));
+            ratings.push((at % 5 + 1) as f32);
+        }
+    }
+    items[0] = "unknown";
+    let columns: [(&str, ArrayRef); 3] = [
+        ("user_id", Arc::new(StringArray::from(users))),
+        ("item_id", Arc::new(StringArray::from(items))),
+        ("rating", Arc::new(Float32Array::from(ratings))),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let mut writer = ArrowWriter::try_new(std::fs::File::create(&test).unwrap(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+
+    let arguments = ["eval", path(bundle_path()), "--test", path(&test), "--k", "50,5", "--relevant", "rating>=4"];
+    let table = run(arguments).ok();
+    let mut lines = table.out.lines();
+    assert!(lines.next().unwrap().starts_with(&format!("{}: 10 users, ", generation.version)), "{}", table.out);
+    let head = lines.next().unwrap();
+    assert!(head.find("recall@5 ").unwrap() < head.find("recall@50").unwrap(), "{head}");
+    let rows: Vec<&str> = lines.map(|line| line[..22].trim_end()).collect();
+    assert_eq!(rows[..2], ["slate", "merged"]);
+    assert!(rows.contains(&"ann alone") && rows.contains(&"trending alone"), "{rows:?}");
+
+    let json = run(arguments.into_iter().chain(["--json"])).ok();
+    let report: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    assert_eq!((&report["users"], &report["generation"]), (&10.into(), &generation.version.as_str().into()));
+    let slate = &report["rows"][0];
+    assert_eq!(slate[0], "slate");
+    let recall = |k: &str| slate[1]["recall"][k].as_f64().unwrap();
+    assert!(0.0 <= recall("5") && recall("5") <= recall("50") && recall("50") <= 1.0, "{slate}");
+    // Evaluation of the same bundle by the same file is the same.
+    assert_eq!(run(arguments.into_iter().chain(["--json"])).ok().out, json.out);
+
+    let few = run(arguments.into_iter().chain(["--users", "3", "--json"])).ok();
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&few.out).unwrap()["users"], 3);
+    let none = run(["eval", path(bundle_path()), "--test", path(&test), "--relevant", "rating>9"]);
+    assert!(none.failed().contains("no relevant rows"));
+    let no_column = run(["eval", path(bundle_path()), "--test", path(&test), "--item-column", "book"]);
+    assert!(no_column.failed().contains("`book`"));
+}
+
+#[test]
+fn demo_prints_a_slate() {
+    let ran = run(["demo", "--once", "--items", "300", "--users", "50", "--dim", "8"]).ok();
+    assert!(ran.out.starts_with("built 300 items and 50 users"), "{}", ran.out);
+    let slate = ran.out.split("rank   score  item\n").nth(1).unwrap();
+    let ranked = slate.lines().filter(|l| l.split_whitespace().next().is_some_and(|n| n.parse::<u32>().is_ok()));
+    assert_eq!(ranked.count(), 10, "{}", ran.out);
+    assert!(ran.out.contains("recommended to a user never seen before"), "{}", ran.out);
+}
