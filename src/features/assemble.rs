@@ -1,5 +1,7 @@
 //! A manifest's columns, compiled to writers, and the matrix that they fill.
 
+use std::sync::Arc;
+
 use crate::candidates::{Candidates, Source};
 use crate::catalog::generation::{ColumnData, Generation, Interaction, NO_CODE};
 use crate::context::nearest;
@@ -25,7 +27,7 @@ pub struct CooccurrenceSignal {
     /// Sum of the three largest.
     pub top3: f32,
     /// How many history items list the candidate.
-    pub count: u16,
+    pub count: u32,
 }
 
 /// What a request offers to the writers.
@@ -40,7 +42,7 @@ pub struct Inputs<'a> {
     pub candidates: &'a Candidates,
     /// Item-item evidence for a row.
     pub cooccurrence: &'a dyn Fn(u32) -> CooccurrenceSignal,
-    /// The metric's score of the user's vector and a row; 0 without vectors.
+    /// The metric's score of the user's vector and a row, 0 without vectors; the ANN source's own score where it proposed the row.
     pub dot: &'a dyn Fn(u32) -> f32,
 }
 
@@ -76,6 +78,24 @@ pub struct Layout {
     ops: Vec<Op>,
     dim: usize,
     width: usize,
+    /// Whether any column speaks of item-item evidence.
+    cooccurrence: bool,
+    logs: Arc<Logs>,
+}
+
+/// Logarithms that would be taken again and again: libm's cost more than the rest of a column.
+#[derive(Debug)]
+struct Logs {
+    /// `ln(1 + n)` of small whole numbers.
+    of_counts: Vec<f32>,
+    /// `ln(1 + popularity)` of every item; empty where no column asks.
+    of_popularity: Vec<f32>,
+}
+
+impl Logs {
+    fn of(&self, n: u32) -> f32 {
+        self.of_counts.get(n as usize).copied().unwrap_or_else(|| (n as f32).ln_1p())
+    }
 }
 
 /// Buffers, reused from request to request.
@@ -84,6 +104,8 @@ pub struct FeatureScratch {
     counts: Counts,
     series: Vec<(u32, f32, u32)>,
     row: Vec<f32>,
+    /// By candidate.
+    cooccurrence: Vec<CooccurrenceSignal>,
 }
 
 /// Occurrences of codes in the history.
@@ -126,7 +148,16 @@ impl Layout {
         let ops = columns.iter().map(|c| compile(c, generation)).collect::<Result<Vec<_>, _>>()?;
         let dim = generation.item_embeddings.as_ref().map_or(0, |m| m.dim);
         let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
-        Ok(Layout { ops, dim, width })
+        let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
+        let cooccurrence = asks(|op| matches!(op, Op::CoSum | Op::CoMax | Op::CoCount | Op::CoMean | Op::CoTop3));
+        let logs = Arc::new(Logs {
+            of_counts: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
+            of_popularity: match asks(|op| matches!(op, Op::Popularity)) {
+                true => generation.popularity.iter().map(|p| p.ln_1p()).collect(),
+                false => Vec::new(),
+            },
+        });
+        Ok(Layout { ops, dim, width, cooccurrence, logs })
     }
 
     fn op_width(op: &Op, dim: usize) -> usize {
@@ -146,10 +177,14 @@ impl Layout {
         let n = inputs.candidates.len();
         out.clear();
         out.resize(n * self.width, 0.0);
+        scratch.cooccurrence.clear();
+        if self.cooccurrence {
+            scratch.cooccurrence.extend(inputs.candidates.rows.iter().map(|&row| (inputs.cooccurrence)(row)));
+        }
         let mut at = 0;
         for op in &self.ops {
             let width = Self::op_width(op, self.dim);
-            fill(op, inputs, scratch, Target { out, width: self.width, at });
+            fill(op, inputs, &self.logs, scratch, Target { out, width: self.width, at });
             at += width;
         }
     }
@@ -171,11 +206,11 @@ impl Target<'_> {
     }
 }
 
-fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Target<'_>) {
-    let Inputs { generation, user, context, candidates, cooccurrence, dot } = inputs;
+fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch, target: Target<'_>) {
+    let Inputs { generation, user, context, candidates, dot, .. } = inputs;
     let (rows, history) = (&candidates.rows[..], &user.history[..]);
     let n_liked = liked(history).count().max(1) as f32;
-    let FeatureScratch { counts, series, row: vector } = scratch;
+    let FeatureScratch { counts, series, row: vector, cooccurrence } = scratch;
     match op {
         Op::SourceScore(source) => {
             let scores = &candidates.source_scores[*source as usize];
@@ -188,20 +223,20 @@ fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Targ
         Op::SourcePresent(source) => {
             target.each(rows, |at, _| if candidates.sources[at].contains(*source) { 1.0 } else { 0.0 });
         }
-        Op::Dot => target.each(rows, |_, row| dot(row)),
-        Op::CoSum => target.each(rows, |_, row| cooccurrence(row).sum),
-        Op::CoMax => target.each(rows, |_, row| cooccurrence(row).max),
-        Op::CoCount => target.each(rows, |_, row| f32::from(cooccurrence(row).count).ln_1p()),
-        Op::CoMean => target.each(rows, |_, row| {
-            let signal = cooccurrence(row);
-            signal.sum / f32::from(signal.count.max(1))
-        }),
-        Op::CoTop3 => target.each(rows, |_, row| cooccurrence(row).top3),
+        Op::Dot => {
+            let (scores, sources) = (&candidates.source_scores[Source::Ann as usize], &candidates.sources);
+            target.each(rows, |at, row| if sources[at].contains(Source::Ann) { scores[at] } else { dot(row) });
+        }
+        Op::CoSum => target.each(rows, |at, _| cooccurrence[at].sum),
+        Op::CoMax => target.each(rows, |at, _| cooccurrence[at].max),
+        Op::CoCount => target.each(rows, |at, _| logs.of(cooccurrence[at].count)),
+        Op::CoMean => target.each(rows, |at, _| cooccurrence[at].sum / cooccurrence[at].count.max(1) as f32),
+        Op::CoTop3 => target.each(rows, |at, _| cooccurrence[at].top3),
         Op::SameCreator => {
             let Some(column) = generation.roles.creator.map(|at| &generation.items.columns[at].data) else { return };
             counts.gather(column, history, |row| column.codes(row));
             target.each(rows, |_, row| {
-                column.codes(row).iter().map(|&code| counts.by_code[code as usize] as f32).sum::<f32>().ln_1p()
+                logs.of(column.codes(row).iter().map(|&code| counts.by_code[code as usize]).sum())
             });
         }
         Op::SameCategory => {
@@ -217,8 +252,8 @@ fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Targ
             counts.gather(column, history, |row| column.codes(row));
             target.each(rows, |_, row| {
                 let codes = column.codes(row);
-                let shared: f32 = codes.iter().map(|&code| counts.by_code[code as usize] as f32 / n_liked).sum();
-                shared / codes.len().max(1) as f32
+                let shared: u32 = codes.iter().map(|&code| counts.by_code[code as usize]).sum();
+                shared as f32 / (n_liked * codes.len().max(1) as f32)
             });
         }
         Op::SameSeries | Op::NextInSeries | Op::SeriesGap => {
@@ -246,7 +281,7 @@ fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Targ
             series.sort_unstable_by_key(|s| s.0);
             let known = |row: u32| series.binary_search_by_key(&code_of(row), |s| s.0).ok().map(|at| series[at]);
             match op {
-                Op::SameSeries => target.each(rows, |_, row| known(row).map_or(0.0, |s| (s.2 as f32).ln_1p())),
+                Op::SameSeries => target.each(rows, |_, row| known(row).map_or(0.0, |s| logs.of(s.2))),
                 Op::NextInSeries => target.each(rows, |_, row| {
                     known(row).map_or(0.0, |s| {
                         let gap = position_of(row) - s.1;
@@ -291,8 +326,7 @@ fn fill(op: &Op, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, target: Targ
             target.each(rows, |_, _| value);
         }
         Op::Popularity => {
-            let popularity = &generation.popularity;
-            target.each(rows, |_, row| popularity.get(row as usize).map_or(0.0, |p| p.ln_1p()));
+            target.each(rows, |_, row| logs.of_popularity.get(row as usize).copied().unwrap_or(0.0));
         }
         Op::Context(key) => {
             let value = context.get(key).and_then(|v| v.parse::<f32>().ok()).filter(|v| v.is_finite()).unwrap_or(0.0);
@@ -434,7 +468,7 @@ mod tests {
         assert_eq!(get("candidate.ann.score"), [0.75, 0.0]);
         assert_eq!(get("candidate.ann.rank"), [0.25, 0.0]);
         assert_eq!(get("candidate.ann.present"), [1.0, 0.0]);
-        assert_eq!(get("cross.dot"), [-1.0, -2.0]);
+        assert_eq!(get("cross.dot"), [0.75, -2.0], "the ann source proposed the first, and its score is the dot");
         assert_eq!(get("cross.cooccurrence_mean"), [0.5, 1.0]);
         assert_eq!(get("cross.same_category"), [0.0, 1.0]);
         assert_eq!(get("cross.same_creator"), [0.0, 2f32.ln_1p()]);
@@ -448,7 +482,7 @@ mod tests {
         assert_eq!(get("context.hour"), [13.0; 2]);
         assert_eq!(get("context.place"), [0.0; 2]);
         let wide = matrix(&generation, &["user.embedding", "cross.dot", "item.embedding"], &user, &[1, 2]);
-        assert_eq!(wide, [9.0, 8.0, -1.0, 3.0, 4.0, 9.0, 8.0, -2.0, 5.0, 6.0]);
+        assert_eq!(wide, [9.0, 8.0, 0.75, 3.0, 4.0, 9.0, 8.0, -2.0, 5.0, 6.0]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::caps::{Cap, Counts};
 use crate::catalog::generation::{Generation, Matrix, MatrixData};
 use crate::device::RankedItem;
+use crate::index::Kernel;
 
 /// Items that MMR chooses from: the best of the ranked ones. Bounds the work to `picks * POOL * dim`.
 const POOL: usize = 256;
@@ -14,29 +15,32 @@ pub struct Diversity {
     max_per_category: u32,
     /// `1 / |x|` per item; empty when MMR is off.
     inverse_norms: Vec<f32>,
+    kernel: Kernel,
 }
 
 /// Buffers, reused from request to request.
 #[derive(Debug, Default)]
 pub struct DiversityScratch {
-    /// `[pool, dim]` unit vectors.
+    /// `[pool, dim]` unit vectors, those that are `ready`.
     vectors: Vec<f32>,
-    row: Vec<f32>,
+    ready: Vec<bool>,
     relevance: Vec<f32>,
-    /// Largest similarity to anything picked so far.
-    closest: Vec<f32>,
+    /// Largest similarity to the first so many picks, and how many.
+    closest: Vec<(f32, usize)>,
     open: Vec<u32>,
+    picked: Vec<u32>,
     categories: Counts,
 }
 
 impl Diversity {
     /// `lambda` 1 or a generation without embeddings turn MMR off; `max_per_category` 0 or no category column the cap.
     pub fn new(lambda: f32, max_per_category: u32, generation: &Generation) -> Self {
+        let kernel = Kernel::detect();
         let inverse_norms = match &generation.item_embeddings {
-            Some(matrix) if lambda < 1.0 => inverse_norms(matrix),
+            Some(matrix) if lambda < 1.0 => inverse_norms(matrix, kernel),
             _ => Vec::new(),
         };
-        Diversity { lambda, max_per_category, inverse_norms }
+        Diversity { lambda, max_per_category, inverse_norms, kernel }
     }
 
     /// Appends up to `n` of `items` (best first) to `out`, in the order picked. Each pick maximises
@@ -50,7 +54,7 @@ impl Diversity {
         scratch: &mut DiversityScratch,
         out: &mut Vec<RankedItem>,
     ) {
-        let DiversityScratch { vectors, row, relevance, closest, open, categories } = scratch;
+        let DiversityScratch { vectors, ready, relevance, closest, open, picked, categories } = scratch;
         categories.clear();
         let cap = self.cap(generation);
         let embeddings = generation.item_embeddings.as_ref().filter(|_| !self.inverse_norms.is_empty());
@@ -67,47 +71,54 @@ impl Diversity {
         };
         let pool = &items[..items.len().min(POOL.max(n))];
         let dim = matrix.dim;
-        vectors.clear();
-        relevance.clear();
         let finite = || pool.iter().map(|i| i.score).filter(|s| s.is_finite());
         let (low, high) = (finite().fold(f32::INFINITY, f32::min), finite().fold(f32::NEG_INFINITY, f32::max));
         let scale = if high > low { 1.0 / (high - low) } else { 0.0 };
-        for item in pool {
-            row.clear();
-            matrix.extend_row(item.row, row);
-            let inverse = self.inverse_norms[item.row as usize];
-            vectors.extend(row.iter().map(|v| v * inverse));
-            relevance.push(if item.score.is_finite() { (item.score - low) * scale } else { 0.0 });
-        }
+        relevance.clear();
+        relevance.extend(pool.iter().map(|i| if i.score.is_finite() { (i.score - low) * scale } else { 0.0 }));
+        vectors.resize(vectors.len().max(pool.len() * dim), 0.0);
+        ready.clear();
+        ready.resize(pool.len(), false);
         closest.clear();
-        closest.resize(pool.len(), 0.0);
+        closest.resize(pool.len(), (f32::NEG_INFINITY, 0));
         open.clear();
         open.extend(0..pool.len() as u32);
-        let mut first = true;
+        picked.clear();
+        let penalty = 1.0 - self.lambda;
         while out.len() < n && !open.is_empty() {
-            let value = |at: u32| {
-                let penalty = if first { 0.0 } else { closest[at as usize] };
-                self.lambda * relevance[at as usize] - (1.0 - self.lambda) * penalty
-            };
-            let mut best = 0;
-            for place in 1..open.len() {
-                if value(open[place]) > value(open[best]) {
-                    best = place;
+            let (mut best, mut best_value) = (0, f32::NEG_INFINITY);
+            for (place, &at) in open.iter().enumerate() {
+                let at = at as usize;
+                // A cosine is at least -1, rounding apart; relevance falls along the list.
+                let most = self.lambda * relevance[at] + penalty * 1.001;
+                if most <= best_value {
+                    break;
+                }
+                let (nearest, compared) = &mut closest[at];
+                // What was compared with some of the picks can only lose by the others.
+                if *compared > 0 && self.lambda * relevance[at] - penalty * *nearest <= best_value {
+                    continue;
+                }
+                if !picked.is_empty() {
+                    self.make_ready(matrix, pool, at, vectors, ready);
+                }
+                for &other in &picked[*compared..] {
+                    let vector = |at: usize| &vectors[at * dim..(at + 1) * dim];
+                    *nearest = nearest.max(self.kernel.dot(vector(at), vector(other as usize)));
+                }
+                *compared = picked.len();
+                let value = self.lambda * relevance[at] - if picked.is_empty() { 0.0 } else { penalty * *nearest };
+                if value > best_value {
+                    (best, best_value) = (place, value);
                 }
             }
             // Order is kept, so that ties go to the better ranked.
-            let at = open.remove(best) as usize;
-            if !within(cap, pool[at].row, categories) {
-                continue;
+            let at = open.remove(best);
+            if within(cap, pool[at as usize].row, categories) {
+                self.make_ready(matrix, pool, at as usize, vectors, ready);
+                out.push(pool[at as usize]);
+                picked.push(at);
             }
-            out.push(pool[at]);
-            let picked = &vectors[at * dim..(at + 1) * dim];
-            for &other in open.iter() {
-                let other = other as usize;
-                let similarity = dot(picked, &vectors[other * dim..(other + 1) * dim]);
-                closest[other] = if first { similarity } else { closest[other].max(similarity) };
-            }
-            first = false;
         }
         for item in &items[pool.len()..] {
             if out.len() >= n {
@@ -115,6 +126,24 @@ impl Diversity {
             }
             if within(cap, item.row, categories) {
                 out.push(*item);
+            }
+        }
+    }
+
+    /// Makes the unit vector of the pool's item `at`; most are never needed.
+    fn make_ready(&self, matrix: &Matrix, pool: &[RankedItem], at: usize, vectors: &mut [f32], ready: &mut [bool]) {
+        if std::mem::replace(&mut ready[at], true) {
+            return;
+        }
+        let (item, dim) = (pool[at].row as usize, matrix.dim);
+        let inverse = self.inverse_norms[item];
+        let out = &mut vectors[at * dim..(at + 1) * dim];
+        match &matrix.data {
+            MatrixData::F32(values) => {
+                out.iter_mut().zip(&values[item * dim..]).for_each(|(out, v)| *out = v * inverse);
+            }
+            MatrixData::F16(values) => {
+                out.iter_mut().zip(&values[item * dim..]).for_each(|(out, v)| *out = v.to_f32() * inverse);
             }
         }
     }
@@ -136,27 +165,14 @@ fn within(cap: Option<Cap<'_>>, row: u32, counts: &mut Counts) -> bool {
     admitted
 }
 
-fn inverse_norms(matrix: &Matrix) -> Vec<f32> {
+fn inverse_norms(matrix: &Matrix, kernel: Kernel) -> Vec<f32> {
     let inverse = |norm: f32| if norm > 0.0 { 1.0 / norm.sqrt() } else { 0.0 };
     match &matrix.data {
-        MatrixData::F32(values) => values.chunks_exact(matrix.dim).map(|x| inverse(dot(x, x))).collect(),
+        MatrixData::F32(values) => values.chunks_exact(matrix.dim).map(|x| inverse(kernel.dot(x, x))).collect(),
         MatrixData::F16(values) => {
             values.chunks_exact(matrix.dim).map(|x| inverse(x.iter().map(|v| v.to_f32() * v.to_f32()).sum())).collect()
         }
     }
-}
-
-/// Eight running sums, which the compiler keeps in one vector register.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; 8];
-    let (a_chunks, a_rest) = a.as_chunks::<8>();
-    let (b_chunks, b_rest) = b.as_chunks::<8>();
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for lane in 0..8 {
-            sums[lane] += a[lane] * b[lane];
-        }
-    }
-    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
 #[cfg(test)]

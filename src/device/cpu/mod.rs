@@ -439,7 +439,7 @@ fn fill(
         candidates,
         cooccurrence: &|row| {
             let s = signals.of(row);
-            CooccurrenceSignal { sum: s.sum, max: s.max, top3: s.max + s.next[0] + s.next[1], count: s.count }
+            CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3: s.largest.iter().sum(), count: s.count }
         },
         dot: &|row| match index {
             Some(index) if vector.len() == index.dim() => index.score(vector, row),
