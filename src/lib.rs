@@ -13,6 +13,7 @@ pub mod error;
 pub mod eval;
 pub mod features;
 pub mod index;
+pub mod memory;
 pub mod pipeline;
 pub mod ranking;
 pub mod rerank;

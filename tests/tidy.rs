@@ -45,7 +45,9 @@ fn unsafe_is_fenced() {
         "src/server/signals.rs",
         "src/server/shard.rs",
         "src/server/completions.rs",
+        "src/index/coarse.rs",
         "src/index/distance.rs",
+        "src/memory.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

@@ -9,7 +9,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytemuck::Pod;
 use half::f16;
@@ -608,6 +608,7 @@ impl Reader {
             text: m.text.then(|| TextIndex::open(&self.directory.join("text"))).transpose()?,
             rankers: self.rankers()?,
             roles,
+            shared_index: OnceLock::new(),
             items,
             users,
         })

@@ -1,13 +1,15 @@
 //! One loaded bundle: everything immutable that a request reads.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use half::f16;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::catalog::array::Array;
 use crate::catalog::text::TextIndex;
+use crate::index::{BruteForce, Kernel, VectorIndex};
+use crate::memory::{prefetch, prefetch_range};
 use crate::ranking::manifest::RankerManifest;
 
 /// A row that stands for "none".
@@ -46,6 +48,18 @@ pub struct Generation {
     pub rankers: Vec<RankerModel>,
     /// Which item columns play a part beyond being features.
     pub roles: Roles,
+    /// See [`Generation::index`].
+    pub shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
+}
+
+impl Generation {
+    /// The index over the item embeddings, which all workers share; made by the first that asks, `None` without embeddings.
+    pub fn index(&self) -> Option<Arc<dyn VectorIndex>> {
+        let make = |matrix: &Matrix| {
+            Arc::new(BruteForce::new(matrix.clone(), self.metric, Kernel::detect())) as Arc<dyn VectorIndex>
+        };
+        self.shared_index.get_or_init(|| self.item_embeddings.as_ref().map(make)).clone()
+    }
 }
 
 /// How embeddings compare; higher scores are better for each.
@@ -230,6 +244,24 @@ impl ColumnData {
         }
     }
 
+    /// Asks the memory for the place of a row's tags, for [`Self::prefetch_codes`] later.
+    #[inline]
+    pub fn prefetch_place(&self, row: u32) {
+        match self {
+            ColumnData::Number { values, .. } => prefetch(values, row as usize),
+            ColumnData::Category { codes, .. } => prefetch(codes, row as usize),
+            ColumnData::Tags { offsets, .. } => prefetch(offsets, row as usize),
+        }
+    }
+
+    /// Asks the memory for a row's tags, for [`Self::codes`] later.
+    #[inline]
+    pub fn prefetch_codes(&self, row: u32) {
+        if let ColumnData::Tags { offsets, codes, .. } = self {
+            prefetch_range(codes, offsets[row as usize] as usize, offsets[row as usize + 1] as usize);
+        }
+    }
+
     /// Code to string, for columns that have codes.
     pub fn vocabulary(&self) -> Option<&IdTable> {
         match self {
@@ -392,6 +424,7 @@ pub mod testing {
             text: None,
             rankers: Vec::new(),
             roles: Roles::default(),
+            shared_index: OnceLock::new(),
         }
     }
 

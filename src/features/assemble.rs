@@ -6,6 +6,7 @@ use crate::candidates::{Candidates, Source};
 use crate::catalog::generation::{ColumnData, Generation, Interaction, NO_CODE};
 use crate::context::nearest;
 use crate::device::{Context, PlannedUser};
+use crate::index::SearchScratch;
 
 /// Why a column can't be computed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +31,9 @@ pub struct CooccurrenceSignal {
     pub count: u32,
 }
 
+/// Appends a score per row.
+pub type Dots<'a> = dyn Fn(&[u32], &mut SearchScratch, &mut Vec<f32>) + 'a;
+
 /// What a request offers to the writers.
 pub struct Inputs<'a> {
     /// Columns, embeddings.
@@ -42,8 +46,8 @@ pub struct Inputs<'a> {
     pub candidates: &'a Candidates,
     /// Item-item evidence for a row.
     pub cooccurrence: &'a dyn Fn(u32) -> CooccurrenceSignal,
-    /// The metric's score of the user's vector and a row, 0 without vectors; the ANN source's own score where it proposed the row.
-    pub dot: &'a dyn Fn(u32) -> f32,
+    /// The metric's score of the user's vector and each row, 0 without vectors; not asked where the ANN source gave the score.
+    pub dots: &'a Dots<'a>,
 }
 
 #[derive(Clone, Debug)]
@@ -104,6 +108,10 @@ pub struct FeatureScratch {
     counts: Counts,
     series: Vec<(u32, f32, u32)>,
     row: Vec<f32>,
+    search: SearchScratch,
+    /// Candidates that the ANN source did not propose, and their scores.
+    unscored: Vec<u32>,
+    dots: Vec<f32>,
     /// By candidate.
     cooccurrence: Vec<CooccurrenceSignal>,
 }
@@ -190,6 +198,9 @@ impl Layout {
     }
 }
 
+/// How many candidates ahead of its use a column's value is asked for.
+const AHEAD: usize = 8;
+
 /// One column of the matrix.
 struct Target<'a> {
     out: &'a mut Vec<f32>,
@@ -198,8 +209,21 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
+    /// Writes a value per candidate, each from the candidate's place in `column`.
+    fn each_of(self, column: &ColumnData, rows: &[u32], value: impl Fn(u32) -> f32) {
+        for ((index, &row), line) in rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
+            if let Some(&later) = rows.get(index + 2 * AHEAD) {
+                column.prefetch_place(later);
+            }
+            if let Some(&soon) = rows.get(index + AHEAD) {
+                column.prefetch_codes(soon);
+            }
+            line[self.at] = value(row);
+        }
+    }
+
     /// Writes a value per candidate.
-    fn each(self, rows: &[u32], value: impl Fn(usize, u32) -> f32) {
+    fn each(self, rows: &[u32], mut value: impl FnMut(usize, u32) -> f32) {
         for ((index, &row), line) in rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
             line[self.at] = value(index, row);
         }
@@ -207,10 +231,10 @@ impl Target<'_> {
 }
 
 fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch, target: Target<'_>) {
-    let Inputs { generation, user, context, candidates, dot, .. } = inputs;
+    let Inputs { generation, user, context, candidates, dots, .. } = inputs;
     let (rows, history) = (&candidates.rows[..], &user.history[..]);
     let n_liked = liked(history).count().max(1) as f32;
-    let FeatureScratch { counts, series, row: vector, cooccurrence } = scratch;
+    let FeatureScratch { counts, series, row: vector, cooccurrence, search, unscored, dots: computed } = scratch;
     match op {
         Op::SourceScore(source) => {
             let scores = &candidates.source_scores[*source as usize];
@@ -225,7 +249,15 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
         }
         Op::Dot => {
             let (scores, sources) = (&candidates.source_scores[Source::Ann as usize], &candidates.sources);
-            target.each(rows, |at, row| if sources[at].contains(Source::Ann) { scores[at] } else { dot(row) });
+            unscored.clear();
+            unscored.extend(rows.iter().zip(sources).filter(|(_, s)| !s.contains(Source::Ann)).map(|(&row, _)| row));
+            computed.clear();
+            dots(unscored, search, computed);
+            let mut computed = computed.iter().copied();
+            target.each(rows, |at, _| match sources[at].contains(Source::Ann) {
+                true => scores[at],
+                false => computed.next().unwrap_or(0.0),
+            });
         }
         Op::CoSum => target.each(rows, |at, _| cooccurrence[at].sum),
         Op::CoMax => target.each(rows, |at, _| cooccurrence[at].max),
@@ -235,7 +267,7 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
         Op::SameCreator => {
             let Some(column) = generation.roles.creator.map(|at| &generation.items.columns[at].data) else { return };
             counts.gather(column, history, |row| column.codes(row));
-            target.each(rows, |_, row| {
+            target.each_of(column, rows, |row| {
                 logs.of(column.codes(row).iter().map(|&code| counts.by_code[code as usize]).sum())
             });
         }
@@ -243,14 +275,14 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
             let Some(column) = generation.roles.category.map(|at| &generation.items.columns[at].data) else { return };
             let first = |row: u32| column.codes(row).get(..1).unwrap_or_default();
             counts.gather(column, history, first);
-            target.each(rows, |_, row| {
+            target.each_of(column, rows, |row| {
                 first(row).first().map_or(0.0, |&code| counts.by_code[code as usize] as f32 / n_liked)
             });
         }
         Op::Overlap(at) => {
             let column = &generation.items.columns[*at].data;
             counts.gather(column, history, |row| column.codes(row));
-            target.each(rows, |_, row| {
+            target.each_of(column, rows, |row| {
                 let codes = column.codes(row);
                 let shared: u32 = codes.iter().map(|&code| counts.by_code[code as usize]).sum();
                 shared as f32 / (n_liked * codes.len().max(1) as f32)
@@ -319,7 +351,7 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
         }
         Op::ItemNumber(at) => {
             let data = &generation.items.columns[*at].data;
-            target.each(rows, |_, row| data.number(row).unwrap_or(0.0));
+            target.each_of(data, rows, |row| data.number(row).unwrap_or(0.0));
         }
         Op::HistoryLength => {
             let value = (history.len() as f32).ln_1p();
@@ -444,7 +476,7 @@ mod tests {
             context: &context,
             candidates: &candidates,
             cooccurrence: &|row| CooccurrenceSignal { sum: row as f32, max: 0.5, top3: 0.9, count: 2 },
-            dot: &|row| -(row as f32),
+            dots: &|rows, _, out| out.extend(rows.iter().map(|&row| -(row as f32))),
         };
         let mut out = Vec::new();
         let mut scratch = FeatureScratch::default();

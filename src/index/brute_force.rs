@@ -1,18 +1,31 @@
-//! Exact scan: the oracle that other index kinds are held against.
+//! Exact scan: the oracle that other index kinds are held against. Where the CPU allows, an 8-bit copy of the matrix leaves out
+//! what can't be among the best; the answers are the same.
 
+use super::coarse::{Coarse, GROUP};
 use super::{Kernel, SearchScratch, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, MatrixData, Metric};
+use crate::memory::prefetch_range;
 use half::slice::HalfFloatSliceExt;
 
 /// Rows scored at a time: scores and converted rows stay in the L1 and L2 caches.
 const BLOCK: usize = 512;
+/// Rows that the 8-bit filter bounds at a time: few enough for the L2 cache, so many that most catalogues take few blocks.
+const WIDE_BLOCK: usize = if cfg!(test) { 256 } else { 16_384 };
+/// One row of so many says where to begin.
+const SAMPLED: usize = 8;
+/// Rows ahead of its use that a row is asked for.
+const AHEAD: usize = 4;
+/// Rows from which the 8-bit filter pays for itself.
+const WORTH_FILTERING: usize = if cfg!(test) { 64 } else { 2048 };
 
 /// Exact scan over f32 or f16 rows.
+#[derive(Debug)]
 pub struct BruteForce {
     matrix: Matrix,
     metric: Metric,
     kernel: Kernel,
+    coarse: Option<Coarse>,
     /// Cosine: `1 / |x|`; L2: `|x|²`; inner product: empty.
     norms: Vec<f32>,
 }
@@ -34,7 +47,8 @@ impl BruteForce {
                 });
             }
         }
-        BruteForce { matrix, metric, kernel, norms }
+        let coarse = if matrix.n_rows() >= WORTH_FILTERING { Coarse::new(&matrix) } else { None };
+        BruteForce { matrix, metric, kernel, coarse, norms }
     }
 
     /// Turns an inner product into the metric's score. `query_norm` is `|q|`.
@@ -73,9 +87,148 @@ impl VectorIndex for BruteForce {
             return;
         }
         let query_norm = self.query_norm(query);
-        let SearchScratch { scores, block, best } = scratch;
+        match &self.coarse {
+            Some(coarse) if k <= self.matrix.n_rows() / 8 => {
+                self.filtered(coarse, query, query_norm, k, allowed, scratch);
+            }
+            _ => self.scan(query, query_norm, k, allowed, scratch),
+        }
+        keep_best(&mut scratch.best, k);
+        out.extend(scratch.best.iter().map(|&p| Scored::from(p)));
+    }
+
+    fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>) {
+        let (dim, query_norm) = (self.matrix.dim, self.query_norm(query));
+        let range = |row: u32| row as usize * dim..(row as usize + 1) * dim;
+        for (at, &row) in rows.iter().enumerate() {
+            let soon = rows.get(at + AHEAD).map(|&row| range(row));
+            let dot = match &self.matrix.data {
+                MatrixData::F32(values) => {
+                    soon.into_iter().for_each(|soon| prefetch_range(values, soon.start, soon.end));
+                    self.kernel.dot(query, &values[range(row)])
+                }
+                MatrixData::F16(values) => {
+                    soon.into_iter().for_each(|soon| prefetch_range(values, soon.start, soon.end));
+                    scratch.block.resize(dim, 0.0);
+                    values[range(row)].convert_to_f32_slice(&mut scratch.block);
+                    self.kernel.dot(query, &scratch.block)
+                }
+            };
+            out.push(self.finish(dot, row as usize, query_norm));
+        }
+    }
+}
+
+/// Writes the places of the values that are not below `threshold` (NaN is not) and returns how many there are, without a branch
+/// on the data. `places` is as long as `values`.
+fn not_below(threshold: f32, values: &[f32], places: &mut [u32]) -> usize {
+    let mut n = 0;
+    for (at, &value) in values.iter().enumerate() {
+        // `n <= at`.
+        places[n] = at as u32;
+        n += usize::from((value >= threshold) | value.is_nan());
+    }
+    n
+}
+
+impl BruteForce {
+    /// Bounds every score by the 8-bit matrix, and computes those that may be among the best: a superset of the best `k`.
+    fn filtered(
+        &self,
+        coarse: &Coarse,
+        query: &[f32],
+        query_norm: f32,
+        k: usize,
+        allowed: &dyn Fn(u32) -> bool,
+        scratch: &mut SearchScratch,
+    ) {
+        let SearchScratch { best, coarse: prepared, lower, upper, passing, maybe, most, rows, .. } = scratch;
+        coarse.prepare(query, prepared);
+        best.clear();
+        maybe.clear();
+        most.clear();
+        let n = self.matrix.n_rows();
+        let block = n.min(WIDE_BLOCK).next_multiple_of(GROUP);
+        lower.resize(block, 0.0);
+        upper.resize(block, 0.0);
+        passing.resize(block, 0);
+        // `best` holds lower bounds: the k-th of them is a score that k rows reach.
+        let mut threshold = f32::NEG_INFINITY;
+        let nth = |best: &mut Vec<Packed>, n: usize| {
+            best.select_nth_unstable(n - 1);
+            best.truncate(n);
+            let score = Scored::from(best[n - 1]).score;
+            if score.is_nan() { f32::NEG_INFINITY } else { score }
+        };
+        for start in (0..n).step_by(WIDE_BLOCK) {
+            let end = (start + WIDE_BLOCK).min(n);
+            let padded = (end - start).next_multiple_of(GROUP);
+            coarse.bounds(prepared, start / GROUP, &mut lower[..padded], &mut upper[..padded]);
+            if self.metric != Metric::InnerProduct {
+                for at in 0..end - start {
+                    // Rising in the inner product, but rounded on its way.
+                    let slack = 1e-5 * (1.0 + self.norms[start + at] + query_norm * query_norm);
+                    lower[at] = self.finish(lower[at], start + at, query_norm) - slack;
+                    upper[at] = self.finish(upper[at], start + at, query_norm) + slack;
+                }
+            }
+            if start == 0 {
+                // A sample says where about `1.5 k` rows begin; with what is not allowed taken out, `k` are mostly left.
+                let sample = lower[..end].iter().step_by(SAMPLED);
+                best.extend(sample.map(|&score| Packed::from(Scored { row: 0, score })));
+                let about = (k + k / 2).div_ceil(SAMPLED) + 8;
+                if about < best.len() {
+                    let guess = nth(best, about);
+                    best.clear();
+                    let n_passing = not_below(guess, &lower[..end], passing);
+                    let rows = passing[..n_passing].iter().copied().filter(|&row| allowed(row));
+                    best.extend(rows.map(|row| Packed::from(Scored { row, score: lower[row as usize] })));
+                    if best.len() >= k {
+                        threshold = nth(best, k);
+                    }
+                }
+                best.clear();
+            }
+            let n_passing = not_below(threshold, &upper[..end - start], passing);
+            for at in passing[..n_passing].iter().map(|&at| at as usize) {
+                let row = (start + at) as u32;
+                if allowed(row) {
+                    maybe.push(row);
+                    most.push(upper[at]);
+                    best.push(Packed::from(Scored { row, score: lower[at] }));
+                }
+            }
+            if best.len() > k {
+                threshold = nth(best, k);
+            }
+        }
+        rows.clear();
+        passing.resize(maybe.len().max(block), 0);
+        let n_passing = not_below(threshold, most, passing);
+        rows.extend(passing[..n_passing].iter().map(|&at| maybe[at as usize]));
+        let (rows, mut exact) = (std::mem::take(rows), std::mem::take(&mut scratch.exact));
+        exact.clear();
+        self.scores(query, &rows, scratch, &mut exact);
+        scratch.best.clear();
+        let scored = rows.iter().zip(&exact).filter(|(_, score)| !score.is_nan());
+        scratch.best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
+        (scratch.rows, scratch.exact) = (rows, exact);
+    }
+
+    /// Computes every score; `scratch.best` is a superset of the best `k`.
+    fn scan(
+        &self,
+        query: &[f32],
+        query_norm: f32,
+        k: usize,
+        allowed: &dyn Fn(u32) -> bool,
+        scratch: &mut SearchScratch,
+    ) {
+        let dim = self.matrix.dim;
+        let SearchScratch { scores, block, best, passing, .. } = scratch;
         best.clear();
         scores.resize(BLOCK, 0.0);
+        passing.resize(BLOCK, 0);
         // Nothing below the k-th best so far gets into the buffer; it is pruned to k when it holds 3k.
         let (mut threshold, room) = (f32::NEG_INFINITY, 3 * k + BLOCK);
         for start in (0..self.matrix.n_rows()).step_by(BLOCK) {
@@ -94,10 +247,10 @@ impl VectorIndex for BruteForce {
                     *score = self.finish(*score, start + at, query_norm);
                 }
             }
-            for (at, &score) in scores.iter().enumerate() {
-                let row = (start + at) as u32;
-                // Written so that NaN fails; equal scores lose to the lower rows already there.
-                if (score > threshold || best.len() < k && score == threshold) && allowed(row) {
+            let n_passing = not_below(threshold, scores, passing);
+            for at in passing[..n_passing].iter().map(|&at| at as usize) {
+                let (row, score) = ((start + at) as u32, scores[at]);
+                if !score.is_nan() && allowed(row) {
                     best.push(Packed::from(Scored { row, score }));
                 }
             }
@@ -107,19 +260,6 @@ impl VectorIndex for BruteForce {
                 threshold = Scored::from(best[k - 1]).score;
             }
         }
-        keep_best(best, k);
-        out.extend(best.iter().map(|&p| Scored::from(p)));
-    }
-
-    fn score(&self, query: &[f32], row: u32) -> f32 {
-        let (dim, at) = (self.matrix.dim, row as usize);
-        let dot = match &self.matrix.data {
-            MatrixData::F32(values) => self.kernel.dot(query, &values[at * dim..(at + 1) * dim]),
-            MatrixData::F16(values) => {
-                query.iter().zip(&values[at * dim..(at + 1) * dim]).map(|(q, x)| q * x.to_f32()).sum()
-            }
-        };
-        self.finish(dot, at, self.query_norm(query))
     }
 }
 
@@ -146,10 +286,10 @@ mod tests {
             };
             let index = BruteForce::new(Matrix { dim: 3, data }, metric, Kernel::detect());
             let allowed = |row: u32| !row.is_multiple_of(every);
-            let mut want: Vec<Scored> = (0..rows.len() as u32)
-                .filter(|&row| allowed(row))
-                .map(|row| Scored { row, score: index.score(&query, row) })
-                .collect();
+            let (all, mut scores) = ((0..rows.len() as u32).collect::<Vec<_>>(), Vec::new());
+            index.scores(&query, &all, &mut SearchScratch::default(), &mut scores);
+            let mut want: Vec<Scored> =
+                all.iter().zip(scores).map(|(&row, score)| Scored { row, score }).filter(|s| allowed(s.row)).collect();
             want.sort_by(best_first);
             want.truncate(k);
             let mut got = Vec::new();

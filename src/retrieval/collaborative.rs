@@ -2,6 +2,7 @@
 
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Interaction, Lists};
+use crate::memory::prefetch;
 
 /// What the history says of one item.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,6 +23,9 @@ struct Tally {
     largest: [f32; 3],
     count: u32,
 }
+
+/// How many tallies ahead of its use one is asked for: together they are larger than the L2 cache leaves room for.
+const AHEAD: usize = 16;
 
 const NOTHING: Tally = Tally { sum: 0.0, largest: [f32::NEG_INFINITY; 3], count: 0 };
 
@@ -50,7 +54,10 @@ impl Signals {
         let mut n_touched = 0;
         for entry in history.iter().filter(|e| e.weight > 0.0) {
             let (rows, scores) = lists.of(entry.row);
-            for (&row, &similarity) in rows.iter().zip(scores) {
+            for (at, (&row, &similarity)) in rows.iter().zip(scores).enumerate() {
+                if let Some(&next) = rows.get(at + AHEAD) {
+                    prefetch(&self.by_row, next as usize);
+                }
                 let tally = &mut self.by_row[row as usize];
                 self.touched[n_touched] = row;
                 n_touched += usize::from(tally.count == 0);

@@ -13,7 +13,7 @@ use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{BruteForce, Kernel, SearchScratch, VectorIndex};
+use crate::index::{SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::Ranker;
 use crate::ranking::ensemble::WeightedMean;
@@ -39,7 +39,7 @@ pub struct CpuDevice {
 /// A generation made ready.
 struct Loaded {
     generation: Arc<Generation>,
-    index: Option<Box<dyn VectorIndex>>,
+    index: Option<Arc<dyn VectorIndex>>,
     /// By position in the generation's rankers.
     rankers: Vec<LoadedRanker>,
 }
@@ -105,9 +105,7 @@ impl CpuDevice {
 
     fn prepare(&self, generation: &Arc<Generation>) -> Result<Loaded, DeviceError> {
         let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
-        let index = generation.item_embeddings.clone().map(|matrix| {
-            Box::new(BruteForce::new(matrix, generation.metric, Kernel::detect())) as Box<dyn VectorIndex>
-        });
+        let index = generation.index();
         let mut rankers = Vec::new();
         for (at, model) in generation.rankers.iter().enumerate() {
             let mut layouts = Vec::new();
@@ -441,9 +439,9 @@ fn fill(
             let s = signals.of(row);
             CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3: s.largest.iter().sum(), count: s.count }
         },
-        dot: &|row| match index {
-            Some(index) if vector.len() == index.dim() => index.score(vector, row),
-            _ => 0.0,
+        dots: &|rows, search, out| match index {
+            Some(index) if vector.len() == index.dim() => index.scores(vector, rows, search, out),
+            _ => out.resize(out.len() + rows.len(), 0.0),
         },
     };
     layout.fill(&inputs, scratch, out);
