@@ -48,6 +48,7 @@ fn unsafe_is_fenced() {
         "src/index/coarse.rs",
         "src/index/distance.rs",
         "src/memory.rs",
+        "src/ranking/mlp.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

@@ -1,8 +1,21 @@
 //! Models that score candidates.
 
 pub mod ensemble;
+pub mod graph;
 pub mod manifest;
+pub mod mlp;
 pub mod onnx;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rten::ThreadPool;
+use rten_onnx::onnx::ModelProto;
+
+use crate::index::Kernel;
+use manifest::RankerManifest;
+use mlp::Mlp;
+use onnx::OnnxRanker;
 
 /// Why a model can't be used or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -25,4 +38,80 @@ pub trait Ranker: Send {
     /// # Errors
     /// The model failed; `scores` is then empty.
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError>;
+}
+
+/// Loads a model: into the engine for perceptrons where it is one and where that scores as the general runtime does, else into
+/// the general runtime. Arguments and errors are [`OnnxRanker::load`]'s.
+///
+/// # Errors
+/// As there.
+pub fn load(
+    name: &str,
+    onnx: &Path,
+    manifest: &RankerManifest,
+    widths: &[usize],
+    pool: Arc<ThreadPool>,
+) -> Result<Box<dyn Ranker>, RankError> {
+    let mut general = OnnxRanker::load(name, onnx, manifest, widths, pool)?;
+    match perceptron(&mut general, onnx, manifest, widths) {
+        Ok(mlp) => {
+            tracing::debug!(ranker = name, "runs on the engine for perceptrons");
+            Ok(Box::new(mlp))
+        }
+        Err(reason) => {
+            tracing::info!(ranker = name, reason, "runs on the general ONNX runtime");
+            Ok(Box::new(general))
+        }
+    }
+}
+
+/// The model as a perceptron, held against the general runtime.
+fn perceptron(
+    general: &mut OnnxRanker,
+    onnx: &Path,
+    manifest: &RankerManifest,
+    widths: &[usize],
+) -> Result<Mlp, String> {
+    let ([input], &[width]) = (&manifest.inputs[..], widths) else {
+        return Err(format!("{} inputs", manifest.inputs.len()));
+    };
+    let file = std::fs::File::open(onnx).map_err(|e| e.to_string())?;
+    let model = ModelProto::parse_file(file).map_err(|e| e.to_string())?;
+    let layers = graph::chain(&model, &input.name, &manifest.output.name)?;
+    let mut mlp = Mlp::new(general.name(), &layers, Kernel::detect());
+    if mlp.n_inputs() != width {
+        return Err(format!("{} columns for {} weights", width, mlp.n_inputs()));
+    }
+    // Values of several magnitudes and both signs, the same at every load.
+    let n = 64;
+    let value = |at: usize| ((at * 7919) % 2001) as f32 / 1000.0 - 1.0;
+    let features = [(0..n * width).map(|at| value(at) * 10f32.powi((at / width % 4) as i32 - 1)).collect()];
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    general.score(&features, n, &mut theirs).map_err(|e| e.reason)?;
+    mlp.score(&features, n, &mut ours).map_err(|e| e.reason)?;
+    let size = theirs.iter().fold(1f32, |most, v| most.max(v.abs()));
+    match ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() <= 1e-4 * size) {
+        true => Ok(mlp),
+        false => Err("the engine for perceptrons scores it otherwise".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_ranker_is_a_perceptron() {
+        let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+        let manifest: RankerManifest =
+            toml::from_str(&std::fs::read_to_string(engines.join("demo.toml")).unwrap()).unwrap();
+        let (onnx, widths) = (engines.join("demo.onnx"), [manifest.inputs[0].columns.len()]);
+        let pool = Arc::new(ThreadPool::with_num_threads(1));
+        let mut general = OnnxRanker::load("demo", &onnx, &manifest, &widths, pool.clone()).unwrap();
+        assert_eq!(perceptron(&mut general, &onnx, &manifest, &widths).unwrap().n_inputs(), widths[0]);
+        let mut other = manifest.clone();
+        other.output.name = "nowhere".into();
+        assert!(perceptron(&mut general, &onnx, &other, &widths).is_err());
+        assert_eq!(load("demo", &onnx, &manifest, &widths, pool).unwrap().name(), "demo");
+    }
 }

@@ -15,9 +15,8 @@ use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
 use crate::index::{SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
-use crate::ranking::Ranker;
 use crate::ranking::ensemble::WeightedMean;
-use crate::ranking::onnx::OnnxRanker;
+use crate::ranking::{self, Ranker};
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
@@ -115,7 +114,7 @@ impl CpuDevice {
                 layouts.push(layout);
             }
             let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
-            let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
+            let ranker = ranking::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
                 .map_err(|e| wrong(e.to_string()))?;
             let weight = match &self.config.rankers {
                 weights if weights.is_empty() => {
@@ -127,7 +126,7 @@ impl CpuDevice {
                 }
                 weights => weights.get(&model.name).copied().unwrap_or(0.0),
             };
-            rankers.push(LoadedRanker { layouts, ranker: Box::new(ranker), weight });
+            rankers.push(LoadedRanker { layouts, ranker, weight });
         }
         if let Some(name) = self.config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name))
         {
