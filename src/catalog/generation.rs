@@ -244,21 +244,20 @@ impl ColumnData {
         }
     }
 
-    /// Asks the memory for the place of a row's tags, for [`Self::prefetch_codes`] later.
+    /// Asks the memory for what [`Self::codes`] or [`Self::number`] will read of the row `soon`, and for the place where it lies
+    /// of the row `later`, which is to be `soon` some calls on.
     #[inline]
-    pub fn prefetch_place(&self, row: u32) {
+    pub fn prefetch_ahead(&self, soon: Option<u32>, later: Option<u32>) {
+        let (soon, later) = (soon.map(|row| row as usize), later.map(|row| row as usize));
         match self {
-            ColumnData::Number { values, .. } => prefetch(values, row as usize),
-            ColumnData::Category { codes, .. } => prefetch(codes, row as usize),
-            ColumnData::Tags { offsets, .. } => prefetch(offsets, row as usize),
-        }
-    }
-
-    /// Asks the memory for a row's tags, for [`Self::codes`] later.
-    #[inline]
-    pub fn prefetch_codes(&self, row: u32) {
-        if let ColumnData::Tags { offsets, codes, .. } = self {
-            prefetch_range(codes, offsets[row as usize] as usize, offsets[row as usize + 1] as usize);
+            ColumnData::Number { values, .. } => later.into_iter().for_each(|row| prefetch(values, row)),
+            ColumnData::Category { codes, .. } => later.into_iter().for_each(|row| prefetch(codes, row)),
+            ColumnData::Tags { offsets, codes, .. } => {
+                later.into_iter().for_each(|row| prefetch(offsets, row));
+                if let Some(row) = soon {
+                    prefetch_range(codes, offsets[row] as usize, offsets[row + 1] as usize);
+                }
+            }
         }
     }
 

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::candidates::{Candidates, Source};
-use crate::catalog::generation::{ColumnData, Generation, Interaction, NO_CODE};
+use crate::candidates::{Candidates, Source, SourceSet};
+use crate::catalog::generation::{ColumnData, Generation, Interaction};
 use crate::context::nearest;
 use crate::device::{Context, PlannedUser};
 use crate::index::SearchScratch;
@@ -44,8 +44,8 @@ pub struct Inputs<'a> {
     pub context: &'a Context,
     /// Who is to be scored.
     pub candidates: &'a Candidates,
-    /// Item-item evidence for a row.
-    pub cooccurrence: &'a dyn Fn(u32) -> CooccurrenceSignal,
+    /// Appends the item-item evidence for each row.
+    pub cooccurrence: &'a dyn Fn(&[u32], &mut Vec<CooccurrenceSignal>),
     /// The metric's score of the user's vector and each row, 0 without vectors; not asked where the ANN source gave the score.
     pub dots: &'a Dots<'a>,
 }
@@ -61,8 +61,8 @@ enum Op {
     CoCount,
     CoMean,
     CoTop3,
-    SameCreator,
-    SameCategory,
+    SameCreator(usize),
+    SameCategory(usize),
     SameSeries,
     NextInSeries,
     SeriesGap,
@@ -82,8 +82,6 @@ pub struct Layout {
     ops: Vec<Op>,
     dim: usize,
     width: usize,
-    /// Whether any column speaks of item-item evidence.
-    cooccurrence: bool,
     logs: Arc<Logs>,
 }
 
@@ -105,12 +103,15 @@ impl Logs {
 /// Buffers, reused from request to request.
 #[derive(Debug, Default)]
 pub struct FeatureScratch {
-    counts: Counts,
-    series: Vec<(u32, f32, u32)>,
+    /// By column.
+    counts: Vec<Counts>,
+    series: Series,
     row: Vec<f32>,
     search: SearchScratch,
     /// Candidates that the ANN source did not propose, and their scores.
     unscored: Vec<u32>,
+    computed: Vec<f32>,
+    /// By candidate.
     dots: Vec<f32>,
     /// By candidate.
     cooccurrence: Vec<CooccurrenceSignal>,
@@ -124,7 +125,8 @@ struct Counts {
 }
 
 impl Counts {
-    fn gather<'a>(&mut self, column: &'a ColumnData, history: &[Interaction], codes: impl Fn(u32) -> &'a [u32]) {
+    /// Counts up to `most` codes of every liked entry.
+    fn gather(&mut self, column: &ColumnData, history: &[Interaction], most: usize) {
         for code in self.touched.drain(..) {
             self.by_code[code as usize] = 0;
         }
@@ -132,8 +134,10 @@ impl Counts {
         if self.by_code.len() < n {
             self.by_code.resize(n, 0);
         }
-        for entry in liked(history) {
-            for &code in codes(entry.row) {
+        for (at, entry) in history.iter().enumerate() {
+            column.prefetch_ahead(history.get(at + AHEAD).map(|e| e.row), history.get(at + 2 * AHEAD).map(|e| e.row));
+            let codes = column.codes(entry.row);
+            for &code in codes.iter().take(if entry.weight > 0.0 { most } else { 0 }) {
                 if self.by_code[code as usize] == 0 {
                     self.touched.push(code);
                 }
@@ -143,8 +147,72 @@ impl Counts {
     }
 }
 
-fn liked(history: &[Interaction]) -> impl Iterator<Item = &Interaction> {
-    history.iter().filter(|e| e.weight > 0.0)
+/// What the history holds of series.
+#[derive(Debug, Default)]
+struct Series {
+    /// By code: the entry's place plus one, 0 where there is none.
+    places: Vec<u32>,
+    entries: Vec<SeriesEntry>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct SeriesEntry {
+    code: u32,
+    /// The furthest in the history; NaN where none is known.
+    position: f32,
+    n_liked: u32,
+}
+
+impl Series {
+    fn gather(&mut self, columns: &SeriesColumns<'_>, history: &[Interaction]) {
+        for entry in self.entries.drain(..) {
+            self.places[entry.code as usize] = 0;
+        }
+        let n = columns.series.vocabulary().map_or(0, |v| v.len());
+        if self.places.len() < n {
+            self.places.resize(n, 0);
+        }
+        for liked in history {
+            let Some(&code) = columns.series.codes(liked.row).first() else { continue };
+            let place = &mut self.places[code as usize];
+            if *place == 0 {
+                self.entries.push(SeriesEntry { code, position: f32::NAN, n_liked: 0 });
+                *place = self.entries.len() as u32;
+            }
+            let entry = &mut self.entries[*place as usize - 1];
+            entry.position = entry.position.max(columns.position(liked.row));
+            entry.n_liked += u32::from(liked.weight > 0.0);
+        }
+    }
+
+    /// What the history holds of a row's series.
+    fn of(&self, columns: &SeriesColumns<'_>, row: u32) -> Option<SeriesEntry> {
+        let &code = columns.series.codes(row).first()?;
+        self.entries.get((self.places[code as usize] as usize).wrapping_sub(1)).copied()
+    }
+}
+
+/// The columns that speak of series.
+struct SeriesColumns<'a> {
+    series: &'a ColumnData,
+    positions: Option<&'a ColumnData>,
+}
+
+impl<'a> SeriesColumns<'a> {
+    fn of(generation: &'a Generation) -> Option<Self> {
+        let data = |at: usize| &generation.items.columns[at].data;
+        Some(SeriesColumns {
+            series: generation.roles.series.map(data)?,
+            positions: generation.roles.series_position.map(data),
+        })
+    }
+
+    fn position(&self, row: u32) -> f32 {
+        match self.positions {
+            Some(ColumnData::Number { values, .. }) => values[row as usize],
+            _ => f32::NAN,
+        }
+    }
 }
 
 impl Layout {
@@ -157,7 +225,6 @@ impl Layout {
         let dim = generation.item_embeddings.as_ref().map_or(0, |m| m.dim);
         let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
         let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
-        let cooccurrence = asks(|op| matches!(op, Op::CoSum | Op::CoMax | Op::CoCount | Op::CoMean | Op::CoTop3));
         let logs = Arc::new(Logs {
             of_counts: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
             of_popularity: match asks(|op| matches!(op, Op::Popularity)) {
@@ -165,7 +232,7 @@ impl Layout {
                 false => Vec::new(),
             },
         });
-        Ok(Layout { ops, dim, width, cooccurrence, logs })
+        Ok(Layout { ops, dim, width, logs })
     }
 
     fn op_width(op: &Op, dim: usize) -> usize {
@@ -182,146 +249,173 @@ impl Layout {
 
     /// Fills `out` with `[candidates, width]`, row-major.
     pub fn fill(&self, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, out: &mut Vec<f32>) {
-        let n = inputs.candidates.len();
+        let rows = &inputs.candidates.rows[..];
         out.clear();
-        out.resize(n * self.width, 0.0);
-        scratch.cooccurrence.clear();
-        if self.cooccurrence {
-            scratch.cooccurrence.extend(inputs.candidates.rows.iter().map(|&row| (inputs.cooccurrence)(row)));
+        out.resize(rows.len() * self.width, 0.0);
+        self.prepare(inputs, scratch);
+        // Some candidates at a time: the lines that their columns share stay in the nearest cache.
+        for (block, out) in out.chunks_mut(BLOCK * self.width.max(1)).enumerate() {
+            let first = block * BLOCK;
+            let rows = &rows[first..rows.len().min(first + BLOCK)];
+            let mut at = 0;
+            for (op, counts) in self.ops.iter().zip(&scratch.counts) {
+                let target = Target { out: &mut *out, width: self.width, at, first, rows };
+                let gathered = Gathered {
+                    counts,
+                    series: &scratch.series,
+                    dots: &scratch.dots,
+                    cooccurrence: &scratch.cooccurrence,
+                };
+                fill(op, inputs, &self.logs, &gathered, &mut scratch.row, target);
+                at += Self::op_width(op, self.dim);
+            }
         }
-        let mut at = 0;
-        for op in &self.ops {
-            let width = Self::op_width(op, self.dim);
-            fill(op, inputs, &self.logs, scratch, Target { out, width: self.width, at });
-            at += width;
+    }
+
+    /// What columns need of the whole request.
+    fn prepare(&self, inputs: &Inputs<'_>, scratch: &mut FeatureScratch) {
+        let (generation, candidates, history) = (inputs.generation, inputs.candidates, &inputs.user.history[..]);
+        let FeatureScratch { counts, series, search, unscored, computed, dots, cooccurrence, .. } = scratch;
+        if counts.len() < self.ops.len() {
+            counts.resize_with(self.ops.len(), Counts::default);
         }
+        let column = |at: usize| &generation.items.columns[at].data;
+        for (op, counts) in self.ops.iter().zip(counts) {
+            match op {
+                Op::SameCreator(at) | Op::Overlap(at) => counts.gather(column(*at), history, usize::MAX),
+                Op::SameCategory(at) => counts.gather(column(*at), history, 1),
+                _ => {}
+            }
+        }
+        if self.asks(|op| matches!(op, Op::SameSeries | Op::NextInSeries | Op::SeriesGap))
+            && let Some(columns) = SeriesColumns::of(generation)
+        {
+            series.gather(&columns, history);
+        }
+        cooccurrence.clear();
+        if self.asks(|op| matches!(op, Op::CoSum | Op::CoMax | Op::CoCount | Op::CoMean | Op::CoTop3)) {
+            (inputs.cooccurrence)(&candidates.rows, cooccurrence);
+        }
+        dots.clear();
+        if self.asks(|op| matches!(op, Op::Dot)) {
+            let (scores, sources) = (&candidates.source_scores[Source::Ann as usize], &candidates.sources);
+            let rows = candidates.rows.iter().zip(sources);
+            unscored.clear();
+            unscored.extend(rows.filter(|(_, sources)| !sources.contains(Source::Ann)).map(|(&row, _)| row));
+            computed.clear();
+            (inputs.dots)(unscored, search, computed);
+            let mut computed = computed.iter().copied();
+            let dot = |(&score, sources): (&f32, &SourceSet)| match sources.contains(Source::Ann) {
+                true => score,
+                false => computed.next().unwrap_or(0.0),
+            };
+            dots.extend(scores.iter().zip(sources).map(dot));
+        }
+    }
+
+    fn asks(&self, wanted: fn(&Op) -> bool) -> bool {
+        self.ops.iter().any(wanted)
     }
 }
 
+/// Candidates whose columns are filled together.
+const BLOCK: usize = 128;
 /// How many candidates ahead of its use a column's value is asked for.
 const AHEAD: usize = 8;
 
-/// One column of the matrix.
+/// One column of a block of candidates.
 struct Target<'a> {
-    out: &'a mut Vec<f32>,
+    /// `[rows, width]`
+    out: &'a mut [f32],
     width: usize,
     at: usize,
+    /// Place of the block's first candidate among all.
+    first: usize,
+    rows: &'a [u32],
 }
 
 impl Target<'_> {
-    /// Writes a value per candidate, each from the candidate's place in `column`.
-    fn each_of(self, column: &ColumnData, rows: &[u32], value: impl Fn(u32) -> f32) {
+    /// Writes a value per candidate, given its row, each from its place in `column`.
+    fn each_of(self, column: &ColumnData, value: impl Fn(u32) -> f32) {
+        let rows = self.rows;
         for ((index, &row), line) in rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
-            if let Some(&later) = rows.get(index + 2 * AHEAD) {
-                column.prefetch_place(later);
-            }
-            if let Some(&soon) = rows.get(index + AHEAD) {
-                column.prefetch_codes(soon);
-            }
+            column.prefetch_ahead(rows.get(index + AHEAD).copied(), rows.get(index + 2 * AHEAD).copied());
             line[self.at] = value(row);
         }
     }
 
-    /// Writes a value per candidate.
-    fn each(self, rows: &[u32], mut value: impl FnMut(usize, u32) -> f32) {
-        for ((index, &row), line) in rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
-            line[self.at] = value(index, row);
+    /// Writes a value per candidate, given its place among all and its row.
+    fn each(self, value: impl Fn(usize, u32) -> f32) {
+        for ((index, &row), line) in self.rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
+            line[self.at] = value(self.first + index, row);
         }
     }
 }
 
-fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch, target: Target<'_>) {
-    let Inputs { generation, user, context, candidates, dots, .. } = inputs;
-    let (rows, history) = (&candidates.rows[..], &user.history[..]);
-    let n_liked = liked(history).count().max(1) as f32;
-    let FeatureScratch { counts, series, row: vector, cooccurrence, search, unscored, dots: computed } = scratch;
+/// What was gathered for the whole request.
+struct Gathered<'a> {
+    /// Of this column.
+    counts: &'a Counts,
+    series: &'a Series,
+    dots: &'a [f32],
+    cooccurrence: &'a [CooccurrenceSignal],
+}
+
+fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vector: &mut Vec<f32>, target: Target<'_>) {
+    let Inputs { generation, user, context, candidates, .. } = inputs;
+    let history = &user.history[..];
+    let Gathered { counts, series, dots, cooccurrence } = gathered;
+    let column = |at: usize| &generation.items.columns[at].data;
     match op {
         Op::SourceScore(source) => {
             let scores = &candidates.source_scores[*source as usize];
-            target.each(rows, |at, _| scores[at]);
+            target.each(|at, _| scores[at]);
         }
         Op::SourceRank(source) => {
             let ranks = &candidates.source_ranks[*source as usize];
-            target.each(rows, |at, _| if ranks[at] == 0 { 0.0 } else { 1.0 / f32::from(ranks[at]) });
+            target.each(|at, _| if ranks[at] == 0 { 0.0 } else { 1.0 / f32::from(ranks[at]) });
         }
         Op::SourcePresent(source) => {
-            target.each(rows, |at, _| if candidates.sources[at].contains(*source) { 1.0 } else { 0.0 });
+            target.each(|at, _| if candidates.sources[at].contains(*source) { 1.0 } else { 0.0 });
         }
-        Op::Dot => {
-            let (scores, sources) = (&candidates.source_scores[Source::Ann as usize], &candidates.sources);
-            unscored.clear();
-            unscored.extend(rows.iter().zip(sources).filter(|(_, s)| !s.contains(Source::Ann)).map(|(&row, _)| row));
-            computed.clear();
-            dots(unscored, search, computed);
-            let mut computed = computed.iter().copied();
-            target.each(rows, |at, _| match sources[at].contains(Source::Ann) {
-                true => scores[at],
-                false => computed.next().unwrap_or(0.0),
-            });
+        Op::Dot => target.each(|at, _| dots[at]),
+        Op::CoSum => target.each(|at, _| cooccurrence[at].sum),
+        Op::CoMax => target.each(|at, _| cooccurrence[at].max),
+        Op::CoCount => target.each(|at, _| logs.of(cooccurrence[at].count)),
+        Op::CoMean => target.each(|at, _| cooccurrence[at].sum / cooccurrence[at].count.max(1) as f32),
+        Op::CoTop3 => target.each(|at, _| cooccurrence[at].top3),
+        Op::SameCreator(at) => {
+            let column = column(*at);
+            let count = |row: u32| column.codes(row).iter().map(|&code| counts.by_code[code as usize]).sum();
+            target.each_of(column, |row| logs.of(count(row)));
         }
-        Op::CoSum => target.each(rows, |at, _| cooccurrence[at].sum),
-        Op::CoMax => target.each(rows, |at, _| cooccurrence[at].max),
-        Op::CoCount => target.each(rows, |at, _| logs.of(cooccurrence[at].count)),
-        Op::CoMean => target.each(rows, |at, _| cooccurrence[at].sum / cooccurrence[at].count.max(1) as f32),
-        Op::CoTop3 => target.each(rows, |at, _| cooccurrence[at].top3),
-        Op::SameCreator => {
-            let Some(column) = generation.roles.creator.map(|at| &generation.items.columns[at].data) else { return };
-            counts.gather(column, history, |row| column.codes(row));
-            target.each_of(column, rows, |row| {
-                logs.of(column.codes(row).iter().map(|&code| counts.by_code[code as usize]).sum())
-            });
-        }
-        Op::SameCategory => {
-            let Some(column) = generation.roles.category.map(|at| &generation.items.columns[at].data) else { return };
-            let first = |row: u32| column.codes(row).get(..1).unwrap_or_default();
-            counts.gather(column, history, first);
-            target.each_of(column, rows, |row| {
-                first(row).first().map_or(0.0, |&code| counts.by_code[code as usize] as f32 / n_liked)
+        Op::SameCategory(at) => {
+            let (column, n_liked) = (column(*at), n_liked(history));
+            target.each_of(column, |row| {
+                column.codes(row).first().map_or(0.0, |&code| counts.by_code[code as usize] as f32 / n_liked)
             });
         }
         Op::Overlap(at) => {
-            let column = &generation.items.columns[*at].data;
-            counts.gather(column, history, |row| column.codes(row));
-            target.each_of(column, rows, |row| {
+            let (column, n_liked) = (column(*at), n_liked(history));
+            target.each_of(column, |row| {
                 let codes = column.codes(row);
                 let shared: u32 = codes.iter().map(|&code| counts.by_code[code as usize]).sum();
                 shared as f32 / (n_liked * codes.len().max(1) as f32)
             });
         }
         Op::SameSeries | Op::NextInSeries | Op::SeriesGap => {
-            let roles = generation.roles;
-            let Some(column) = roles.series.map(|at| &generation.items.columns[at].data) else { return };
-            let positions = roles.series_position.map(|at| &generation.items.columns[at].data);
-            let code_of = |row: u32| column.codes(row).first().copied().unwrap_or(NO_CODE);
-            let position_of = |row: u32| match positions {
-                Some(ColumnData::Number { values, .. }) => values[row as usize],
-                _ => f32::NAN,
-            };
-            // Per series of the history: code, furthest position (NaN where unknown), liked entries.
-            series.clear();
-            for entry in history.iter().filter(|e| code_of(e.row) != NO_CODE) {
-                let (code, position) = (code_of(entry.row), position_of(entry.row));
-                let likes = u32::from(entry.weight > 0.0);
-                match series.iter_mut().find(|s| s.0 == code) {
-                    Some(known) => {
-                        known.1 = known.1.max(position);
-                        known.2 += likes;
-                    }
-                    None => series.push((code, position, likes)),
-                }
-            }
-            series.sort_unstable_by_key(|s| s.0);
-            let known = |row: u32| series.binary_search_by_key(&code_of(row), |s| s.0).ok().map(|at| series[at]);
+            let Some(columns) = SeriesColumns::of(generation) else { return };
+            let known = |row: u32| series.of(&columns, row);
             match op {
-                Op::SameSeries => target.each(rows, |_, row| known(row).map_or(0.0, |s| logs.of(s.2))),
-                Op::NextInSeries => target.each(rows, |_, row| {
+                Op::SameSeries => target.each(|_, row| known(row).map_or(0.0, |s| logs.of(s.n_liked))),
+                Op::NextInSeries => target.each(|_, row| {
                     known(row).map_or(0.0, |s| {
-                        let gap = position_of(row) - s.1;
+                        let gap = columns.position(row) - s.position;
                         if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 }
                     })
                 }),
-                _ => target.each(rows, |_, row| {
-                    let gap = known(row).map_or(0.0, |s| position_of(row) - s.1);
+                _ => target.each(|_, row| {
+                    let gap = known(row).map_or(0.0, |s| columns.position(row) - s.position);
                     if gap.is_nan() { 0.0 } else { gap.clamp(-10.0, 10.0) }
                 }),
             }
@@ -335,7 +429,7 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
         }
         Op::ItemEmbedding => {
             let Some(matrix) = &generation.item_embeddings else { return };
-            for (&row, line) in rows.iter().zip(target.out.chunks_exact_mut(target.width)) {
+            for (&row, line) in target.rows.iter().zip(target.out.chunks_exact_mut(target.width)) {
                 vector.clear();
                 matrix.extend_row(row, vector);
                 line[target.at..target.at + matrix.dim].copy_from_slice(vector);
@@ -347,24 +441,29 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, scratch: &mut FeatureScratch,
                 (ColumnData::Number { default, .. }, None) => *default,
                 _ => 0.0,
             };
-            target.each(rows, |_, _| value);
+            target.each(|_, _| value);
         }
         Op::ItemNumber(at) => {
-            let data = &generation.items.columns[*at].data;
-            target.each_of(data, rows, |row| data.number(row).unwrap_or(0.0));
+            let data = column(*at);
+            target.each_of(data, |row| data.number(row).unwrap_or(0.0));
         }
         Op::HistoryLength => {
             let value = (history.len() as f32).ln_1p();
-            target.each(rows, |_, _| value);
+            target.each(|_, _| value);
         }
         Op::Popularity => {
-            target.each(rows, |_, row| logs.of_popularity.get(row as usize).copied().unwrap_or(0.0));
+            target.each(|_, row| logs.of_popularity.get(row as usize).copied().unwrap_or(0.0));
         }
         Op::Context(key) => {
             let value = context.get(key).and_then(|v| v.parse::<f32>().ok()).filter(|v| v.is_finite()).unwrap_or(0.0);
-            target.each(rows, |_, _| value);
+            target.each(|_, _| value);
         }
     }
+}
+
+/// How many entries of the history are liked, at least 1.
+fn n_liked(history: &[Interaction]) -> f32 {
+    history.iter().filter(|e| e.weight > 0.0).count().max(1) as f32
 }
 
 fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
@@ -387,8 +486,8 @@ fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
         ("item.popularity", Op::Popularity),
     ];
     let with_role = [
-        ("cross.same_creator", roles.creator, "items.creator", Op::SameCreator),
-        ("cross.same_category", roles.category, "items.category", Op::SameCategory),
+        ("cross.same_creator", roles.creator, "items.creator", Op::SameCreator(roles.creator.unwrap_or(0))),
+        ("cross.same_category", roles.category, "items.category", Op::SameCategory(roles.category.unwrap_or(0))),
         ("cross.same_series", roles.series, "items.series", Op::SameSeries),
         ("cross.next_in_series", roles.series.and(roles.series_position), "items.series_position", Op::NextInSeries),
         ("cross.series_gap", roles.series.and(roles.series_position), "items.series_position", Op::SeriesGap),
@@ -475,7 +574,14 @@ mod tests {
             user,
             context: &context,
             candidates: &candidates,
-            cooccurrence: &|row| CooccurrenceSignal { sum: row as f32, max: 0.5, top3: 0.9, count: 2 },
+            cooccurrence: &|rows, out| {
+                out.extend(rows.iter().map(|&row| CooccurrenceSignal {
+                    sum: row as f32,
+                    max: 0.5,
+                    top3: 0.9,
+                    count: 2,
+                }));
+            },
             dots: &|rows, _, out| out.extend(rows.iter().map(|&row| -(row as f32))),
         };
         let mut out = Vec::new();

@@ -85,6 +85,16 @@ impl Signals {
         }
     }
 
+    /// Passes on what the history says of each row.
+    pub fn each(&self, rows: &[u32], mut take: impl FnMut(Signal)) {
+        for (at, &row) in rows.iter().enumerate() {
+            if let Some(&next) = rows.get(at + AHEAD) {
+                prefetch(&self.by_row, next as usize);
+            }
+            take(self.of(row));
+        }
+    }
+
     /// Appends the `k` best allowed items by `sum`, best first.
     pub fn retrieve(&mut self, k: usize, allowed: &dyn Fn(u32) -> bool, out: &mut Vec<Scored>) {
         let Signals { by_row, touched, n_touched, best } = self;

@@ -434,9 +434,11 @@ fn fill(
         user: &job.user,
         context: &job.context,
         candidates,
-        cooccurrence: &|row| {
-            let s = signals.of(row);
-            CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3: s.largest.iter().sum(), count: s.count }
+        cooccurrence: &|rows, out| {
+            signals.each(rows, |s| {
+                let top3 = s.largest.iter().sum();
+                out.push(CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3, count: s.count });
+            });
         },
         dots: &|rows, search, out| match index {
             Some(index) if vector.len() == index.dim() => index.scores(vector, rows, search, out),
