@@ -169,7 +169,9 @@ mod tests {
         let every = toml::Table::try_from(Config::default()).unwrap();
         for (section, keys) in &every {
             for key in keys.as_table().unwrap().keys() {
-                assert!(shown[section].get(key).is_some(), "docs/tastemaker.toml lacks [{section}] {key}");
+                // An empty list beside tables of the same name would not be TOML.
+                let is_shown = shown[section].get(key).is_some() || text.contains(&format!("# [[{section}.{key}]]"));
+                assert!(is_shown, "docs/tastemaker.toml lacks [{section}] {key}");
             }
         }
     }

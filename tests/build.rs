@@ -764,7 +764,7 @@ fn the_version_names_the_content() {
 #[test]
 fn only_a_bundle_is_overwritten_and_only_when_asked() {
     let work = Work::new();
-    let overwrite = BuildOptions { overwrite: true };
+    let overwrite = BuildOptions { overwrite: true, ..BuildOptions::default() };
     let build = |options: &BuildOptions| build::build(&work.data(), &work.out(), options, &Silent);
     // With nothing there, there is nothing to replace.
     let first = build(&overwrite).unwrap().version;

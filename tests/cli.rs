@@ -199,6 +199,47 @@ fn build_speaks_plainly_to_a_pipe() {
 }
 
 #[test]
+fn build_tries_the_rankers() {
+    let work = tempfile::tempdir().unwrap();
+    let data = dataset(work.path());
+    let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+    let manifest = std::fs::read_to_string(engines.join("demo.toml")).unwrap();
+    let model = std::fs::read(engines.join("demo.onnx")).unwrap();
+    std::fs::create_dir(data.join("rankers")).unwrap();
+    let out = work.path().join("bundle");
+    for (model, manifest, wanted) in [
+        (&model[..model.len() / 2], manifest.clone(), "demo.onnx: "),
+        (&model[..], manifest.replace("cross.dot", "cross.dots"), "did you mean `cross.dot`?"),
+        (&model[..], manifest.replace("name = \"score\"", "name = \"scores\""), "no output `scores`"),
+    ] {
+        std::fs::write(data.join("rankers/demo.onnx"), model).unwrap();
+        std::fs::write(data.join("rankers/demo.toml"), manifest).unwrap();
+        let ran = run(["build", path(&data), "--out", path(&out)]);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        let line = ran.err.lines().last().unwrap();
+        assert!(line.contains(wanted) && line.contains(path(&data.join("rankers"))), "{line}");
+        assert!(!line.contains(".tastemaker-build-"), "{line}");
+        assert_eq!(std::fs::read_dir(work.path()).unwrap().count(), 1, "nothing is left behind");
+    }
+}
+
+#[test]
+fn nobody_reads() {
+    let work = tempfile::tempdir().unwrap();
+    let (data, out) = (dataset(work.path()), work.path().join("bundle"));
+    run(["build", path(&data), "--out", path(&out)]).ok();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tastemaker"))
+        .args(["inspect", path(&out)])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), &*String::from_utf8_lossy(&output.stderr)), (Some(0), ""));
+}
+
+#[test]
 fn eval_prints_a_table_or_json() {
     let work = tempfile::tempdir().unwrap();
     let test = work.path().join("test.parquet");

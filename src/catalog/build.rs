@@ -2,19 +2,25 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cooccurrence::{self, MAX_NEIGHBOURS};
 use super::dataset::{Dataset, EmbeddingsConfig, RawInteraction, Table, optional};
-use super::generation::{Entities, Histories, Lists, Matrix};
+use super::generation::{Entities, Generation, Histories, Lists, Matrix};
 use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
+
+/// What can't be served of a generation's rankers.
+pub type TryRankers = fn(&Arc<Generation>) -> Result<(), String>;
 
 /// How to build.
 #[derive(Clone, Debug, Default)]
 pub struct BuildOptions {
     /// Replace an existing bundle.
     pub overwrite: bool,
+    /// Given the finished bundle before it appears, says what in its rankers can't be served.
+    pub try_rankers: Option<TryRankers>,
 }
 
 /// Hears how far a build is.
@@ -143,7 +149,16 @@ pub fn build(
         },
     )?;
     // What was written is read back before anybody relies on it.
-    bundle::open(temporary.path())?;
+    let generation = Arc::new(bundle::open(temporary.path())?);
+    if let Some(try_rankers) = options.try_rankers.filter(|_| !rankers.is_empty()) {
+        progress.begin("trying rankers", 0);
+        try_rankers(&generation).map_err(|reason| CatalogError::File {
+            file: directory.join("rankers"),
+            // The copies are gone when this is read.
+            reason: reason.replace(&*temporary.path().to_string_lossy(), &directory.to_string_lossy()),
+        })?;
+    }
+    drop(generation);
     put_in_place(temporary, out, parent)?;
     Ok(BuildReport {
         version,

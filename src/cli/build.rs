@@ -43,10 +43,10 @@ impl Build {
     pub fn run(self) -> anyhow::Result<()> {
         let IndexKind::BruteForce = self.index;
         let progress = Reporter::new();
-        let options = BuildOptions { overwrite: self.overwrite };
+        let options = BuildOptions { overwrite: self.overwrite, try_rankers: Some(super::try_rankers) };
         let report = build::build(&self.dataset, &self.out, &options, &progress)?;
         progress.finish();
-        println!("{report}");
+        say!("{report}");
         Ok(())
     }
 }

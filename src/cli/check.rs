@@ -24,13 +24,9 @@ impl Check {
             let generation = std::sync::Arc::new(bundle::open(path)?);
             Reranker::compile(&config.rerank, &generation)
                 .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
-            let mut device = cpu::CpuDevice::new(
-                config.pipeline.clone().into(),
-                std::sync::Arc::new(rten::ThreadPool::with_num_threads(1)),
-            );
-            crate::device::Device::load(&mut device, &generation)?;
+            cpu::try_load(config.pipeline.clone(), &generation)?;
         }
-        println!("{}: ok", self.config.display());
+        say!("{}: ok", self.config.display());
         Ok(())
     }
 }

@@ -47,7 +47,7 @@ impl Demo {
         let start = Instant::now();
         let work = tempfile::tempdir().context("making a temporary directory")?;
         let generation = self.make(work.path())?;
-        println!(
+        say!(
             "built {} items and {} users in {:.1} s",
             generation.items.len(),
             generation.users.len(),
@@ -69,10 +69,13 @@ impl Demo {
             server.shut_down()?;
             return shown;
         }
-        println!(
+        say!(
             "\nserving: binary {}, HTTP {}, metrics http://{}/metrics; Ctrl-C ends\n\
              try: curl -s http://{}/v1/recommend -d '{{\"user_id\":\"user-42\",\"n_items\":5,\"query\":\"silent city\"}}'",
-            server.addrs.binary, server.addrs.http, server.addrs.admin, server.addrs.http
+            server.addrs.binary,
+            server.addrs.http,
+            server.addrs.admin,
+            server.addrs.http
         );
         signals::wait();
         server.shut_down()
@@ -93,7 +96,12 @@ impl Demo {
         std::fs::create_dir_all(&rankers)?;
         std::fs::write(rankers.join("demo.onnx"), RANKER)?;
         std::fs::write(rankers.join("demo.toml"), MANIFEST)?;
-        build::build(&data, &out, &BuildOptions::default(), &progress)?;
+        build::build(
+            &data,
+            &out,
+            &BuildOptions { try_rankers: Some(super::try_rankers), ..Default::default() },
+            &progress,
+        )?;
         let generation = bundle::open(&out)?;
         progress.finish();
         Ok(Arc::new(generation))
@@ -105,31 +113,31 @@ fn show(server: &Server, generation: &Generation) -> anyhow::Result<()> {
     let mut client = Client::connect(server.addrs.binary, Duration::from_secs(10))?;
     let row = generation.users.ids.row(USER).context("the demo's user is missing")?;
     let history: Vec<_> = generation.histories.of(row).filter(|i| i.weight > 0.0).collect();
-    println!("\n{USER} liked {} items, most recently:", history.len());
+    say!("\n{USER} liked {} items, most recently:", history.len());
     for entry in history.iter().rev().take(5) {
-        println!("      {}", described(generation, entry.row));
+        say!("      {}", described(generation, entry.row));
     }
     let start = Instant::now();
     let slate = client.recommend(&RecommendCall { explain: true, timings: true, ..RecommendCall::new(USER, 10) })?;
-    println!("\nrecommended to {USER} ({:.1} ms):", start.elapsed().as_secs_f64() * 1e3);
+    say!("\nrecommended to {USER} ({:.1} ms):", start.elapsed().as_secs_f64() * 1e3);
     print(generation, &slate);
     let times: Vec<String> = slate.timings.iter().map(|(stage, us)| format!("{stage} {us:.0}")).collect();
-    println!("µs: {}", times.join(", "));
+    say!("µs: {}", times.join(", "));
     let slate = client.recommend(&RecommendCall::new("somebody-new", 5))?;
-    println!("\nrecommended to a user never seen before:");
+    say!("\nrecommended to a user never seen before:");
     print(generation, &slate);
     Ok(())
 }
 
 fn print(generation: &Generation, slate: &SlateAnswer) {
-    println!("rank   score  item");
+    say!("rank   score  item");
     for (at, item) in slate.items.iter().enumerate() {
         let row = generation.items.ids.row(&item.item_id);
         let text = row.map_or_else(|| item.item_id.clone(), |row| described(generation, row));
-        print!("{:>4} {:>7.3}  {text}", at + 1, item.score);
+        say_part!("{:>4} {:>7.3}  {text}", at + 1, item.score);
         match item.explanation.as_str() {
-            "" => println!(),
-            why => println!("\n              {why}"),
+            "" => say!(""),
+            why => say!("\n              {why}"),
         }
     }
 }

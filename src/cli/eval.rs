@@ -94,7 +94,7 @@ impl Eval {
         }
         let report = self.report(&generation, users, &ks)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
+            say!("{}", serde_json::to_string_pretty(&report)?);
         } else {
             print(&report, &ks);
         }
@@ -188,20 +188,20 @@ fn sample(truth: Truth, n: Option<usize>) -> Truth {
 }
 
 fn print(report: &Report, ks: &[usize]) {
-    println!("{}: {} users, {:.0} merged candidates on average", report.generation, report.users, report.n_candidates);
-    print!("{:22}", "");
+    say!("{}: {} users, {:.0} merged candidates on average", report.generation, report.users, report.n_candidates);
+    say_part!("{:22}", "");
     for k in ks {
-        print!("  recall@{k:<5} ndcg@{k:<5} coverage@{k:<5}");
+        say_part!("  recall@{k:<5} ndcg@{k:<5} coverage@{k:<5}");
     }
-    println!("  recall@500  recall@all");
+    say!("  recall@500  recall@all");
     for (name, quality) in &report.rows {
-        print!("{name:22}");
+        say_part!("{name:22}");
         for k in ks {
-            print!("  {:<12.4} {:<10.4} {:<14.3}", quality.recall[k], quality.ndcg[k], quality.coverage[k]);
+            say_part!("  {:<12.4} {:<10.4} {:<14.3}", quality.recall[k], quality.ndcg[k], quality.coverage[k]);
         }
         match (quality.recall.get(&500), quality.recall.get(&usize::from(u16::MAX))) {
-            (Some(at_500), Some(all)) => println!("  {at_500:<10.4}  {all:.4}"),
-            _ => println!(),
+            (Some(at_500), Some(all)) => say!("  {at_500:<10.4}  {all:.4}"),
+            _ => say!(""),
         }
     }
 }

@@ -51,7 +51,7 @@ impl Features {
         std::fs::create_dir_all(&self.out).with_context(|| self.out.display().to_string())?;
         npy::write_f32(&self.out.join("features.npy"), &matrix, width)?;
         npy::write_f32(&self.out.join("rows.npy"), &rows, 2)?;
-        println!("{}: {} rows x {width} columns of {} users", self.out.display(), rows.len() / 2, users.len());
+        say!("{}: {} rows x {width} columns of {} users", self.out.display(), rows.len() / 2, users.len());
         Ok(())
     }
 }

@@ -18,9 +18,9 @@ impl Inspect {
     pub fn run(self) -> anyhow::Result<()> {
         let info = bundle::describe(&self.bundle)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&info)?);
+            say!("{}", serde_json::to_string_pretty(&info)?);
         } else {
-            println!("{info}");
+            say!("{info}");
         }
         Ok(())
     }

@@ -1,5 +1,15 @@
 //! The command line: one file per command.
 
+/// `println!` by [`write_out`].
+macro_rules! say {
+    ($($part:tt)*) => { $crate::cli::write_out(format_args!("{}\n", format_args!($($part)*))) };
+}
+
+/// `print!` by [`write_out`].
+macro_rules! say_part {
+    ($($part:tt)*) => { $crate::cli::write_out(format_args!($($part)*)) };
+}
+
 mod build;
 mod check;
 mod demo;
@@ -70,6 +80,22 @@ fn config(file: Option<&std::path::Path>) -> anyhow::Result<crate::config::Confi
         Some(file) => crate::config::Config::read(file)?,
         None => crate::config::Config::default(),
     })
+}
+
+/// Whether the rankers of a generation load, for [`crate::catalog::build::BuildOptions::try_rankers`].
+fn try_rankers(generation: &std::sync::Arc<crate::catalog::generation::Generation>) -> Result<(), String> {
+    use crate::device::{DeviceError, cpu};
+    cpu::try_load(Default::default(), generation).map_err(|error| match error {
+        DeviceError::Load { reason, .. } => reason,
+        other => other.to_string(),
+    })
+}
+
+/// Writes to standard output. When nobody reads it any more (`| head`), there is nothing left to do, and nobody to tell.
+fn write_out(text: std::fmt::Arguments<'_>) {
+    if std::io::Write::write_fmt(&mut std::io::stdout().lock(), text).is_err() {
+        std::process::exit(0);
+    }
 }
 
 /// Parses `key=value`.

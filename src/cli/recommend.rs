@@ -53,7 +53,7 @@ impl Recommend {
             no_cache: false,
             deadline: budget,
         })?;
-        println!("{slate}");
+        say!("{slate}");
         Ok(())
     }
 }

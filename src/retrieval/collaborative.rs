@@ -19,15 +19,29 @@ pub struct Signal {
 #[derive(Clone, Copy, Debug)]
 #[repr(align(32))]
 struct Tally {
+    /// One more than is asked for fills a register.
+    largest: [f32; 4],
     sum: f32,
-    largest: [f32; 3],
     count: u32,
+}
+
+impl Tally {
+    /// Puts a similarity in its place among the largest, without a branch: each place becomes the larger of itself and the
+    /// smaller of the newcomer and the place before.
+    #[inline(always)]
+    fn insert(&mut self, similarity: f32) {
+        let larger = |a: f32, b: f32| if a > b { a } else { b };
+        let smaller = |a: f32, b: f32| if a < b { a } else { b };
+        let [a, b, c, d] = self.largest;
+        let before = [f32::INFINITY, a, b, c].map(|v| smaller(v, similarity));
+        self.largest = [larger(a, before[0]), larger(b, before[1]), larger(c, before[2]), larger(d, before[3])];
+    }
 }
 
 /// How many tallies ahead of its use one is asked for: together they are larger than the L2 cache leaves room for.
 const AHEAD: usize = 16;
 
-const NOTHING: Tally = Tally { sum: 0.0, largest: [f32::NEG_INFINITY; 3], count: 0 };
+const NOTHING: Tally = Tally { largest: [f32::NEG_INFINITY; 4], sum: 0.0, count: 0 };
 
 /// A [`Signal`] for every item, dense, valid for one request.
 #[derive(Debug, Default)]
@@ -63,11 +77,7 @@ impl Signals {
                 n_touched += usize::from(tally.count == 0);
                 tally.count += 1;
                 tally.sum += entry.weight * similarity;
-                let mut next = similarity;
-                for place in &mut tally.largest {
-                    let (high, low) = if next > *place { (next, *place) } else { (*place, next) };
-                    (*place, next) = (high, low);
-                }
+                tally.insert(similarity);
             }
         }
         self.n_touched = n_touched;
@@ -78,7 +88,7 @@ impl Signals {
         match self.by_row.get(row as usize) {
             Some(tally) => Signal {
                 sum: tally.sum,
-                largest: tally.largest.map(|s| if s == f32::NEG_INFINITY { 0.0 } else { s }),
+                largest: [0, 1, 2].map(|at| tally.largest[at]).map(|s| if s == f32::NEG_INFINITY { 0.0 } else { s }),
                 count: tally.count,
             },
             None => Signal::default(),

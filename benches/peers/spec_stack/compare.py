@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"ours": "tastemaker", "spec": "stack, a vector per candidate", "vectorised": "stack, vectorised"}
+NAMES = {"ours": "tastemaker", "ours_binary": "tastemaker, binary protocol",
+         "spec": "stack, a vector per candidate", "vectorised": "stack, vectorised"}
 
 
 @contextmanager
 def server(kind: str, cache: bool, args):
     """Starts one on the server core, waits until it answers, stops that process at the end."""
-    ours = kind == "ours"
+    ours = kind.startswith("ours")
     if ours:
         command = [args.binary, "serve", args.bundle, "--http", f"127.0.0.1:{args.port}",
                    "--listen", f"127.0.0.1:{args.port + 1}", "--admin", f"127.0.0.1:{args.port + 2}",
@@ -57,9 +58,11 @@ def server(kind: str, cache: bool, args):
             process.wait()
 
 
-def load(args, users: Path, seconds: float, rate: float, seed: int) -> dict:
+def load(args, kind: str, users: Path, seconds: float, rate: float, seed: int) -> dict:
     """`rps`, `p50_ms`, `p99_ms`, `errors` from the generator on its own core; both print them as one line of JSON."""
-    if args.loadgen:
+    if kind == "ours_binary":
+        command = [args.loadgen, "--addr", f"127.0.0.1:{args.port + 1}", "--depth", str(args.depth), "--json"]
+    elif args.loadgen:
         command = [args.loadgen, "--http", f"127.0.0.1:{args.port}", "--json"]
     else:
         command = [sys.executable, str(HERE / "load.py"), "--port", str(args.port)]
@@ -87,11 +90,12 @@ def main() -> None:
     parser.add_argument("--loadgen", help="tools/loadgen executable; default: load.py, which tops out at some thousand rps")
     parser.add_argument("--test", help="test.parquet, to state quality beside speed")
     parser.add_argument("--relevant", action="append", default=[], metavar="RULE", help="for --test, as eval.py has it")
-    parser.add_argument("--kinds", nargs="+", choices=list(NAMES), default=["ours", "spec", "vectorised"])
+    parser.add_argument("--kinds", nargs="+", choices=list(NAMES), default=["ours", "ours_binary", "spec", "vectorised"])
     parser.add_argument("--index", choices=["ivf", "flat"], default="ivf", help="the stack's index")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--depth", type=int, default=16, help="calls in flight per connection of the binary protocol")
     parser.add_argument("--users", type=int, default=2000, help="distinct users asked for; few, so that the cache hits")
     parser.add_argument("--quality-users", type=int, default=1000)
     parser.add_argument("--server-core", type=int, default=0)
@@ -99,8 +103,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18000, help="this and the next two")
     parser.add_argument("--out", type=Path, required=True, help="markdown record to write")
     args = parser.parse_args()
-    if "ours" in args.kinds and not (args.binary and args.bundle):
-        parser.error("--binary and --bundle are needed to run ours; or leave `ours` out of --kinds")
+    if any(kind.startswith("ours") for kind in args.kinds) and not (args.binary and args.bundle and args.loadgen):
+        parser.error("--binary, --bundle and --loadgen are needed to run ours; or leave ours out of --kinds")
 
     import numpy as np
     from catalogue import Catalogue
@@ -119,7 +123,7 @@ def main() -> None:
             for cache in (False, True):
                 for kind in order:
                     with server(kind, cache, args):
-                        if args.test and kind not in quality:
+                        if args.test and kind not in quality and kind != "ours_binary":
                             quality[kind] = json.loads(run([
                                 sys.executable, HERE / "eval.py", "--port", args.port, "--test", args.test,
                                 "--users", args.quality_users,
@@ -127,31 +131,34 @@ def main() -> None:
                         if cache:
                             # Everybody once, so that hits are what is timed.
                             asyncio.run(answers(args.port, ids, 10))
-                        load(args, users, 2, 0, 100 + round_)
-                        peak = load(args, users, args.seconds, 0, round_)
-                        part = load(args, users, args.seconds, 0.7 * peak["rps"], 50 + round_)
+                        load(args, kind, users, 2, 0, 100 + round_)
+                        peak = load(args, kind, users, args.seconds, 0, round_)
+                        part = load(args, kind, users, args.seconds, 0.7 * peak["rps"], 50 + round_)
                     row = {"peak": peak["rps"], "p50": part["p50_ms"], "p99": part["p99_ms"],
                            "errors": peak["errors"] + part["errors"]}
                     results.setdefault((cache, kind), []).append(row)
                     print(f"round {round_ + 1} cache {'on' if cache else 'off'} {kind}: {row}", file=sys.stderr, flush=True)
 
+    peers = [kind for kind in args.kinds if not kind.startswith("ours")]
     lines = ["# Tastemaker and the specification's Python stack", "", f"Machine: {machine()}.",
              f"Server on core {args.server_core}, load on core {args.load_core}; {args.rounds} interleaved rounds of "
-             f"{args.seconds:g} s, medians; {args.connections} connections, {args.users} users, 10 items, over HTTP/1.1.",
-             f"Load: {'tools/loadgen' if args.loadgen else 'load.py'}. Latency from the intended send at 70 % of each "
-             "server's own peak.", "",
-             "| cache | server | peak rps | lowest to highest | p50 ms | p99 ms | errors | peak, ours / it |",
-             "| --- | --- | --: | --: | --: | --: | --: | --: |"]
+             f"{args.seconds:g} s, medians; {args.connections} connections, {args.users} users, 10 items, over HTTP/1.1 "
+             f"(binary protocol: {args.depth} calls in flight per connection).",
+             f"Load: {'tools/loadgen' if args.loadgen else 'load.py'}. Latency from the intended send, Poisson arrivals, "
+             "at 70 % of each server's own peak.", "",
+             "| cache | server | peak rps | lowest to highest | p50 ms | p99 ms | errors | "
+             + " | ".join(f"times {NAMES[kind]}" for kind in peers) + " |",
+             "| --- | --- | --: | --: | --: | --: | --: |" + " --: |" * len(peers)]
     for cache in (False, True):
-        base = statistics.median(r["peak"] for r in results[cache, "ours"]) if "ours" in args.kinds else None
+        bases = [statistics.median(r["peak"] for r in results[cache, kind]) for kind in peers]
         for kind in args.kinds:
             rows = results[cache, kind]
             peaks = [r["peak"] for r in rows]
             median = {key: statistics.median(r[key] for r in rows) for key in ("peak", "p50", "p99")}
-            ratio = f"{base / median['peak']:.1f}" if base and median["peak"] else ""
+            ratios = " | ".join(f"{median['peak'] / base:.1f}" for base in bases)
             lines.append(f"| {'on' if cache else 'off'} | {NAMES[kind]} | {median['peak']:.0f} | {min(peaks):.0f} to "
                          f"{max(peaks):.0f} | {median['p50']:.2f} | {median['p99']:.2f} | "
-                         f"{sum(r['errors'] for r in rows)} | {ratio} |")
+                         f"{sum(r['errors'] for r in rows)} | {ratios} |")
     if quality:
         lines += ["", "| server | recall@10 | NDCG@10 | users |", "| --- | --: | --: | --: |"]
         lines += [f"| {NAMES[k]} | {q['recall']:.4f} | {q['ndcg']:.4f} | {q['users']} |" for k, q in quality.items()]

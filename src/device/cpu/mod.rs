@@ -74,6 +74,16 @@ pub fn with_device(config: Arc<PipelineConfig>, body: impl FnOnce(&mut CpuDevice
     pool.run(move || body(&mut device));
 }
 
+/// Loads a generation and forgets it again: whether it can be served.
+///
+/// # Errors
+/// What can't be loaded.
+pub fn try_load(config: PipelineConfig, generation: &Arc<Generation>) -> Result<(), DeviceError> {
+    let mut result = Ok(());
+    with_device(Arc::new(config), |device| result = device.load(generation));
+    result
+}
+
 impl CpuDevice {
     /// A device whose rankers run on `pool`; calls from another thread than the pool's cost a hand-over each.
     pub fn new(config: Arc<PipelineConfig>, pool: Arc<ThreadPool>) -> Self {
