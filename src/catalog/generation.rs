@@ -231,6 +231,7 @@ impl ColumnData {
     }
 
     /// The codes at `row`: none, one, or a list's.
+    #[inline]
     pub fn codes(&self, row: u32) -> &[u32] {
         match self {
             ColumnData::Number { .. } => &[],
@@ -329,7 +330,16 @@ pub struct Lists {
 }
 
 impl Lists {
+    /// Asks the memory for the list of `key`, for [`Self::of`] later.
+    pub fn prefetch(&self, key: u32) {
+        if let (Some(&from), Some(&to)) = (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
+            prefetch_range(&self.rows, from as usize, to as usize);
+            prefetch_range(&self.scores, from as usize, to as usize);
+        }
+    }
+
     /// The list of `key`: rows and scores; empty for a key out of range.
+    #[inline]
     pub fn of(&self, key: u32) -> (&[u32], &[f32]) {
         match (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
             (Some(&from), Some(&to)) => {

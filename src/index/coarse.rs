@@ -6,6 +6,10 @@
 #![allow(unsafe_code)] // Calls of a function compiled for CPU features that were detected.
 
 use crate::catalog::generation::Matrix;
+use crate::memory::prefetch;
+
+/// Bytes ahead of their use that codes are asked for.
+const AHEAD: usize = 4096;
 
 /// Rows side by side in one register.
 pub const GROUP: usize = 16;
@@ -164,6 +168,9 @@ fn bounds_vnni(rows: Rows<'_>, query: &CoarseQuery, lower: &mut [f32], upper: &m
         let (pairs, last) = codes.as_chunks::<128>();
         let (two, one) = query.codes.as_chunks::<2>();
         for (codes, query) in pairs.iter().zip(two) {
+            // The CPU looks ahead by itself within a page of memory only.
+            prefetch(codes, AHEAD);
+            prefetch(codes, AHEAD + 64);
             for (part, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: 64 bytes from `64 * part` lie within the 128 of the chunk.
                 let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().add(64 * part).cast()) };
