@@ -140,19 +140,26 @@ impl TextIndex {
         if clauses.is_empty() || k == 0 {
             return Ok(());
         }
-        let searcher = self.reader.searcher();
-        // What the filter takes away is made up for by asking for more.
-        let found = searcher
-            .search(&BooleanQuery::new(clauses), &TopDocs::with_limit(k + k / 2 + 32).order_by_score())
-            .map_err(wrong)?;
+        let (searcher, query) = (self.reader.searcher(), BooleanQuery::new(clauses));
         let start = out.len();
-        for (score, address) in found {
-            let rows = searcher.segment_reader(address.segment_ord).fast_fields().u64(ROW).map_err(wrong)?;
-            if let Some(row) = rows.first(address.doc_id).and_then(|row| u32::try_from(row).ok())
-                && filter(row)
-            {
-                out.push(Scored { row, score });
+        // What the filter takes away is made up for by asking for more: at first a little, then as much as it takes.
+        let mut limit = k + k / 2 + 32;
+        loop {
+            let found = searcher.search(&query, &TopDocs::with_limit(limit).order_by_score()).map_err(wrong)?;
+            let is_all = found.len() < limit;
+            for (score, address) in found {
+                let rows = searcher.segment_reader(address.segment_ord).fast_fields().u64(ROW).map_err(wrong)?;
+                if let Some(row) = rows.first(address.doc_id).and_then(|row| u32::try_from(row).ok())
+                    && filter(row)
+                {
+                    out.push(Scored { row, score });
+                }
             }
+            if is_all || out.len() - start >= k {
+                break;
+            }
+            out.truncate(start);
+            limit *= 4;
         }
         out[start..].sort_by(best_first);
         out.truncate(start + k);
@@ -206,6 +213,18 @@ mod tests {
         assert_eq!(rows(&index, "CATCHING")[0], 1);
         assert!(rows(&index, "").is_empty());
         assert!(rows(&index, "?! \u{0} \" AND (").len() <= 4);
+    }
+
+    #[test]
+    fn a_strict_filter_does_not_starve() {
+        let titles: Vec<String> = (0..300).map(|at| format!("fire {}", "and ice ".repeat(1 + at / 100))).collect();
+        let (_dir, index) = index(&titles.iter().map(String::as_str).collect::<Vec<_>>());
+        for allowed in [|row: u32| row == 299, |row| row % 150 == 149, |_| false] {
+            let mut out = Vec::new();
+            index.search("fire", 2, &allowed, &mut out).unwrap();
+            let want = (0..300).filter(|&row| allowed(row)).count().min(2);
+            assert_eq!(out.len(), want, "{out:?}");
+        }
     }
 
     #[test]
