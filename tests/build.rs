@@ -806,6 +806,36 @@ fn only_a_bundle_is_overwritten_and_only_when_asked() {
     assert_eq!(std::fs::read(&taken).unwrap(), b"a file");
 }
 
+#[test]
+fn an_overwritten_bundle_is_never_absent() {
+    let work = Work::new();
+    let overwrite = BuildOptions { overwrite: true, ..BuildOptions::default() };
+    let build = || build::build(&work.data(), &work.out(), &overwrite, &Silent).unwrap();
+    build();
+    let (manifest, done) = (work.out().join("manifest.json"), std::sync::atomic::AtomicBool::new(false));
+    let (looks, absences) = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let (mut looks, mut absences) = (0, 0);
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                looks += 1;
+                absences += u32::from(!manifest.exists());
+            }
+            (looks, absences)
+        });
+        (0..10).for_each(|_| drop(build()));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        watch.join().unwrap()
+    });
+    // Some file systems can't exchange directories (overlays); there a moment remains.
+    let exchanges = {
+        let (a, b) = (work.0.path().join("a"), work.0.path().join("b"));
+        [&a, &b].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
+        let flags = rustix::fs::RenameFlags::EXCHANGE;
+        rustix::fs::renameat_with(rustix::fs::CWD, &a, rustix::fs::CWD, &b, flags).is_ok()
+    };
+    assert!(looks > 0 && (absences == 0 || !exchanges), "{absences} of {looks}");
+}
+
 /// Every file under `folder`.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());

@@ -191,13 +191,7 @@ fn put_in_place(temporary: tempfile::TempDir, out: &Path, parent: &Path) -> Resu
     let built = temporary.keep();
     let moved = (|| {
         if out.exists() {
-            let old = built.with_extension("old");
-            std::fs::rename(out, &old)?;
-            if let Err(e) = std::fs::rename(&built, out) {
-                std::fs::rename(&old, out)?;
-                return Err(e);
-            }
-            std::fs::remove_dir_all(&old)?;
+            replace(&built, out)?;
         } else {
             std::fs::rename(&built, out)?;
         }
@@ -208,6 +202,24 @@ fn put_in_place(temporary: tempfile::TempDir, out: &Path, parent: &Path) -> Resu
         let _ = std::fs::remove_dir_all(&built);
         CatalogError::io(out, e)
     })
+}
+
+/// Puts `new` in the place of `old`, which is removed: at once where the file system can exchange two directories, else with a
+/// moment in between at which there is neither.
+fn replace(new: &Path, old: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    match renameat_with(CWD, new, CWD, old, RenameFlags::EXCHANGE) {
+        Ok(()) => return std::fs::remove_dir_all(new),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {}
+        Err(e) => return Err(e.into()),
+    }
+    let aside = new.with_extension("old");
+    std::fs::rename(old, &aside)?;
+    if let Err(e) = std::fs::rename(new, old) {
+        std::fs::rename(&aside, old)?;
+        return Err(e);
+    }
+    std::fs::remove_dir_all(&aside)
 }
 
 fn embeddings(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<(Option<Matrix>, Option<Matrix>), CatalogError> {
