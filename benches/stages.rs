@@ -62,7 +62,7 @@ fn ranker(criterion: &mut Criterion) {
     let pool = Arc::new(ThreadPool::with_num_threads(1));
     let mut group = criterion.benchmark_group("demo ranker, 900 candidates");
     let load = || OnnxRanker::load("demo", &onnx, &manifest, &widths, pool.clone()).expect("a model");
-    let ours = ranking::load("demo", &onnx, &manifest, &widths, pool.clone()).expect("a model");
+    let ours = ranking::fastest(load(), &onnx, &manifest);
     for (name, mut ranker) in [("as served", ours), ("rten", Box::new(load()) as Box<dyn Ranker>)] {
         let mut scores = Vec::new();
         // Where the server runs them: on the pool's own thread.

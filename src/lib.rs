@@ -21,4 +21,6 @@ pub mod response;
 pub mod retrieval;
 pub mod server;
 pub mod telemetry;
+#[cfg(test)]
+mod testing;
 pub mod wire;

@@ -15,11 +15,11 @@ pub fn prefetch<T>(slice: &[T], at: usize) {
     let _ = (slice, at);
 }
 
-/// [`prefetch`] for every cache line from `slice[from]` to before `slice[to]`.
+/// [`prefetch`] for every cache line of `slice[range]`.
 #[inline(always)]
-pub fn prefetch_range<T>(slice: &[T], from: usize, to: usize) {
+pub fn prefetch_range<T>(slice: &[T], range: std::ops::Range<usize>) {
     let step = (64 / size_of::<T>().max(1)).max(1);
-    for at in (from..to).step_by(step) {
+    for at in range.step_by(step) {
         prefetch(slice, at);
     }
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cooccurrence::{self, MAX_NEIGHBOURS};
@@ -12,7 +11,7 @@ use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
 
 /// What can't be served of a generation's rankers.
-pub type TryRankers = fn(&Arc<Generation>) -> Result<(), String>;
+pub type TryRankers = fn(&Generation) -> Result<(), String>;
 
 /// How to build.
 #[derive(Clone, Debug, Default)]
@@ -149,7 +148,7 @@ pub fn build(
         },
     )?;
     // What was written is read back before anybody relies on it.
-    let generation = Arc::new(bundle::open(temporary.path())?);
+    let generation = bundle::open(temporary.path())?;
     if let Some(try_rankers) = options.try_rankers.filter(|_| !rankers.is_empty()) {
         progress.begin("trying rankers", 0);
         try_rankers(&generation).map_err(|reason| CatalogError::File {

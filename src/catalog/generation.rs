@@ -49,7 +49,7 @@ pub struct Generation {
     /// Which item columns play a part beyond being features.
     pub roles: Roles,
     /// See [`Generation::index`].
-    pub shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
+    pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
 }
 
 impl Generation {
@@ -256,7 +256,7 @@ impl ColumnData {
             ColumnData::Tags { offsets, codes, .. } => {
                 later.into_iter().for_each(|row| prefetch(offsets, row));
                 if let Some(row) = soon {
-                    prefetch_range(codes, offsets[row] as usize, offsets[row + 1] as usize);
+                    prefetch_range(codes, offsets[row] as usize..offsets[row + 1] as usize);
                 }
             }
         }
@@ -330,23 +330,25 @@ pub struct Lists {
 }
 
 impl Lists {
+    /// Where the list of `key` lies; empty for a key out of range.
+    #[inline]
+    fn range(&self, key: u32) -> std::ops::Range<usize> {
+        match (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
+            (Some(&from), Some(&to)) => from as usize..to as usize,
+            _ => 0..0,
+        }
+    }
+
     /// Asks the memory for the list of `key`, for [`Self::of`] later.
     pub fn prefetch(&self, key: u32) {
-        if let (Some(&from), Some(&to)) = (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
-            prefetch_range(&self.rows, from as usize, to as usize);
-            prefetch_range(&self.scores, from as usize, to as usize);
-        }
+        prefetch_range(&self.rows, self.range(key));
+        prefetch_range(&self.scores, self.range(key));
     }
 
     /// The list of `key`: rows and scores; empty for a key out of range.
     #[inline]
     pub fn of(&self, key: u32) -> (&[u32], &[f32]) {
-        match (self.offsets.get(key as usize), self.offsets.get(key as usize + 1)) {
-            (Some(&from), Some(&to)) => {
-                (&self.rows[from as usize..to as usize], &self.scores[from as usize..to as usize])
-            }
-            _ => (&[], &[]),
-        }
+        (&self.rows[self.range(key)], &self.scores[self.range(key)])
     }
 }
 

@@ -21,10 +21,10 @@ impl Check {
     pub fn run(self) -> anyhow::Result<()> {
         let config = super::config(Some(&self.config))?;
         if let Some(path) = &self.bundle {
-            let generation = std::sync::Arc::new(bundle::open(path)?);
+            let generation = bundle::open(path)?;
             Reranker::compile(&config.rerank, &generation)
                 .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
-            cpu::try_load(config.pipeline.clone(), &generation)?;
+            cpu::try_rankers(config.pipeline.clone(), &generation)?;
         }
         say!("{}: ok", self.config.display());
         Ok(())

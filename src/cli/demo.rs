@@ -96,12 +96,7 @@ impl Demo {
         std::fs::create_dir_all(&rankers)?;
         std::fs::write(rankers.join("demo.onnx"), RANKER)?;
         std::fs::write(rankers.join("demo.toml"), MANIFEST)?;
-        build::build(
-            &data,
-            &out,
-            &BuildOptions { try_rankers: Some(super::try_rankers), ..Default::default() },
-            &progress,
-        )?;
+        build::build(&data, &out, &BuildOptions::default(), &progress)?;
         let generation = bundle::open(&out)?;
         progress.finish();
         Ok(Arc::new(generation))
@@ -120,16 +115,15 @@ fn show(server: &Server, generation: &Generation) -> anyhow::Result<()> {
     let start = Instant::now();
     let slate = client.recommend(&RecommendCall { explain: true, timings: true, ..RecommendCall::new(USER, 10) })?;
     say!("\nrecommended to {USER} ({:.1} ms):", start.elapsed().as_secs_f64() * 1e3);
-    print(generation, &slate);
+    print(generation, &slate)?;
     let times: Vec<String> = slate.timings.iter().map(|(stage, us)| format!("{stage} {us:.0}")).collect();
     say!("µs: {}", times.join(", "));
     let slate = client.recommend(&RecommendCall::new("somebody-new", 5))?;
     say!("\nrecommended to a user never seen before:");
-    print(generation, &slate);
-    Ok(())
+    print(generation, &slate)
 }
 
-fn print(generation: &Generation, slate: &SlateAnswer) {
+fn print(generation: &Generation, slate: &SlateAnswer) -> anyhow::Result<()> {
     say!("rank   score  item");
     for (at, item) in slate.items.iter().enumerate() {
         let row = generation.items.ids.row(&item.item_id);
@@ -140,6 +134,7 @@ fn print(generation: &Generation, slate: &SlateAnswer) {
             why => say!("\n              {why}"),
         }
     }
+    Ok(())
 }
 
 fn described(generation: &Generation, row: u32) -> String {

@@ -96,7 +96,7 @@ impl Eval {
         if self.json {
             say!("{}", serde_json::to_string_pretty(&report)?);
         } else {
-            print(&report, &ks);
+            print(&report, &ks)?;
         }
         Ok(())
     }
@@ -187,7 +187,7 @@ fn sample(truth: Truth, n: Option<usize>) -> Truth {
     users.into_iter().collect()
 }
 
-fn print(report: &Report, ks: &[usize]) {
+fn print(report: &Report, ks: &[usize]) -> anyhow::Result<()> {
     say!("{}: {} users, {:.0} merged candidates on average", report.generation, report.users, report.n_candidates);
     say_part!("{:22}", "");
     for k in ks {
@@ -204,4 +204,5 @@ fn print(report: &Report, ks: &[usize]) {
             _ => say!(""),
         }
     }
+    Ok(())
 }

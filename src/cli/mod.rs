@@ -1,13 +1,13 @@
 //! The command line: one file per command.
 
-/// `println!` by [`write_out`].
+/// `println!` whose failure is the command's.
 macro_rules! say {
-    ($($part:tt)*) => { $crate::cli::write_out(format_args!("{}\n", format_args!($($part)*))) };
+    ($($part:tt)*) => { std::io::Write::write_fmt(&mut std::io::stdout(), format_args!("{}\n", format_args!($($part)*)))? };
 }
 
-/// `print!` by [`write_out`].
+/// `print!` whose failure is the command's.
 macro_rules! say_part {
-    ($($part:tt)*) => { $crate::cli::write_out(format_args!($($part)*)) };
+    ($($part:tt)*) => { std::io::Write::write_fmt(&mut std::io::stdout(), format_args!($($part)*))? };
 }
 
 mod build;
@@ -19,6 +19,8 @@ mod inspect;
 pub mod progress;
 mod recommend;
 mod serve;
+
+use std::io::Write as _;
 
 use clap::{Parser, Subcommand};
 
@@ -62,7 +64,7 @@ enum Command {
 /// # Errors
 /// Whatever made it fail, for a person to read; the exit code is then 1.
 pub fn run(cli: Cli) -> anyhow::Result<()> {
-    match cli.command {
+    let done = match cli.command {
         Command::Demo(command) => command.run(),
         Command::Build(command) => command.run(),
         Command::Serve(command) => command.run(),
@@ -71,7 +73,13 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Features(command) => command.run(),
-    }
+    };
+    // Buffered output may only now find out.
+    done.and_then(|()| Ok(std::io::stdout().flush()?)).or_else(|error| match error.downcast_ref::<std::io::Error>() {
+        // Nobody reads any more (`| head`): there is nothing left to do, and nobody to tell.
+        Some(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(error),
+    })
 }
 
 /// Reads the configuration file, or the defaults where there is none.
@@ -83,19 +91,12 @@ fn config(file: Option<&std::path::Path>) -> anyhow::Result<crate::config::Confi
 }
 
 /// Whether the rankers of a generation load, for [`crate::catalog::build::BuildOptions::try_rankers`].
-fn try_rankers(generation: &std::sync::Arc<crate::catalog::generation::Generation>) -> Result<(), String> {
+fn try_rankers(generation: &crate::catalog::generation::Generation) -> Result<(), String> {
     use crate::device::{DeviceError, cpu};
-    cpu::try_load(Default::default(), generation).map_err(|error| match error {
+    cpu::try_rankers(Default::default(), generation).map_err(|error| match error {
         DeviceError::Load { reason, .. } => reason,
         other => other.to_string(),
     })
-}
-
-/// Writes to standard output. When nobody reads it any more (`| head`), there is nothing left to do, and nobody to tell.
-fn write_out(text: std::fmt::Arguments<'_>) {
-    if std::io::Write::write_fmt(&mut std::io::stdout().lock(), text).is_err() {
-        std::process::exit(0);
-    }
 }
 
 /// Parses `key=value`.

@@ -253,6 +253,7 @@ impl Layout {
         out.clear();
         out.resize(rows.len() * self.width, 0.0);
         self.prepare(inputs, scratch);
+        let n_liked = inputs.user.history.iter().filter(|e| e.weight > 0.0).count().max(1) as f32;
         // Some candidates at a time: the lines that their columns share stay in the nearest cache.
         for (block, out) in out.chunks_mut(BLOCK * self.width.max(1)).enumerate() {
             let first = block * BLOCK;
@@ -262,6 +263,7 @@ impl Layout {
                 let target = Target { out: &mut *out, width: self.width, at, first, rows };
                 let gathered = Gathered {
                     counts,
+                    n_liked,
                     series: &scratch.series,
                     dots: &scratch.dots,
                     cooccurrence: &scratch.cooccurrence,
@@ -356,6 +358,8 @@ impl Target<'_> {
 struct Gathered<'a> {
     /// Of this column.
     counts: &'a Counts,
+    /// How many entries of the history are liked, at least 1.
+    n_liked: f32,
     series: &'a Series,
     dots: &'a [f32],
     cooccurrence: &'a [CooccurrenceSignal],
@@ -364,7 +368,7 @@ struct Gathered<'a> {
 fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vector: &mut Vec<f32>, target: Target<'_>) {
     let Inputs { generation, user, context, candidates, .. } = inputs;
     let history = &user.history[..];
-    let Gathered { counts, series, dots, cooccurrence } = gathered;
+    let Gathered { counts, n_liked, series, dots, cooccurrence } = gathered;
     let column = |at: usize| &generation.items.columns[at].data;
     match op {
         Op::SourceScore(source) => {
@@ -390,13 +394,13 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vect
             target.each_of(column, |row| logs.of(count(row)));
         }
         Op::SameCategory(at) => {
-            let (column, n_liked) = (column(*at), n_liked(history));
+            let (column, n_liked) = (column(*at), *n_liked);
             target.each_of(column, |row| {
                 column.codes(row).first().map_or(0.0, |&code| counts.by_code[code as usize] as f32 / n_liked)
             });
         }
         Op::Overlap(at) => {
-            let (column, n_liked) = (column(*at), n_liked(history));
+            let (column, n_liked) = (column(*at), *n_liked);
             target.each_of(column, |row| {
                 let codes = column.codes(row);
                 let shared: u32 = codes.iter().map(|&code| counts.by_code[code as usize]).sum();
@@ -461,18 +465,9 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vect
     }
 }
 
-/// How many entries of the history are liked, at least 1.
-fn n_liked(history: &[Interaction]) -> f32 {
-    history.iter().filter(|e| e.weight > 0.0).count().max(1) as f32
-}
-
 fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
     let wrong = |reason: String| FeatureError { column: name.to_owned(), reason };
     let roles = generation.roles;
-    let needs = |role: Option<usize>, what: &str, op: Op| match role {
-        Some(_) => Ok(op),
-        None => Err(wrong(format!("the dataset has no {what}"))),
-    };
     let cross = [
         ("cross.dot", Op::Dot),
         ("cross.cooccurrence_sum", Op::CoSum),
@@ -485,12 +480,13 @@ fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
         ("user.history_length", Op::HistoryLength),
         ("item.popularity", Op::Popularity),
     ];
+    let positioned = roles.series.and(roles.series_position);
     let with_role = [
-        ("cross.same_creator", roles.creator, "items.creator", Op::SameCreator(roles.creator.unwrap_or(0))),
-        ("cross.same_category", roles.category, "items.category", Op::SameCategory(roles.category.unwrap_or(0))),
-        ("cross.same_series", roles.series, "items.series", Op::SameSeries),
-        ("cross.next_in_series", roles.series.and(roles.series_position), "items.series_position", Op::NextInSeries),
-        ("cross.series_gap", roles.series.and(roles.series_position), "items.series_position", Op::SeriesGap),
+        ("cross.same_creator", "items.creator", roles.creator.map(Op::SameCreator)),
+        ("cross.same_category", "items.category", roles.category.map(Op::SameCategory)),
+        ("cross.same_series", "items.series", roles.series.map(|_| Op::SameSeries)),
+        ("cross.next_in_series", "items.series_position", positioned.map(|_| Op::NextInSeries)),
+        ("cross.series_gap", "items.series_position", positioned.map(|_| Op::SeriesGap)),
     ];
     if let Some((_, op)) = cross.iter().find(|(known, _)| *known == name) {
         return match op {
@@ -500,8 +496,8 @@ fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
             op => Ok(op.clone()),
         };
     }
-    if let Some((_, role, what, op)) = with_role.iter().find(|(known, ..)| *known == name) {
-        return needs(*role, what, op.clone());
+    if let Some((_, what, op)) = with_role.iter().find(|(known, ..)| *known == name) {
+        return op.clone().ok_or_else(|| wrong(format!("the dataset has no {what}")));
     }
     for source in Source::ALL {
         let prefix = format!("candidate.{}.", source.name());

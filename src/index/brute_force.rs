@@ -98,24 +98,7 @@ impl VectorIndex for BruteForce {
     }
 
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>) {
-        let (dim, query_norm) = (self.matrix.dim, self.query_norm(query));
-        let range = |row: u32| row as usize * dim..(row as usize + 1) * dim;
-        for (at, &row) in rows.iter().enumerate() {
-            let soon = rows.get(at + AHEAD).map(|&row| range(row));
-            let dot = match &self.matrix.data {
-                MatrixData::F32(values) => {
-                    soon.into_iter().for_each(|soon| prefetch_range(values, soon.start, soon.end));
-                    self.kernel.dot(query, &values[range(row)])
-                }
-                MatrixData::F16(values) => {
-                    soon.into_iter().for_each(|soon| prefetch_range(values, soon.start, soon.end));
-                    scratch.block.resize(dim, 0.0);
-                    values[range(row)].convert_to_f32_slice(&mut scratch.block);
-                    self.kernel.dot(query, &scratch.block)
-                }
-            };
-            out.push(self.finish(dot, row as usize, query_norm));
-        }
+        self.exact(query, self.query_norm(query), rows, &mut scratch.block, out);
     }
 }
 
@@ -131,7 +114,58 @@ fn not_below(threshold: f32, values: &[f32], places: &mut [u32]) -> usize {
     n
 }
 
+/// Keeps the `n` best of `best`, which has as many, and returns the score of the last of them, -∞ for NaN.
+fn nth(best: &mut Vec<Packed>, n: usize) -> f32 {
+    best.select_nth_unstable(n - 1);
+    best.truncate(n);
+    let score = Scored::from(best[n - 1]).score;
+    if score.is_nan() { f32::NEG_INFINITY } else { score }
+}
+
+/// A score that `k` of the first rows reach, by the lower bounds of their scores; -∞ where that can't be said. Uses `best`
+/// and leaves it empty.
+fn begin(lower: &[f32], k: usize, allowed: &dyn Fn(u32) -> bool, best: &mut Vec<Packed>, passing: &mut [u32]) -> f32 {
+    // A sample says where about `1.5 k` rows begin; with what is not allowed taken out, `k` are mostly left.
+    best.extend(lower.iter().step_by(SAMPLED).map(|&score| Packed::from(Scored { row: 0, score })));
+    let about = (k + k / 2).div_ceil(SAMPLED) + 8;
+    let mut threshold = f32::NEG_INFINITY;
+    if about < best.len() {
+        let guess = nth(best, about);
+        best.clear();
+        let n_passing = not_below(guess, lower, passing);
+        let rows = passing[..n_passing].iter().copied().filter(|&row| allowed(row));
+        best.extend(rows.map(|row| Packed::from(Scored { row, score: lower[row as usize] })));
+        if best.len() >= k {
+            threshold = nth(best, k);
+        }
+    }
+    best.clear();
+    threshold
+}
+
 impl BruteForce {
+    /// Appends the score of each of `rows`; `converted` holds one row at a time.
+    fn exact(&self, query: &[f32], query_norm: f32, rows: &[u32], converted: &mut Vec<f32>, out: &mut Vec<f32>) {
+        let dim = self.matrix.dim;
+        let range = |row: u32| row as usize * dim..(row as usize + 1) * dim;
+        for (at, &row) in rows.iter().enumerate() {
+            let soon = rows.get(at + AHEAD).map_or(0..0, |&row| range(row));
+            let values = match &self.matrix.data {
+                MatrixData::F32(values) => {
+                    prefetch_range(values, soon);
+                    &values[range(row)]
+                }
+                MatrixData::F16(values) => {
+                    prefetch_range(values, soon);
+                    converted.resize(dim, 0.0);
+                    values[range(row)].convert_to_f32_slice(converted);
+                    &converted[..]
+                }
+            };
+            out.push(self.finish(self.kernel.dot(query, values), row as usize, query_norm));
+        }
+    }
+
     /// Bounds every score by the 8-bit matrix, and computes those that may be among the best: a superset of the best `k`.
     fn filtered(
         &self,
@@ -142,7 +176,19 @@ impl BruteForce {
         allowed: &dyn Fn(u32) -> bool,
         scratch: &mut SearchScratch,
     ) {
-        let SearchScratch { best, coarse: prepared, lower, upper, passing, maybe, most, rows, .. } = scratch;
+        let SearchScratch {
+            block: converted,
+            best,
+            coarse: prepared,
+            lower,
+            upper,
+            passing,
+            maybe,
+            most,
+            rows,
+            exact,
+            ..
+        } = scratch;
         coarse.prepare(query, prepared);
         best.clear();
         maybe.clear();
@@ -154,12 +200,6 @@ impl BruteForce {
         passing.resize(block, 0);
         // `best` holds lower bounds: the k-th of them is a score that k rows reach.
         let mut threshold = f32::NEG_INFINITY;
-        let nth = |best: &mut Vec<Packed>, n: usize| {
-            best.select_nth_unstable(n - 1);
-            best.truncate(n);
-            let score = Scored::from(best[n - 1]).score;
-            if score.is_nan() { f32::NEG_INFINITY } else { score }
-        };
         for start in (0..n).step_by(WIDE_BLOCK) {
             let end = (start + WIDE_BLOCK).min(n);
             let padded = (end - start).next_multiple_of(GROUP);
@@ -173,21 +213,7 @@ impl BruteForce {
                 }
             }
             if start == 0 {
-                // A sample says where about `1.5 k` rows begin; with what is not allowed taken out, `k` are mostly left.
-                let sample = lower[..end].iter().step_by(SAMPLED);
-                best.extend(sample.map(|&score| Packed::from(Scored { row: 0, score })));
-                let about = (k + k / 2).div_ceil(SAMPLED) + 8;
-                if about < best.len() {
-                    let guess = nth(best, about);
-                    best.clear();
-                    let n_passing = not_below(guess, &lower[..end], passing);
-                    let rows = passing[..n_passing].iter().copied().filter(|&row| allowed(row));
-                    best.extend(rows.map(|row| Packed::from(Scored { row, score: lower[row as usize] })));
-                    if best.len() >= k {
-                        threshold = nth(best, k);
-                    }
-                }
-                best.clear();
+                threshold = begin(&lower[..end], k, allowed, best, passing);
             }
             let n_passing = not_below(threshold, &upper[..end - start], passing);
             for at in passing[..n_passing].iter().map(|&at| at as usize) {
@@ -206,13 +232,11 @@ impl BruteForce {
         passing.resize(maybe.len().max(block), 0);
         let n_passing = not_below(threshold, most, passing);
         rows.extend(passing[..n_passing].iter().map(|&at| maybe[at as usize]));
-        let (rows, mut exact) = (std::mem::take(rows), std::mem::take(&mut scratch.exact));
         exact.clear();
-        self.scores(query, &rows, scratch, &mut exact);
-        scratch.best.clear();
-        let scored = rows.iter().zip(&exact).filter(|(_, score)| !score.is_nan());
-        scratch.best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
-        (scratch.rows, scratch.exact) = (rows, exact);
+        self.exact(query, query_norm, rows, converted, exact);
+        best.clear();
+        let scored = rows.iter().zip(exact).filter(|(_, score)| !score.is_nan());
+        best.extend(scored.map(|(&row, score)| Packed::from(Scored { row, score: *score })));
     }
 
     /// Computes every score; `scratch.best` is a superset of the best `k`.

@@ -225,13 +225,9 @@ mod tests {
         fn bounds_hold(
             dim in 1usize..70, n in 1usize..50, seed in any::<u64>(), spread in prop::sample::select(vec![0f32, 1e-20, 1.0, 1e10]),
         ) {
-            let mut state = seed;
-            let mut next = || {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                // Heavy tails: one large value makes all others coarse.
-                let v = (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
-                v * v * v * spread
-            };
+            let mut noise = crate::testing::noise(seed);
+            // Heavy tails: one large value makes all others coarse.
+            let mut next = || noise().powi(3) * spread;
             let query: Vec<f32> = (0..dim).map(|_| next()).collect();
             let values: Vec<f32> = (0..n * dim).map(|_| next()).collect();
             let Some(coarse) = Coarse::new(&Matrix { dim, data: MatrixData::F32(values.clone().into()) }) else {

@@ -148,11 +148,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_kernel_agrees_with_f64(dim in 1usize..200, n in 1usize..5, seed in any::<u64>()) {
-            let mut state = seed;
-            let mut next = || {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-            };
+            let mut next = crate::testing::noise(seed);
             let query: Vec<f32> = (0..dim).map(|_| next()).collect();
             let rows: Vec<f32> = (0..dim * n).map(|_| next()).collect();
             for kernel in Kernel::available() {

@@ -462,11 +462,7 @@ mod tests {
             widths in prop::collection::vec(1usize..150, 1..4), n in 0usize..250, seed in any::<u64>(),
             activation in prop::sample::select(vec![Activation::None, Activation::Relu, Activation::Sigmoid, Activation::Tanh]),
         ) {
-            let mut state = seed;
-            let mut next = || {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-            };
+            let mut next = crate::testing::noise(seed);
             let ends: Vec<usize> = widths.iter().copied().skip(1).chain([1]).collect();
             let layers: Vec<Dense> = widths.iter().zip(&ends).map(|(&k, &m)| Dense {
                 weights: (0..k * m).map(|_| next()).collect(), bias: (0..m).map(|_| next()).collect(), activation,

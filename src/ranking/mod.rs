@@ -7,9 +7,7 @@ pub mod mlp;
 pub mod onnx;
 
 use std::path::Path;
-use std::sync::Arc;
 
-use rten::ThreadPool;
 use rten_onnx::onnx::ModelProto;
 
 use crate::index::Kernel;
@@ -40,48 +38,29 @@ pub trait Ranker: Send {
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError>;
 }
 
-/// Loads a model: into the engine for perceptrons where it is one and where that scores as the general runtime does, else into
-/// the general runtime. Arguments and errors are [`OnnxRanker::load`]'s.
-///
-/// # Errors
-/// As there.
-pub fn load(
-    name: &str,
-    onnx: &Path,
-    manifest: &RankerManifest,
-    widths: &[usize],
-    pool: Arc<ThreadPool>,
-) -> Result<Box<dyn Ranker>, RankError> {
-    let mut general = OnnxRanker::load(name, onnx, manifest, widths, pool)?;
-    match perceptron(&mut general, onnx, manifest, widths) {
+/// The engine for perceptrons where the loaded model is one and scores there as it does in the general runtime, else the general
+/// runtime. `onnx` and `manifest` are what `general` was loaded from.
+pub fn fastest(mut general: OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Box<dyn Ranker> {
+    match perceptron(&mut general, onnx, manifest) {
         Ok(mlp) => {
-            tracing::debug!(ranker = name, "runs on the engine for perceptrons");
-            Ok(Box::new(mlp))
+            tracing::debug!(ranker = general.name(), "runs on the engine for perceptrons");
+            Box::new(mlp)
         }
         Err(reason) => {
-            tracing::info!(ranker = name, reason, "runs on the general ONNX runtime");
-            Ok(Box::new(general))
+            tracing::info!(ranker = general.name(), reason, "runs on the general ONNX runtime");
+            Box::new(general)
         }
     }
 }
 
-/// The model as a perceptron, held against the general runtime.
-fn perceptron(
-    general: &mut OnnxRanker,
-    onnx: &Path,
-    manifest: &RankerManifest,
-    widths: &[usize],
-) -> Result<Mlp, String> {
-    let ([input], &[width]) = (&manifest.inputs[..], widths) else {
-        return Err(format!("{} inputs", manifest.inputs.len()));
-    };
+/// The model as a perceptron, held against the general runtime, which also refuses features of another width.
+fn perceptron(general: &mut OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Result<Mlp, String> {
+    let [input] = &manifest.inputs[..] else { return Err(format!("{} inputs", manifest.inputs.len())) };
     let file = std::fs::File::open(onnx).map_err(|e| e.to_string())?;
     let model = ModelProto::parse_file(file).map_err(|e| e.to_string())?;
     let layers = graph::chain(&model, &input.name, &manifest.output.name)?;
     let mut mlp = Mlp::new(general.name(), &layers, Kernel::detect());
-    if mlp.n_inputs() != width {
-        return Err(format!("{} columns for {} weights", width, mlp.n_inputs()));
-    }
+    let width = mlp.n_inputs();
     // Values of several magnitudes and both signs, the same at every load.
     let n = 64;
     let value = |at: usize| ((at * 7919) % 2001) as f32 / 1000.0 - 1.0;
@@ -99,6 +78,8 @@ fn perceptron(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rten::ThreadPool;
+    use std::sync::Arc;
 
     #[test]
     fn the_demo_ranker_is_a_perceptron() {
@@ -107,11 +88,11 @@ mod tests {
             toml::from_str(&std::fs::read_to_string(engines.join("demo.toml")).unwrap()).unwrap();
         let (onnx, widths) = (engines.join("demo.onnx"), [manifest.inputs[0].columns.len()]);
         let pool = Arc::new(ThreadPool::with_num_threads(1));
-        let mut general = OnnxRanker::load("demo", &onnx, &manifest, &widths, pool.clone()).unwrap();
-        assert_eq!(perceptron(&mut general, &onnx, &manifest, &widths).unwrap().n_inputs(), widths[0]);
+        let mut general = OnnxRanker::load("demo", &onnx, &manifest, &widths, pool).unwrap();
+        assert_eq!(perceptron(&mut general, &onnx, &manifest).unwrap().n_inputs(), widths[0]);
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
-        assert!(perceptron(&mut general, &onnx, &other, &widths).is_err());
-        assert_eq!(load("demo", &onnx, &manifest, &widths, pool).unwrap().name(), "demo");
+        assert!(perceptron(&mut general, &onnx, &other).is_err());
+        assert_eq!(fastest(general, &onnx, &manifest).name(), "demo");
     }
 }

@@ -66,11 +66,12 @@ impl Signals {
         }
         // No branch depends on the data: whether a row is new and where its similarity stands can't be predicted.
         let mut n_touched = 0;
-        for (at, entry) in history.iter().enumerate() {
-            if let Some(next) = history.get(at + 1) {
+        let mut liked = history.iter().filter(|e| e.weight > 0.0).peekable();
+        while let Some(entry) = liked.next() {
+            if let Some(next) = liked.peek() {
                 lists.prefetch(next.row);
             }
-            let (rows, scores) = if entry.weight > 0.0 { lists.of(entry.row) } else { (&[][..], &[][..]) };
+            let (rows, scores) = lists.of(entry.row);
             for (at, (&row, &similarity)) in rows.iter().zip(scores).enumerate() {
                 if let Some(&next) = rows.get(at + AHEAD) {
                     prefetch(&self.by_row, next as usize);

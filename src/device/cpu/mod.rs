@@ -16,6 +16,7 @@ use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch
 use crate::index::{SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
+use crate::ranking::onnx::OnnxRanker;
 use crate::ranking::{self, Ranker};
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
@@ -74,13 +75,13 @@ pub fn with_device(config: Arc<PipelineConfig>, body: impl FnOnce(&mut CpuDevice
     pool.run(move || body(&mut device));
 }
 
-/// Loads a generation and forgets it again: whether it can be served.
+/// Loads a generation's rankers and forgets them again: whether it can be served.
 ///
 /// # Errors
 /// What can't be loaded.
-pub fn try_load(config: PipelineConfig, generation: &Arc<Generation>) -> Result<(), DeviceError> {
+pub fn try_rankers(config: PipelineConfig, generation: &Generation) -> Result<(), DeviceError> {
     let mut result = Ok(());
-    with_device(Arc::new(config), |device| result = device.load(generation));
+    with_device(Arc::new(config), |device| result = device.rankers(generation).map(drop));
     result
 }
 
@@ -112,9 +113,8 @@ impl CpuDevice {
         Ok((out, layout.width()))
     }
 
-    fn prepare(&self, generation: &Arc<Generation>) -> Result<Loaded, DeviceError> {
+    fn rankers(&self, generation: &Generation) -> Result<Vec<LoadedRanker>, DeviceError> {
         let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
-        let index = generation.index();
         let mut rankers = Vec::new();
         for (at, model) in generation.rankers.iter().enumerate() {
             let mut layouts = Vec::new();
@@ -124,8 +124,9 @@ impl CpuDevice {
                 layouts.push(layout);
             }
             let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
-            let ranker = ranking::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
+            let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
                 .map_err(|e| wrong(e.to_string()))?;
+            let ranker = ranking::fastest(ranker, &model.onnx, &model.manifest);
             let weight = match &self.config.rankers {
                 weights if weights.is_empty() => {
                     if at == 0 {
@@ -142,7 +143,7 @@ impl CpuDevice {
         {
             return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
         }
-        Ok(Loaded { generation: generation.clone(), index, rankers })
+        Ok(rankers)
     }
 }
 
@@ -153,8 +154,9 @@ impl Device for CpuDevice {
 
     fn load(&mut self, generation: &Arc<Generation>) -> Result<(), DeviceError> {
         if self.loaded.iter().all(|l| !Arc::ptr_eq(&l.generation, generation)) {
-            let loaded = self.prepare(generation)?;
-            self.loaded.push_front(loaded);
+            let rankers = self.rankers(generation)?;
+            let (generation, index) = (generation.clone(), generation.index());
+            self.loaded.push_front(Loaded { generation, index, rankers });
             self.loaded.truncate(KEPT);
         }
         Ok(())
