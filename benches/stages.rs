@@ -9,7 +9,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use rten::ThreadPool;
 use tastemaker::candidates::{Packed, Scored, keep_best};
 use tastemaker::catalog::generation::{Matrix, MatrixData, Metric};
-use tastemaker::index::{BruteForce, Kernel, SearchScratch, VectorIndex};
+use tastemaker::index::{BruteForce, Filter, Kernel, SearchParams, SearchScratch, VectorIndex};
 use tastemaker::ranking::manifest::RankerManifest;
 use tastemaker::ranking::onnx::OnnxRanker;
 use tastemaker::ranking::{self, Ranker};
@@ -36,7 +36,7 @@ fn exact_scan(criterion: &mut Criterion) {
     group.bench_function("index", |bencher| {
         bencher.iter(|| {
             out.clear();
-            index.search(black_box(&query), k, &|_| true, &mut scratch, &mut out);
+            index.search(black_box(&query), k, Filter::ALL, &SearchParams::default(), &mut scratch, &mut out);
         });
     });
     let (mut scores, mut all): (_, Vec<Packed>) = (vec![0.0; n], Vec::new());

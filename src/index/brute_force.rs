@@ -2,7 +2,7 @@
 //! what can't be among the best; the answers are the same.
 
 use super::coarse::{Coarse, GROUP};
-use super::{Kernel, SearchScratch, VectorIndex};
+use super::{Filter, IndexKind, Kernel, SearchParams, SearchScratch, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, MatrixData, Metric};
 use crate::memory::prefetch_range;
@@ -70,6 +70,14 @@ impl BruteForce {
 }
 
 impl VectorIndex for BruteForce {
+    fn kind(&self) -> IndexKind {
+        IndexKind::BruteForce
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&self.norms[..]) + self.coarse.as_ref().map_or(0, Coarse::bytes)
+    }
+
     fn dim(&self) -> usize {
         self.matrix.dim
     }
@@ -78,7 +86,8 @@ impl VectorIndex for BruteForce {
         &self,
         query: &[f32],
         k: usize,
-        allowed: &dyn Fn(u32) -> bool,
+        filter: Filter<'_>,
+        _params: &SearchParams,
         scratch: &mut SearchScratch,
         out: &mut Vec<Scored>,
     ) {
@@ -89,9 +98,9 @@ impl VectorIndex for BruteForce {
         let query_norm = self.query_norm(query);
         match &self.coarse {
             Some(coarse) if k <= self.matrix.n_rows() / 8 => {
-                self.filtered(coarse, query, query_norm, k, allowed, scratch);
+                self.filtered(coarse, query, query_norm, k, filter, scratch);
             }
-            _ => self.scan(query, query_norm, k, allowed, scratch),
+            _ => self.scan(query, query_norm, k, filter, scratch),
         }
         keep_best(&mut scratch.best, k);
         out.extend(scratch.best.iter().map(|&p| Scored::from(p)));
@@ -124,7 +133,7 @@ fn nth(best: &mut Vec<Packed>, n: usize) -> f32 {
 
 /// A score that `k` of the first rows reach, by the lower bounds of their scores; -∞ where that can't be said. Uses `best`
 /// and leaves it empty.
-fn begin(lower: &[f32], k: usize, allowed: &dyn Fn(u32) -> bool, best: &mut Vec<Packed>, passing: &mut [u32]) -> f32 {
+fn begin(lower: &[f32], k: usize, filter: Filter<'_>, best: &mut Vec<Packed>, passing: &mut [u32]) -> f32 {
     // A sample says where about `1.5 k` rows begin; with what is not allowed taken out, `k` are mostly left.
     best.extend(lower.iter().step_by(SAMPLED).map(|&score| Packed::from(Scored { row: 0, score })));
     let about = (k + k / 2).div_ceil(SAMPLED) + 8;
@@ -133,7 +142,7 @@ fn begin(lower: &[f32], k: usize, allowed: &dyn Fn(u32) -> bool, best: &mut Vec<
         let guess = nth(best, about);
         best.clear();
         let n_passing = not_below(guess, lower, passing);
-        let rows = passing[..n_passing].iter().copied().filter(|&row| allowed(row));
+        let rows = passing[..n_passing].iter().copied().filter(|&row| filter.allows(row));
         best.extend(rows.map(|row| Packed::from(Scored { row, score: lower[row as usize] })));
         if best.len() >= k {
             threshold = nth(best, k);
@@ -173,7 +182,7 @@ impl BruteForce {
         query: &[f32],
         query_norm: f32,
         k: usize,
-        allowed: &dyn Fn(u32) -> bool,
+        filter: Filter<'_>,
         scratch: &mut SearchScratch,
     ) {
         let SearchScratch {
@@ -213,12 +222,12 @@ impl BruteForce {
                 }
             }
             if start == 0 {
-                threshold = begin(&lower[..end], k, allowed, best, passing);
+                threshold = begin(&lower[..end], k, filter, best, passing);
             }
             let n_passing = not_below(threshold, &upper[..end - start], passing);
             for at in passing[..n_passing].iter().map(|&at| at as usize) {
                 let row = (start + at) as u32;
-                if allowed(row) {
+                if filter.allows(row) {
                     maybe.push(row);
                     most.push(upper[at]);
                     best.push(Packed::from(Scored { row, score: lower[at] }));
@@ -240,14 +249,7 @@ impl BruteForce {
     }
 
     /// Computes every score; `scratch.best` is a superset of the best `k`.
-    fn scan(
-        &self,
-        query: &[f32],
-        query_norm: f32,
-        k: usize,
-        allowed: &dyn Fn(u32) -> bool,
-        scratch: &mut SearchScratch,
-    ) {
+    fn scan(&self, query: &[f32], query_norm: f32, k: usize, filter: Filter<'_>, scratch: &mut SearchScratch) {
         let dim = self.matrix.dim;
         let SearchScratch { scores, block, best, passing, .. } = scratch;
         best.clear();
@@ -274,7 +276,7 @@ impl BruteForce {
             let n_passing = not_below(threshold, scores, passing);
             for at in passing[..n_passing].iter().map(|&at| at as usize) {
                 let (row, score) = ((start + at) as u32, scores[at]);
-                if !score.is_nan() && allowed(row) {
+                if !score.is_nan() && filter.allows(row) {
                     best.push(Packed::from(Scored { row, score }));
                 }
             }
@@ -309,15 +311,16 @@ mod tests {
                 false => MatrixData::F32(values.into()),
             };
             let index = BruteForce::new(Matrix { dim: 3, data }, metric, Kernel::detect());
-            let allowed = |row: u32| !row.is_multiple_of(every);
+            let allows = |row: u32| !row.is_multiple_of(every);
             let (all, mut scores) = ((0..rows.len() as u32).collect::<Vec<_>>(), Vec::new());
             index.scores(&query, &all, &mut SearchScratch::default(), &mut scores);
             let mut want: Vec<Scored> =
-                all.iter().zip(scores).map(|(&row, score)| Scored { row, score }).filter(|s| allowed(s.row)).collect();
+                all.iter().zip(scores).map(|(&row, score)| Scored { row, score }).filter(|s| allows(s.row)).collect();
             want.sort_by(best_first);
             want.truncate(k);
             let mut got = Vec::new();
-            index.search(&query, k, &allowed, &mut SearchScratch::default(), &mut got);
+            let filter = Filter::predicate(&allows);
+            index.search(&query, k, filter, &SearchParams::default(), &mut SearchScratch::default(), &mut got);
             prop_assert_eq!(got, want);
         }
     }

@@ -103,6 +103,11 @@ impl Coarse {
         Some(coarse)
     }
 
+    /// Size in memory.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + 4 * (self.scales.len() + self.residuals.len() + self.sizes.len())
+    }
+
     /// Rounds a query.
     pub fn prepare(&self, query: &[f32], out: &mut CoarseQuery) {
         let scale = scale_of(query);

@@ -3,29 +3,159 @@
 mod brute_force;
 mod coarse;
 mod distance;
+mod options;
 
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
+pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, RefineBits, SearchParams, Storage};
+
+use std::sync::Arc;
 
 use crate::candidates::{Packed, Scored};
+use crate::catalog::generation::{Matrix, Metric};
 
 /// A searchable set of item vectors. Row `i` of the index is item row `i`.
 pub trait VectorIndex: Send + Sync + std::fmt::Debug {
+    /// How it was made.
+    fn kind(&self) -> IndexKind;
+
     /// Dimension.
     fn dim(&self) -> usize;
 
-    /// Appends the `k` best rows for `query` (f32 `[dim]`) that `allowed` admits: best first, ties by lower row.
+    /// Bytes that the index needs beside the matrix it is over, vectors of its own included.
+    fn bytes(&self) -> usize;
+
+    /// Appends the `k` best rows for `query` (f32 `[dim]`) that `filter` admits: best first, ties by lower row. Rows may be
+    /// missed by kinds that are not exact; `params` trade that against time.
     fn search(
         &self,
         query: &[f32],
         k: usize,
-        allowed: &dyn Fn(u32) -> bool,
+        filter: Filter<'_>,
+        params: &SearchParams,
         scratch: &mut SearchScratch,
         out: &mut Vec<Scored>,
     );
 
-    /// Appends the metric's score of each of `rows`, which may be any of the index's.
+    /// Searches for each of `queries` (f32 `[out.len(), dim]`, row-major), with what [`Self::search`] gives for each. Kinds for
+    /// which queries can share the reading of memory do.
+    fn search_batch(
+        &self,
+        queries: &[f32],
+        k: usize,
+        filter: Filter<'_>,
+        params: &SearchParams,
+        scratch: &mut SearchScratch,
+        out: &mut [Vec<Scored>],
+    ) {
+        for (query, out) in queries.chunks_exact(self.dim().max(1)).zip(out) {
+            self.search(query, k, filter, params, scratch, out);
+        }
+    }
+
+    /// Appends the metric's exact score of each of `rows`, which may be any of the index's.
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>);
+}
+
+/// Makes an index over `matrix`. `progress` is told of every step: its name, and how many of how many units are done.
+///
+/// # Errors
+/// Options that do not fit the matrix; the text names the option and what it may be.
+pub fn build(
+    options: &IndexOptions,
+    matrix: &Matrix,
+    metric: Metric,
+    progress: &(dyn Fn(&str, u64, u64) + Sync),
+) -> Result<Arc<dyn VectorIndex>, String> {
+    let _ = progress;
+    match options {
+        IndexOptions::BruteForce {} => Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect()))),
+        other => Err(format!("{} is not built in", other.kind())),
+    }
+}
+
+/// Which rows a search may return: those that are in a set and that a predicate admits.
+#[derive(Clone, Copy, Default)]
+pub struct Filter<'a> {
+    bits: Option<&'a [u64]>,
+    predicate: Option<&'a dyn Fn(u32) -> bool>,
+}
+
+impl std::fmt::Debug for Filter<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Filter {{ bits: {}, predicate: {} }}", self.bits.is_some(), self.predicate.is_some())
+    }
+}
+
+impl<'a> Filter<'a> {
+    /// Admits every row.
+    pub const ALL: Filter<'static> = Filter { bits: None, predicate: None };
+
+    /// Admits what the predicate admits. It is asked about few rows only: those that would be among the best.
+    pub fn predicate(predicate: &'a dyn Fn(u32) -> bool) -> Self {
+        Filter { bits: None, predicate: Some(predicate) }
+    }
+
+    /// Further demands that row `i` has bit `i % 64` of word `i / 64`; rows beyond the last word are out.
+    pub fn within(self, bits: &'a [u64]) -> Self {
+        Filter { bits: Some(bits), ..self }
+    }
+
+    /// Whether it admits `row`.
+    #[inline]
+    pub fn allows(&self, row: u32) -> bool {
+        self.bits.is_none_or(|bits| bits.get(row as usize / 64).is_some_and(|word| word >> (row % 64) & 1 == 1))
+            && self.predicate.is_none_or(|allows| allows(row))
+    }
+
+    /// Whether it admits every row without asking.
+    pub fn is_all(&self) -> bool {
+        self.bits.is_none() && self.predicate.is_none()
+    }
+
+    /// The share of `n` rows that it admits: counted, or estimated from rows spread over all.
+    pub fn share(&self, n: usize) -> f64 {
+        if self.is_all() || n == 0 {
+            return 1.0;
+        }
+        let in_set = match self.bits {
+            Some(bits) if self.predicate.is_none() => {
+                let count: u64 = bits.iter().take(n.div_ceil(64)).map(|word| u64::from(word.count_ones())).sum();
+                return count as f64 / n as f64;
+            }
+            _ => |row: u32| self.allows(row),
+        };
+        // Few rows tell a share that is not small; a small one takes more to be told from none.
+        let mut share = 0.0;
+        for sampled in [256, 4096] {
+            let sampled = sampled.min(n);
+            let admitted = (0..sampled).filter(|at| in_set((at * n / sampled) as u32)).count();
+            share = admitted as f64 / sampled as f64;
+            if admitted >= 16 {
+                break;
+            }
+        }
+        share
+    }
+
+    /// Calls `take` for every admitted row below `n`, in order.
+    pub fn each(&self, n: usize, mut take: impl FnMut(u32)) {
+        match self.bits {
+            Some(bits) => {
+                for (at, &word) in bits.iter().enumerate().take(n.div_ceil(64)) {
+                    let mut left = word;
+                    while left != 0 {
+                        let row = at as u32 * 64 + left.trailing_zeros();
+                        left &= left - 1;
+                        if (row as usize) < n && self.predicate.is_none_or(|allows| allows(row)) {
+                            take(row);
+                        }
+                    }
+                }
+            }
+            None => (0..n as u32).filter(|&row| self.allows(row)).for_each(take),
+        }
+    }
 }
 
 /// Buffers of a search, reused from search to search.
@@ -45,4 +175,27 @@ pub struct SearchScratch {
     /// Those of them that must be scored exactly, and the scores.
     rows: Vec<u32>,
     exact: Vec<f32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_agree_with_themselves() {
+        let n = 1000;
+        let bits: Vec<u64> = (0..n / 64).map(|word| 0x9249_2492_4924_9249u64.rotate_left(word as u32)).collect();
+        let odd = |row: u32| row % 2 == 1;
+        for filter in
+            [Filter::ALL, Filter::predicate(&odd), Filter::ALL.within(&bits), Filter::predicate(&odd).within(&bits)]
+        {
+            let want: Vec<u32> = (0..n as u32).filter(|&row| filter.allows(row)).collect();
+            let mut got = Vec::new();
+            filter.each(n, |row| got.push(row));
+            assert_eq!(got, want);
+            let share = want.len() as f64 / n as f64;
+            assert!((filter.share(n) - share).abs() < 0.05, "{filter:?}: {} {share}", filter.share(n));
+        }
+        assert_eq!(Filter::predicate(&|_| false).share(n), 0.0);
+    }
 }

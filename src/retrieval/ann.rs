@@ -1,20 +1,20 @@
 //! Nearest items to the user's embedding.
 
 use crate::candidates::Scored;
-use crate::index::{SearchScratch, VectorIndex};
+use crate::index::{Filter, SearchParams, SearchScratch, VectorIndex};
 
 /// Appends the `k` nearest allowed items, best first; nothing for a user without a vector.
 pub fn retrieve(
     index: Option<&dyn VectorIndex>,
     user: &[f32],
     k: usize,
-    allowed: &dyn Fn(u32) -> bool,
+    filter: Filter<'_>,
     scratch: &mut SearchScratch,
     out: &mut Vec<Scored>,
 ) {
     if let Some(index) = index
         && !user.is_empty()
     {
-        index.search(user, k, allowed, scratch, out);
+        index.search(user, k, filter, &SearchParams::default(), scratch, out);
     }
 }

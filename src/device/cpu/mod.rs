@@ -13,7 +13,7 @@ use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{SearchScratch, VectorIndex};
+use crate::index::{Filter, SearchParams, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::ranking::onnx::OnnxRanker;
@@ -266,7 +266,7 @@ impl Loaded {
         };
         let index = self.index.as_deref();
         source(Source::Ann, Stage::Ann, &mut |list| {
-            ann::retrieve(index, &user.vector, config.ann_k as usize, &allowed, search, list);
+            ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
             Ok(())
         });
         source(Source::Collaborative, Stage::Collaborative, &mut |list| {
@@ -386,7 +386,10 @@ impl Loaded {
             job.timings.lap(Stage::Search, clock);
         } else {
             match &self.index {
-                Some(index) => index.search(vector, *k as usize, &allowed, search, best),
+                Some(index) => {
+                    let filter = Filter::predicate(&allowed);
+                    index.search(vector, *k as usize, filter, &SearchParams::default(), search, best);
+                }
                 None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
             }
             job.timings.lap(Stage::Ann, clock);

@@ -1,0 +1,158 @@
+//! How an index is made, and what a search may trade. Names as cuVS spells them.
+
+use serde::{Deserialize, Serialize};
+
+/// The kinds of index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IndexKind {
+    /// Exact scan.
+    BruteForce,
+    /// Inverted lists of full vectors.
+    IvfFlat,
+    /// Inverted lists of 8-bit scalar-quantised vectors.
+    IvfSq8,
+    /// Inverted lists of 4-bit product-quantised vectors, refined.
+    IvfPq,
+    /// Inverted lists of RaBitQ codes, one bit a dimension, refined.
+    IvfRabitq,
+    /// Hierarchical navigable small world graph.
+    Hnsw,
+}
+
+impl IndexKind {
+    /// As on the command line and in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            IndexKind::BruteForce => "brute_force",
+            IndexKind::IvfFlat => "ivf_flat",
+            IndexKind::IvfSq8 => "ivf_sq8",
+            IndexKind::IvfPq => "ivf_pq",
+            IndexKind::IvfRabitq => "ivf_rabitq",
+            IndexKind::Hnsw => "hnsw",
+        }
+    }
+}
+
+impl std::fmt::Display for IndexKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How an index is made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum IndexOptions {
+    /// Exact scan: no parameters.
+    BruteForce {},
+    /// See [`IndexKind::IvfFlat`].
+    IvfFlat(IvfOptions),
+    /// See [`IndexKind::IvfSq8`].
+    IvfSq8(IvfOptions),
+    /// See [`IndexKind::IvfPq`].
+    IvfPq(IvfOptions),
+    /// See [`IndexKind::IvfRabitq`].
+    IvfRabitq(IvfOptions),
+    /// See [`IndexKind::Hnsw`].
+    Hnsw(HnswOptions),
+}
+
+impl IndexOptions {
+    /// The kind that they make.
+    pub fn kind(&self) -> IndexKind {
+        match self {
+            IndexOptions::BruteForce {} => IndexKind::BruteForce,
+            IndexOptions::IvfFlat(_) => IndexKind::IvfFlat,
+            IndexOptions::IvfSq8(_) => IndexKind::IvfSq8,
+            IndexOptions::IvfPq(_) => IndexKind::IvfPq,
+            IndexOptions::IvfRabitq(_) => IndexKind::IvfRabitq,
+            IndexOptions::Hnsw(_) => IndexKind::Hnsw,
+        }
+    }
+
+    /// The defaults of a kind.
+    pub fn of(kind: IndexKind) -> Self {
+        match kind {
+            IndexKind::BruteForce => IndexOptions::BruteForce {},
+            IndexKind::IvfFlat => IndexOptions::IvfFlat(IvfOptions::default()),
+            IndexKind::IvfSq8 => IndexOptions::IvfSq8(IvfOptions::default()),
+            IndexKind::IvfPq => IndexOptions::IvfPq(IvfOptions::default()),
+            IndexKind::IvfRabitq => IndexOptions::IvfRabitq(IvfOptions::default()),
+            IndexKind::Hnsw => IndexOptions::Hnsw(HnswOptions::default()),
+        }
+    }
+}
+
+/// How inverted lists are made. What is absent has a default that follows from the vectors; what does not concern the kind is
+/// refused.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IvfOptions {
+    /// Number of lists, 1 to the number of vectors; about `4 √n` when absent.
+    pub n_lists: Option<u32>,
+    /// Iterations of k-means, 1 to 100; 10 when absent.
+    pub kmeans_n_iters: Option<u32>,
+    /// Seed of everything random; the same seed gives the same index.
+    pub seed: u64,
+    /// `ivf_flat`: how vectors lie in the lists; f32 when absent.
+    pub storage: Option<Storage>,
+    /// `ivf_pq`: subspaces of 4 bits each, 4 to 1024: `pq_dim / 2` bytes a vector. Half the dimension when absent.
+    pub pq_dim: Option<u32>,
+    /// `ivf_pq`, `ivf_rabitq`: what the candidates that the codes find are scored by; 8 bits when absent.
+    pub refine_bits: Option<RefineBits>,
+}
+
+/// Bits a dimension of the codes that candidates are refined by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefineBits {
+    /// 4 bits: one cache line for 128 dimensions.
+    Four,
+    /// 8 bits.
+    #[default]
+    Eight,
+}
+
+/// How full vectors are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// 4 bytes a value.
+    #[default]
+    F32,
+    /// 2 bytes: 11 bits of precision, magnitudes up to 65,504.
+    F16,
+    /// 2 bytes: 8 bits of precision, any magnitude.
+    Bf16,
+}
+
+/// How a graph is made (Malkov and Yashunin, TPAMI 2020).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HnswOptions {
+    /// Most neighbours of a vector on the bottom layer, 4 to 512; half as many above.
+    pub graph_degree: u32,
+    /// Candidates that are looked at for a vector's neighbours, at least `graph_degree`.
+    pub ef_construction: u32,
+    /// Seed of the layers.
+    pub seed: u64,
+}
+
+impl Default for HnswOptions {
+    fn default() -> Self {
+        HnswOptions { graph_degree: 32, ef_construction: 200, seed: 0 }
+    }
+}
+
+/// What a search may trade between recall and time; each kind reads what concerns it and has defaults for what is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SearchParams {
+    /// IVF: lists that are scanned, 1 to `n_lists`.
+    pub n_probes: Option<u32>,
+    /// IVF with codes: candidates that are refined, as a multiple of k; 1 to 100.
+    pub refine_ratio: Option<f32>,
+    /// HNSW: length of the list of candidates, at least k.
+    pub ef_search: Option<u32>,
+}
