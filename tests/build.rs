@@ -15,6 +15,7 @@ use parquet::arrow::ArrowWriter;
 use tastemaker::catalog::build::{self, BuildOptions, BuildReport, Silent};
 use tastemaker::catalog::generation::{Generation, MatrixData, Metric};
 use tastemaker::catalog::{CatalogError, bundle};
+use tastemaker::index::{Filter, IndexOptions, IvfOptions, SearchParams, SearchScratch, Storage};
 
 const ITEMS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -709,6 +710,58 @@ fn half_precision_stays_half() {
 }
 
 #[test]
+fn every_kind_of_index_comes_back_as_it_was_built() {
+    let work = Work::new();
+    // Enough items for several lists.
+    let (n, dim) = (200, 12);
+    let ids: Vec<String> = (0..n).map(|at| format!("i{at}")).collect();
+    parquet(&work.data().join("items.parquet"), &[("item_id", Arc::new(StringArray::from(ids)) as ArrayRef)]);
+    std::fs::remove_file(work.data().join("interactions.parquet")).unwrap();
+    std::fs::remove_file(work.data().join("user_embeddings.npy")).unwrap();
+    let values: Vec<f32> = (0..n * dim).map(|at| ((at * 7919) % 1009) as f32 / 1009.0 - 0.4).collect();
+    matrix(&work.data().join("item_embeddings.npy"), n, &values);
+    let ivf = |storage, n_lists| IvfOptions { storage, n_lists: Some(n_lists), ..Default::default() };
+    let mut versions = Vec::new();
+    for metric in ["inner_product", "cosine", "l2"] {
+        toml(&work.data(), &format!("name = \"small\"\n[embeddings]\nmetric = \"{metric}\"\n"));
+        for index in [
+            IndexOptions::BruteForce {},
+            IndexOptions::IvfFlat(ivf(None, 5)),
+            IndexOptions::IvfFlat(ivf(Some(Storage::F16), 5)),
+            IndexOptions::IvfFlat(ivf(Some(Storage::Bf16), 5)),
+            IndexOptions::IvfPq(ivf(None, 5)),
+            IndexOptions::IvfRabitq(ivf(None, 5)),
+            IndexOptions::IvfRabitq(ivf(None, 200)),
+        ] {
+            let options = BuildOptions { overwrite: true, index: index.clone(), ..BuildOptions::default() };
+            versions.push(build::build(&work.data(), &work.out(), &options, &Silent).unwrap().version);
+            let generation = bundle::open(&work.out()).unwrap();
+            let (read, items) = (generation.index().unwrap(), generation.item_embeddings.as_ref().unwrap());
+            let made = tastemaker::index::build(&index, items, generation.metric, &|_, _, _| {}).unwrap();
+            assert_eq!(read.kind(), index.kind());
+            let (mut scratch, mut found) = (SearchScratch::default(), [Vec::new(), Vec::new()]);
+            for query in values.chunks_exact(dim).step_by(17) {
+                for (index, found) in [&read, &made].into_iter().zip(&mut found) {
+                    index.search(query, 30, Filter::ALL, &SearchParams::default(), &mut scratch, found);
+                }
+            }
+            assert_eq!(found[0], found[1]);
+            assert_eq!(found[0].len(), 30 * 12);
+        }
+    }
+    let all = versions.len();
+    versions.sort();
+    versions.dedup();
+    assert_eq!(versions.len(), all);
+    // Options that do not fit name themselves, and leave nothing behind.
+    let index = IndexOptions::IvfPq(IvfOptions { pq_dim: Some(5), ..Default::default() });
+    let options = BuildOptions { overwrite: true, index, ..BuildOptions::default() };
+    let error = build::build(&work.data(), &work.out(), &options, &Silent).unwrap_err().to_string();
+    assert!(error.contains("pq_dim = 5") && error.contains("item_embeddings.npy"), "{error}");
+    assert_eq!(work.beside(), ["bundle", "data"]);
+}
+
+#[test]
 fn the_version_names_the_content() {
     type Change = fn(&Path);
     fn with_text(columns: &str) -> String {
@@ -879,7 +932,11 @@ fn a_damaged_bundle_is_refused() {
     // An older or newer format says so instead of calling it damage.
     let manifest = work.out().join("manifest.json");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replace("\"format_version\": 2", "\"format_version\": 999")).unwrap();
+    std::fs::write(
+        &manifest,
+        text.replace(&format!("\"format_version\": {}", bundle::FORMAT_VERSION), "\"format_version\": 999"),
+    )
+    .unwrap();
     assert!(bundle::open(&work.out()).unwrap_err().to_string().contains("build it anew"));
     assert!(bundle::open(&work.data()).unwrap_err().to_string().contains("not a bundle"));
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::cooccurrence::{self, MAX_NEIGHBOURS};
@@ -9,17 +10,27 @@ use super::dataset::{Dataset, EmbeddingsConfig, RawInteraction, Table, optional}
 use super::generation::{Entities, Generation, Histories, Lists, Matrix};
 use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
+use crate::index::{self, IndexOptions, VectorIndex};
+use parking_lot::Mutex;
 
 /// What can't be served of a generation's rankers.
 pub type TryRankers = fn(&Generation) -> Result<(), String>;
 
 /// How to build.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct BuildOptions {
     /// Replace an existing bundle.
     pub overwrite: bool,
     /// Given the finished bundle before it appears, says what in its rankers can't be served.
     pub try_rankers: Option<TryRankers>,
+    /// The index over the item embeddings.
+    pub index: IndexOptions,
+}
+
+impl Default for BuildOptions {
+    fn default() -> Self {
+        BuildOptions { overwrite: false, try_rankers: None, index: IndexOptions::BruteForce {} }
+    }
 }
 
 /// Hears how far a build is.
@@ -112,6 +123,7 @@ pub fn build(
     let (trending, trending_by_category, popularity) =
         popularity::trending(&dataset.interactions, n_items, half_life, category);
 
+    let index = make_index(&dataset, item_embeddings.as_ref(), &options.index, progress)?;
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -144,6 +156,7 @@ pub fn build(
             trending_by_category: &trending_by_category,
             roles: dataset.roles,
             rankers: &rankers,
+            index: index.as_deref().map(|index| (&options.index, index)),
             texts: &dataset.texts,
         },
     )?;
@@ -242,6 +255,29 @@ fn embeddings(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<(Option<M
         _ => {}
     }
     Ok((items, users))
+}
+
+fn make_index(
+    dataset: &Dataset,
+    matrix: Option<&Matrix>,
+    options: &IndexOptions,
+    progress: &dyn Progress,
+) -> Result<Option<Arc<dyn VectorIndex>>, CatalogError> {
+    let Some(matrix) = matrix else { return Ok(None) };
+    // Steps are told from several threads and may overtake each other.
+    let stage = Mutex::new((String::new(), 0));
+    let told = |name: &str, done: u64, total: u64| {
+        let mut stage = stage.lock();
+        if stage.0 != name {
+            *stage = (name.to_owned(), 0);
+            progress.begin(&format!("index: {name}"), total);
+        }
+        progress.advance(done.saturating_sub(stage.1));
+        stage.1 = stage.1.max(done);
+    };
+    let config = &dataset.config.embeddings;
+    let index = index::build(options, matrix, config.metric, &told);
+    index.map(Some).map_err(|reason| CatalogError::file(&dataset.directory.join(&config.items), reason))
 }
 
 /// Histories by user: one entry per item (the last one stays), oldest first.

@@ -24,11 +24,13 @@ use super::generation::{
     Column, ColumnData, Entities, Generation, Histories, IdTable, Lists, Matrix, MatrixData, Metric, NO_CODE, NO_ROW,
     RankedList, RankerModel, Roles,
 };
+use super::index::{self, IndexSpec, Tuned};
 use super::text::TextIndex;
+use crate::index::{IndexOptions, SearchParams, VectorIndex};
 use crate::ranking::manifest::RankerManifest;
 
 /// Raised with every change that an older server can't read.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 const ALIGNMENT: u64 = 64;
 const MANIFEST: &str = "manifest.json";
 const ARRAYS: &str = "arrays.bin";
@@ -51,6 +53,7 @@ struct Manifest {
     roles: BTreeMap<String, usize>,
     rankers: Vec<String>,
     text: bool,
+    index: IndexSpec,
     arrays: BTreeMap<String, Section>,
     /// xxh3 of every other file, by path within the bundle.
     files: BTreeMap<String, String>,
@@ -82,12 +85,15 @@ struct Section {
 }
 
 /// A type that arrays of a bundle may have.
-trait Element: Pod {
+pub(super) trait Element: Pod {
     const NAME: &'static str;
 }
 
 impl Element for u8 {
     const NAME: &'static str = "u8";
+}
+impl Element for u16 {
+    const NAME: &'static str = "u16";
 }
 impl Element for u32 {
     const NAME: &'static str = "u32";
@@ -134,11 +140,13 @@ pub struct Content<'a> {
     pub roles: Roles,
     /// Names of the rankers whose files lie in `rankers/` already.
     pub rankers: &'a [String],
+    /// How the index over the item embeddings was made, and the index; none without embeddings.
+    pub index: Option<(&'a IndexOptions, &'a dyn VectorIndex)>,
     /// What the index in `text/` is over, by column; empty without one.
     pub texts: &'a [(String, Vec<String>)],
 }
 
-struct Writer {
+pub(super) struct Writer {
     file: BufWriter<File>,
     path: PathBuf,
     position: u64,
@@ -146,7 +154,12 @@ struct Writer {
 }
 
 impl Writer {
-    fn put<T: Element>(&mut self, name: String, values: &[T], shape: Vec<usize>) -> Result<(), CatalogError> {
+    pub(super) fn put<T: Element>(
+        &mut self,
+        name: String,
+        values: &[T],
+        shape: Vec<usize>,
+    ) -> Result<(), CatalogError> {
         let io = |e| CatalogError::io(&self.path, e);
         let padding = self.position.next_multiple_of(ALIGNMENT) - self.position;
         self.file.write_all(&[0; ALIGNMENT as usize][..padding as usize]).map_err(io)?;
@@ -167,7 +180,7 @@ impl Writer {
         }
     }
 
-    fn vector<T: Element>(&mut self, name: impl Into<String>, values: &[T]) -> Result<(), CatalogError> {
+    pub(super) fn vector<T: Element>(&mut self, name: impl Into<String>, values: &[T]) -> Result<(), CatalogError> {
         self.put(name.into(), values, vec![values.len()])
     }
 
@@ -244,6 +257,9 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
     writer.vector("trending.scores", &content.trending.scores)?;
     writer.vector("popularity", content.popularity)?;
     writer.lists("trending_by_category", content.trending_by_category)?;
+    if let Some((_, index)) = content.index {
+        index::write(&mut writer, index)?;
+    }
     let Writer { file, path, sections, .. } = writer;
     let file = file.into_inner().map_err(|e| CatalogError::io(&path, e.into_error()))?;
     file.sync_all().map_err(|e| CatalogError::io(&path, e))?;
@@ -277,6 +293,7 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
         roles: roles.into_iter().filter_map(|(name, at)| Some((name.to_owned(), at?))).collect(),
         rankers: content.rankers.to_vec(),
         text: !content.texts.is_empty(),
+        index: IndexSpec::new(content.index.map_or(IndexOptions::BruteForce {}, |(options, _)| options.clone())),
         arrays: sections,
         files,
     };
@@ -317,8 +334,8 @@ fn content_hash(manifest: &Manifest, texts: &[(String, Vec<String>)]) -> String 
         add(name.as_bytes());
         add(file.as_bytes());
     }
-    let Manifest { metric, roles, integer_item_ids, integer_user_ids, .. } = manifest;
-    add(format!("{metric:?} {roles:?} {integer_item_ids} {integer_user_ids}").as_bytes());
+    let Manifest { metric, roles, integer_item_ids, integer_user_ids, index, .. } = manifest;
+    add(format!("{metric:?} {roles:?} {integer_item_ids} {integer_user_ids} {:?}", index.options).as_bytes());
     for (column, texts) in texts {
         add(column.as_bytes());
         texts.iter().for_each(|text| add(text.as_bytes()));
@@ -343,7 +360,7 @@ fn files_in(folder: &Path) -> Result<Vec<PathBuf>, CatalogError> {
     Ok(paths)
 }
 
-struct Reader {
+pub(super) struct Reader {
     directory: PathBuf,
     map: Arc<Mmap>,
     manifest: Manifest,
@@ -421,11 +438,21 @@ impl Reader {
         Ok(())
     }
 
-    fn corrupt(&self, name: &str, reason: &str) -> CatalogError {
+    pub(super) fn corrupt(&self, name: &str, reason: &str) -> CatalogError {
         CatalogError::corrupt(&self.directory.join(ARRAYS), format!("`{name}`: {reason}"))
     }
 
-    fn array<T: Element>(&self, name: &str) -> Result<Array<T>, CatalogError> {
+    /// The element type of an array, if there is one.
+    pub(super) fn dtype(&self, name: &str) -> Option<&str> {
+        self.manifest.arrays.get(name).map(|section| section.dtype.as_str())
+    }
+
+    /// The shape of an array, if there is one.
+    pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.manifest.arrays.get(name).map(|section| &section.shape[..])
+    }
+
+    pub(super) fn array<T: Element>(&self, name: &str) -> Result<Array<T>, CatalogError> {
         let section = self.manifest.arrays.get(name).ok_or_else(|| self.corrupt(name, "missing"))?;
         if section.dtype != T::NAME {
             return Err(self.corrupt(name, &format!("is {}, expected {}", section.dtype, T::NAME)));
@@ -595,6 +622,10 @@ impl Reader {
         {
             return Err(self.corrupt("users.embeddings", "its dim is not the items'"));
         }
+        let index = match &item_embeddings {
+            Some(matrix) => index::read(&self, &m.index, matrix, m.metric)?,
+            None => None,
+        };
         Ok(Generation {
             version: m.version.clone(),
             histories,
@@ -608,7 +639,7 @@ impl Reader {
             text: m.text.then(|| TextIndex::open(&self.directory.join("text"))).transpose()?,
             rankers: self.rankers()?,
             roles,
-            shared_index: OnceLock::new(),
+            shared_index: index.map_or_else(OnceLock::new, |index| OnceLock::from(Some(index))),
             items,
             users,
         })
@@ -656,6 +687,8 @@ pub struct BundleInfo {
     pub dim: usize,
     /// How embeddings compare.
     pub metric: Metric,
+    /// The index over the embeddings.
+    pub index: IndexSpec,
     /// Neighbours in all item-item lists.
     pub n_neighbours: usize,
     /// Whether there is a text index.
@@ -670,6 +703,28 @@ pub struct BundleInfo {
     pub rankers: BTreeMap<String, Vec<String>>,
     /// Mapped bytes per array.
     pub arrays_bytes: BTreeMap<String, u64>,
+}
+
+/// Gives an index other search parameters: the manifest is written anew, under another version, and takes the old one's place.
+/// Returns the version.
+///
+/// # Errors
+/// As [`open`], and those of the file system.
+pub fn set_search(directory: &Path, search: SearchParams, tuned: Tuned) -> Result<String, CatalogError> {
+    let Reader { mut manifest, .. } = Reader::open(directory)?;
+    manifest.index.search = search;
+    manifest.index.tuned = Some(tuned);
+    let content = manifest.version.split('+').next().unwrap_or_default();
+    let hash = xxh3_64(format!("{search:?}").as_bytes()) as u16;
+    manifest.version = format!("{content}+{hash:04x}");
+    let path = directory.join(MANIFEST);
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| CatalogError::file(&path, e.to_string()))?;
+    let io = |e| CatalogError::io(&path, e);
+    let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io)?;
+    file.write_all(&sealed(&text)).and_then(|()| file.as_file().sync_all()).map_err(io)?;
+    file.persist(&path).map_err(|e| io(e.error))?;
+    File::open(directory).and_then(|d| d.sync_all()).map_err(io)?;
+    Ok(manifest.version)
 }
 
 /// Verifies a bundle and describes it.
@@ -691,6 +746,7 @@ pub fn describe(directory: &Path) -> Result<BundleInfo, CatalogError> {
         n_interactions: elements("histories.rows"),
         dim: m.arrays.get("items.embeddings").and_then(|s| s.shape.get(1).copied()).unwrap_or(0),
         metric: m.metric,
+        index: m.index.clone(),
         n_neighbours: elements("collaborative.rows"),
         text: m.text,
         item_columns: kinds(&m.item_columns),
@@ -721,7 +777,10 @@ impl fmt::Display for BundleInfo {
         writeln!(f, "neighbours    {:>10}", self.n_neighbours)?;
         match self.dim {
             0 => writeln!(f, "embeddings          none (the ann source is off)")?,
-            dim => writeln!(f, "embeddings    {dim:>10} dimensions, {:?}, exact scan (brute_force)", self.metric)?,
+            dim => {
+                writeln!(f, "embeddings    {dim:>10} dimensions, {:?}", self.metric)?;
+                writeln!(f, "{}", self.index)?;
+            }
         }
         writeln!(f, "text search   {:>10}", if self.text { "yes" } else { "no" })?;
         writeln!(f, "mapped        {:>10.1} MiB", bytes as f64 / f64::from(1 << 20))?;

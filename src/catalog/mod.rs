@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod cooccurrence;
 pub mod dataset;
 pub mod generation;
+pub mod index;
 pub mod npy;
 pub mod popularity;
 pub mod synthetic;

@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::progress::Reporter;
 use crate::catalog::build::{self, BuildOptions, Progress};
+use crate::index::{IndexOptions, IvfOptions, Storage};
 
 /// `tastemaker build`
 #[derive(Debug, Args)]
@@ -16,17 +17,75 @@ pub struct Build {
     /// Replace an existing bundle.
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    index: IndexArgs,
+}
+
+/// Which index, and how it is made.
+#[derive(Debug, Args)]
+pub struct IndexArgs {
     /// Vector index over the item embeddings.
-    #[arg(long, value_enum, default_value_t = IndexKind::BruteForce)]
-    index: IndexKind,
+    #[arg(long, value_enum, default_value_t = Kind::BruteForce)]
+    index: Kind,
+    /// Inverted lists; about 4 √n when absent.
+    #[arg(long, value_name = "N")]
+    n_lists: Option<u32>,
+    /// ivf_pq: subspaces of 4 bits each, pq_dim / 2 bytes a vector; half the dimension when absent.
+    #[arg(long, value_name = "N")]
+    pq_dim: Option<u32>,
+    /// ivf_flat: how vectors lie in the lists.
+    #[arg(long, value_enum)]
+    storage: Option<Stored>,
+    /// Seed of everything random in the index.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
 }
 
 /// Vector index kinds that this build can make.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum IndexKind {
+#[value(rename_all = "snake_case")]
+enum Kind {
     /// Exact scan: no parameters, recall 1.
-    #[value(name = "brute_force")]
     BruteForce,
+    /// Inverted lists of full vectors.
+    IvfFlat,
+    /// Inverted lists of 4-bit product-quantised vectors, refined by 8 bits: the fastest for most.
+    IvfPq,
+    /// Inverted lists of one bit a dimension (RaBitQ), refined by 8 bits: the smallest scan.
+    IvfRabitq,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Stored {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl IndexArgs {
+    /// # Errors
+    /// A flag that does not concern the kind.
+    fn options(&self) -> anyhow::Result<IndexOptions> {
+        let storage = self.storage.map(|storage| match storage {
+            Stored::F32 => Storage::F32,
+            Stored::F16 => Storage::F16,
+            Stored::Bf16 => Storage::Bf16,
+        });
+        let ivf =
+            IvfOptions { n_lists: self.n_lists, seed: self.seed, storage, pq_dim: self.pq_dim, ..Default::default() };
+        Ok(match self.index {
+            Kind::BruteForce => {
+                anyhow::ensure!(
+                    ivf == IvfOptions { seed: self.seed, ..Default::default() },
+                    "brute_force has no parameters; name another --index"
+                );
+                IndexOptions::BruteForce {}
+            }
+            Kind::IvfFlat => IndexOptions::IvfFlat(ivf),
+            Kind::IvfPq => IndexOptions::IvfPq(ivf),
+            Kind::IvfRabitq => IndexOptions::IvfRabitq(ivf),
+        })
+    }
 }
 
 impl Progress for Reporter {
@@ -41,9 +100,9 @@ impl Progress for Reporter {
 
 impl Build {
     pub fn run(self) -> anyhow::Result<()> {
-        let IndexKind::BruteForce = self.index;
+        let index = self.index.options()?;
         let progress = Reporter::new();
-        let options = BuildOptions { overwrite: self.overwrite, try_rankers: Some(super::try_rankers) };
+        let options = BuildOptions { overwrite: self.overwrite, try_rankers: Some(super::try_rankers), index };
         let report = build::build(&self.dataset, &self.out, &options, &progress)?;
         progress.finish();
         say!("{report}");

@@ -19,6 +19,7 @@ mod inspect;
 pub mod progress;
 mod recommend;
 mod serve;
+mod tune;
 
 use std::io::Write as _;
 
@@ -51,6 +52,8 @@ enum Command {
     Recommend(recommend::Recommend),
     /// Measure recall, NDCG and coverage of the served pipeline on held-out interactions.
     Eval(eval::Eval),
+    /// Find search parameters of the index that reach a recall in the least time, and write them into the bundle.
+    Tune(tune::Tune),
     /// Show what is in a bundle, after verifying every checksum.
     Inspect(inspect::Inspect),
     /// Validate a configuration file, and its rules against a bundle.
@@ -70,6 +73,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(command) => command.run(),
         Command::Recommend(command) => command.run(),
         Command::Eval(command) => command.run(),
+        Command::Tune(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Features(command) => command.run(),

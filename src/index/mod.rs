@@ -3,11 +3,25 @@
 mod brute_force;
 mod coarse;
 mod distance;
+mod exact;
+mod fastscan;
+mod ivf;
+mod kmeans;
+pub mod live;
 mod options;
+mod refine;
+mod rotation;
+mod select;
+mod simd;
+pub mod tune;
 
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
-pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, RefineBits, SearchParams, Storage};
+pub use exact::Exact;
+pub use fastscan::Blocks;
+pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
+pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
+pub use simd::Simd;
 
 use std::sync::Arc;
 
@@ -21,6 +35,11 @@ pub trait VectorIndex: Send + Sync + std::fmt::Debug {
 
     /// Dimension.
     fn dim(&self) -> usize;
+
+    /// Inverted lists; 0 for kinds without.
+    fn n_lists(&self) -> u32 {
+        0
+    }
 
     /// Bytes that the index needs beside the matrix it is over, vectors of its own included.
     fn bytes(&self) -> usize;
@@ -53,8 +72,22 @@ pub trait VectorIndex: Send + Sync + std::fmt::Debug {
         }
     }
 
+    /// What a bundle stores of it.
+    fn stored(&self) -> Stored<'_> {
+        Stored::Nothing
+    }
+
     /// Appends the metric's exact score of each of `rows`, which may be any of the index's.
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>);
+}
+
+/// What a bundle stores of an index.
+#[derive(Debug)]
+pub enum Stored<'a> {
+    /// It is made from the matrix when it is asked for.
+    Nothing,
+    /// Inverted lists.
+    Ivf(&'a IvfParts),
 }
 
 /// Makes an index over `matrix`. `progress` is told of every step: its name, and how many of how many units are done.
@@ -67,9 +100,15 @@ pub fn build(
     metric: Metric,
     progress: &(dyn Fn(&str, u64, u64) + Sync),
 ) -> Result<Arc<dyn VectorIndex>, String> {
-    let _ = progress;
+    if matrix.n_rows() == 0 {
+        return Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect())));
+    }
+    let exact = || exact::Exact::new(matrix.clone(), metric, Kernel::detect());
     match options {
         IndexOptions::BruteForce {} => Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect()))),
+        IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) => {
+            Ok(Arc::new(Ivf::build(options.kind(), ivf, exact(), progress)?))
+        }
         other => Err(format!("{} is not built in", other.kind())),
     }
 }
@@ -175,6 +214,7 @@ pub struct SearchScratch {
     /// Those of them that must be scored exactly, and the scores.
     rows: Vec<u32>,
     exact: Vec<f32>,
+    ivf: ivf::IvfScratch,
 }
 
 #[cfg(test)]

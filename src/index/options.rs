@@ -10,8 +10,6 @@ pub enum IndexKind {
     BruteForce,
     /// Inverted lists of full vectors.
     IvfFlat,
-    /// Inverted lists of 8-bit scalar-quantised vectors.
-    IvfSq8,
     /// Inverted lists of 4-bit product-quantised vectors, refined.
     IvfPq,
     /// Inverted lists of RaBitQ codes, one bit a dimension, refined.
@@ -26,7 +24,6 @@ impl IndexKind {
         match self {
             IndexKind::BruteForce => "brute_force",
             IndexKind::IvfFlat => "ivf_flat",
-            IndexKind::IvfSq8 => "ivf_sq8",
             IndexKind::IvfPq => "ivf_pq",
             IndexKind::IvfRabitq => "ivf_rabitq",
             IndexKind::Hnsw => "hnsw",
@@ -48,8 +45,6 @@ pub enum IndexOptions {
     BruteForce {},
     /// See [`IndexKind::IvfFlat`].
     IvfFlat(IvfOptions),
-    /// See [`IndexKind::IvfSq8`].
-    IvfSq8(IvfOptions),
     /// See [`IndexKind::IvfPq`].
     IvfPq(IvfOptions),
     /// See [`IndexKind::IvfRabitq`].
@@ -64,11 +59,20 @@ impl IndexOptions {
         match self {
             IndexOptions::BruteForce {} => IndexKind::BruteForce,
             IndexOptions::IvfFlat(_) => IndexKind::IvfFlat,
-            IndexOptions::IvfSq8(_) => IndexKind::IvfSq8,
             IndexOptions::IvfPq(_) => IndexKind::IvfPq,
             IndexOptions::IvfRabitq(_) => IndexKind::IvfRabitq,
             IndexOptions::Hnsw(_) => IndexKind::Hnsw,
         }
+    }
+
+    /// For `n` vectors, which may be fewer than the lists that were asked for.
+    pub fn at_most(mut self, n: usize) -> Self {
+        if let IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) = &mut self
+            && let Some(n_lists) = &mut ivf.n_lists
+        {
+            *n_lists = (*n_lists).min(n as u32).max(1);
+        }
+        self
     }
 
     /// The defaults of a kind.
@@ -76,7 +80,6 @@ impl IndexOptions {
         match kind {
             IndexKind::BruteForce => IndexOptions::BruteForce {},
             IndexKind::IvfFlat => IndexOptions::IvfFlat(IvfOptions::default()),
-            IndexKind::IvfSq8 => IndexOptions::IvfSq8(IvfOptions::default()),
             IndexKind::IvfPq => IndexOptions::IvfPq(IvfOptions::default()),
             IndexKind::IvfRabitq => IndexOptions::IvfRabitq(IvfOptions::default()),
             IndexKind::Hnsw => IndexOptions::Hnsw(HnswOptions::default()),
@@ -99,19 +102,6 @@ pub struct IvfOptions {
     pub storage: Option<Storage>,
     /// `ivf_pq`: subspaces of 4 bits each, 4 to 1024: `pq_dim / 2` bytes a vector. Half the dimension when absent.
     pub pq_dim: Option<u32>,
-    /// `ivf_pq`, `ivf_rabitq`: what the candidates that the codes find are scored by; 8 bits when absent.
-    pub refine_bits: Option<RefineBits>,
-}
-
-/// Bits a dimension of the codes that candidates are refined by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RefineBits {
-    /// 4 bits: one cache line for 128 dimensions.
-    Four,
-    /// 8 bits.
-    #[default]
-    Eight,
 }
 
 /// How full vectors are stored.
@@ -155,4 +145,15 @@ pub struct SearchParams {
     pub refine_ratio: Option<f32>,
     /// HNSW: length of the list of candidates, at least k.
     pub ef_search: Option<u32>,
+}
+
+impl SearchParams {
+    /// These, and `others` where these say nothing.
+    pub fn or(&self, others: &SearchParams) -> SearchParams {
+        SearchParams {
+            n_probes: self.n_probes.or(others.n_probes),
+            refine_ratio: self.refine_ratio.or(others.refine_ratio),
+            ef_search: self.ef_search.or(others.ef_search),
+        }
+    }
 }

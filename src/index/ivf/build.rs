@@ -1,0 +1,389 @@
+//! Making the lists: cluster, assign, code. Parallel; memory beyond the result is a sample and a few blocks a thread.
+
+use half::f16;
+use rayon::prelude::*;
+
+use super::Ivf;
+use super::codes::{BlockMut, Codebook, Codes, Encoder, TRAINED_ON};
+use super::parts::{IvfParts, Lists, Vectors, padded};
+use crate::catalog::generation::{Metric, NO_ROW};
+use crate::index::exact::Exact;
+use crate::index::fastscan::{BLOCK, Blocks};
+use crate::index::kmeans::{self, Centroids, Groups};
+use crate::index::rotation::Rotation;
+use crate::index::simd::Simd;
+use crate::index::{IndexKind, IvfOptions, Storage};
+
+/// Vectors per list that clusters are trained on.
+const SAMPLED: usize = 64;
+/// Rows that one task assigns.
+const TASK: usize = 1536;
+/// What the rank of a list gains by the spread of its vectors, as a share of it.
+const LIFT: f32 = 0.15;
+
+/// Told of every step.
+type Told<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
+
+impl Ivf {
+    /// Clusters and codes the rows of `exact`.
+    ///
+    /// # Errors
+    /// An option out of its range, or one that does not concern the kind.
+    pub fn build(kind: IndexKind, options: &IvfOptions, exact: Exact, told: Told<'_>) -> Result<Self, String> {
+        let simd = Simd::detect();
+        let plan = Plan::new(kind, options, &exact)?;
+        let rows = Rows { exact: &exact };
+        let n = exact.matrix().n_rows();
+        let mut state = options.seed ^ 0x6976_665f_6c69_7374;
+        let sample = kmeans::sample(n, plan.n_lists * SAMPLED, &mut state);
+        let gathered = rows.gather(&sample);
+        let n_iters = plan.n_iters as u64;
+        told("k-means", 0, n_iters);
+        let trained = |done| told("k-means", done, n_iters);
+        let centroids =
+            kmeans::train(&gathered, plan.dim, plan.n_lists, usize::MAX, plan.n_iters, options.seed, simd, &trained);
+        drop(gathered);
+        let nearest = rows.assign(&Centroids::new(&centroids, plan.dim, simd), told);
+        let parts = plan.fill(&rows, &centroids, &Groups::new(&nearest, plan.n_lists), simd, told);
+        Ivf::from_parts(parts, exact, simd)
+    }
+}
+
+/// Options with their defaults filled in.
+struct Plan {
+    kind: IndexKind,
+    dim: usize,
+    padded: usize,
+    n_lists: usize,
+    n_iters: usize,
+    seed: u64,
+    storage: Storage,
+    n_subspaces: usize,
+    metric: Metric,
+}
+
+impl Plan {
+    fn new(kind: IndexKind, options: &IvfOptions, exact: &Exact) -> Result<Self, String> {
+        let (n, dim) = (exact.matrix().n_rows(), exact.matrix().dim);
+        let padded = padded(dim);
+        let n_lists = match options.n_lists {
+            Some(wanted) if wanted as usize > n || wanted == 0 => {
+                return Err(format!("n_lists = {wanted}: must be 1 to the number of vectors, {n}"));
+            }
+            Some(wanted) => wanted as usize,
+            None => ((4.0 * (n as f64).sqrt()).round() as usize).clamp(n.min(1), n.div_ceil(8)),
+        };
+        let n_iters = options.kmeans_n_iters.unwrap_or(10);
+        if !(1..=100).contains(&n_iters) {
+            return Err(format!("kmeans_n_iters = {n_iters}: must be 1 to 100"));
+        }
+        let only = |name: &str, is_set: bool, kinds: &[IndexKind]| match is_set && !kinds.contains(&kind) {
+            true => Err(format!("{name} does not concern {kind}")),
+            false => Ok(()),
+        };
+        only("storage", options.storage.is_some(), &[IndexKind::IvfFlat])?;
+        only("pq_dim", options.pq_dim.is_some(), &[IndexKind::IvfPq])?;
+        let fits = |n: usize| n <= 1024 && n.is_multiple_of(4) && padded.is_multiple_of(n);
+        let n_subspaces = match (kind, options.pq_dim) {
+            (IndexKind::IvfPq, Some(wanted)) if fits(wanted as usize) && wanted > 0 => wanted as usize,
+            (IndexKind::IvfPq, Some(wanted)) => {
+                let possible: Vec<String> =
+                    [1, 2, 4, 8].iter().map(|d| padded / d).filter(|&n| fits(n)).map(|n| n.to_string()).collect();
+                return Err(format!("pq_dim = {wanted}: for {dim} dimensions it may be {}", possible.join(", ")));
+            }
+            (IndexKind::IvfPq, None) => [2, 4, 8, 16].into_iter().map(|d| padded / d).find(|&n| fits(n)).unwrap_or(4),
+            _ => padded / 4,
+        };
+        if kind != IndexKind::IvfFlat && n_subspaces > 1024 {
+            return Err(format!("{kind} takes up to 4096 dimensions; there are {dim}"));
+        }
+        Ok(Plan {
+            kind,
+            dim,
+            padded,
+            n_lists,
+            n_iters: n_iters as usize,
+            seed: options.seed,
+            storage: options.storage.unwrap_or_default(),
+            n_subspaces,
+            metric: exact.metric(),
+        })
+    }
+
+    fn fill(&self, rows: &Rows<'_>, centroids: &[f32], groups: &Groups, simd: Simd, told: Told<'_>) -> IvfParts {
+        let rotation = Rotation::new(self.dim, self.padded, self.seed, simd);
+        let (n_lists, padded) = (self.n_lists, self.padded);
+        let mut rotated = Vec::with_capacity(n_lists * padded);
+        let mut buffer = Vec::new();
+        for centroid in centroids.chunks_exact(self.dim) {
+            rotation.apply(centroid, &mut buffer);
+            rotated.extend_from_slice(&buffer);
+        }
+        let mut offsets = vec![0u32];
+        for list in 0..n_lists {
+            offsets.push(offsets[list] + groups.of(list).len().div_ceil(BLOCK) as u32);
+        }
+        let n_blocks = offsets[n_lists] as usize;
+        let mut ids = vec![NO_ROW; n_blocks * BLOCK];
+        let mut spreads = vec![0f32; n_lists];
+        let codebook = match self.kind {
+            IndexKind::IvfPq => Some(self.train_words(rows, &rotation, &rotated, groups, simd)),
+            _ => None,
+        };
+        let signs = Codebook::signs(padded, simd);
+        let lists = if self.kind == IndexKind::IvfFlat {
+            Lists::Flat(self.flat(rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut spreads))
+        } else {
+            let book = codebook.as_ref().unwrap_or(&signs);
+            let codes = self.code(book, rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut spreads, told);
+            match codebook {
+                Some(book) => Lists::Pq { words: book.words, codes },
+                None => Lists::Rabitq(codes),
+            }
+        };
+        IvfParts {
+            kind: self.kind,
+            dim: self.dim,
+            padded,
+            seed: self.seed,
+            coarse: self.code_centroids(&signs, &rotated, &spreads),
+            centroids: rotated.into(),
+            offsets: offsets.into(),
+            ids: ids.into(),
+            lists,
+        }
+    }
+
+    /// The residuals of a list's members, nearest first: vectors of like size share a block and its scale.
+    fn residuals(&self, rows: &Rows<'_>, rotation: &Rotation, centroid: &[f32], members: &[u32]) -> List {
+        let (mut row, mut rotated, mut residuals) =
+            (Vec::new(), Vec::new(), Vec::with_capacity(members.len() * self.padded));
+        let mut order: Vec<(f32, u32)> = Vec::with_capacity(members.len());
+        let mut squares = Vec::with_capacity(members.len());
+        for (at, &member) in members.iter().enumerate() {
+            row.clear();
+            rows.append(member, &mut row);
+            rotation.apply(&row, &mut rotated);
+            squares.push(rotated.iter().map(|v| v * v).sum::<f32>());
+            residuals.extend(rotated.iter().zip(centroid).map(|(v, c)| v - c));
+            let residual = &residuals[at * self.padded..];
+            order.push((residual.iter().map(|v| v * v).sum::<f32>(), at as u32));
+        }
+        let spread = (order.iter().map(|o| f64::from(o.0)).sum::<f64>() / members.len().max(1) as f64).sqrt() as f32;
+        order.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut list =
+            List { ids: Vec::new(), residuals: Vec::with_capacity(residuals.len()), biases: Vec::new(), spread };
+        for (_, at) in order {
+            let at = at as usize;
+            list.ids.push(members[at]);
+            list.residuals.extend_from_slice(&residuals[at * self.padded..(at + 1) * self.padded]);
+            list.biases.push(-0.5 * squares[at]);
+        }
+        list
+    }
+
+    fn train_words(
+        &self,
+        rows: &Rows<'_>,
+        rotation: &Rotation,
+        centroids: &[f32],
+        groups: &Groups,
+        simd: Simd,
+    ) -> Codebook {
+        // Whole lists, spread over all, until there are enough.
+        let average = (rows.exact.matrix().n_rows() / self.n_lists.max(1)).max(1);
+        let lists = (TRAINED_ON / average).clamp(1, self.n_lists.max(1));
+        let lists: Vec<usize> = (0..lists).map(|at| at * self.n_lists / lists).collect();
+        let residuals: Vec<f32> = lists
+            .into_par_iter()
+            .flat_map_iter(|list| {
+                let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
+                let mut residuals = self.residuals(rows, rotation, centroid, groups.of(list)).residuals;
+                for residual in residuals.chunks_exact_mut(self.padded) {
+                    let square: f32 = residual.iter().map(|v| v * v).sum();
+                    let unit = if square > 0.0 { (self.padded as f32 / square).sqrt() } else { 0.0 };
+                    residual.iter_mut().for_each(|v| *v *= unit);
+                }
+                residuals
+            })
+            .collect();
+        Codebook::train(&residuals, self.padded, self.n_subspaces, self.seed, simd)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the pieces of an index, in and out")]
+    fn code(
+        &self,
+        book: &Codebook,
+        rows: &Rows<'_>,
+        rotation: &Rotation,
+        centroids: &[f32],
+        groups: &Groups,
+        offsets: &[u32],
+        ids: &mut [u32],
+        spreads: &mut [f32],
+        told: Told<'_>,
+    ) -> Codes {
+        let layout = Blocks { n_subspaces: self.n_subspaces, has_bias: self.metric == Metric::L2 };
+        let n_blocks = ids.len() / BLOCK;
+        let mut blocks = vec![0u8; n_blocks * layout.bytes()];
+        let mut refined = vec![refine_zero(); n_blocks * BLOCK * self.padded];
+        let mut scales = vec![0f32; n_blocks];
+        let done = std::sync::atomic::AtomicU64::new(0);
+        let n_lists = self.n_lists as u64;
+        by_list(offsets, layout.bytes(), &mut blocks)
+            .into_par_iter()
+            .zip(by_list(offsets, BLOCK * self.padded, &mut refined))
+            .zip(by_list(offsets, 1, &mut scales))
+            .zip(by_list(offsets, BLOCK, ids))
+            .zip(spreads)
+            .enumerate()
+            .for_each(|(list, ((((blocks, refined), scales), ids), spread))| {
+                let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
+                let members = self.residuals(rows, rotation, centroid, groups.of(list));
+                *spread = members.spread;
+                ids[..members.ids.len()].copy_from_slice(&members.ids);
+                let mut encoder = Encoder::new(book, layout);
+                let residuals = members.residuals.chunks(BLOCK * self.padded).zip(members.biases.chunks(BLOCK));
+                let outs = blocks
+                    .chunks_exact_mut(layout.bytes())
+                    .zip(refined.chunks_exact_mut(BLOCK * self.padded))
+                    .zip(scales);
+                for ((residuals, biases), ((block, refined), scale)) in residuals.zip(outs) {
+                    encoder.write(residuals, biases, BlockMut { block, refined, scale });
+                }
+                let done = done.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1;
+                if done.is_multiple_of(64) || done == n_lists {
+                    told("code", done, n_lists);
+                }
+            });
+        Codes { layout, blocks: blocks.into(), refined: refined.into(), scales: scales.into() }
+    }
+
+    /// Copies the vectors into the lists.
+    #[expect(clippy::too_many_arguments, reason = "the pieces of an index, in and out")]
+    fn flat(
+        &self,
+        rows: &Rows<'_>,
+        rotation: &Rotation,
+        centroids: &[f32],
+        groups: &Groups,
+        offsets: &[u32],
+        ids: &mut [u32],
+        spreads: &mut [f32],
+    ) -> Vectors {
+        let mut values = vec![0f32; ids.len() * self.dim];
+        by_list(offsets, BLOCK * self.dim, &mut values)
+            .into_par_iter()
+            .zip(by_list(offsets, BLOCK, ids))
+            .zip(spreads)
+            .enumerate()
+            .for_each(|(list, ((values, ids), spread))| {
+                let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
+                let members = self.residuals(rows, rotation, centroid, groups.of(list));
+                *spread = members.spread;
+                let mut row = Vec::new();
+                for ((&member, id), values) in members.ids.iter().zip(ids).zip(values.chunks_exact_mut(self.dim)) {
+                    *id = member;
+                    row.clear();
+                    rows.exact.matrix().extend_row(member, &mut row);
+                    values.copy_from_slice(&row);
+                }
+            });
+        match self.storage {
+            Storage::F32 => Vectors::F32(values.into()),
+            Storage::F16 => Vectors::F16(values.into_par_iter().map(f16::from_f32).collect::<Vec<_>>().into()),
+            Storage::Bf16 => Vectors::Bf16(values.into_par_iter().map(to_bf16).collect::<Vec<_>>().into()),
+        }
+    }
+
+    /// The centroids, coded as vectors are.
+    fn code_centroids(&self, signs: &Codebook, centroids: &[f32], spreads: &[f32]) -> Codes {
+        let layout = Blocks { n_subspaces: self.padded / 4, has_bias: true };
+        let n_blocks = spreads.len().div_ceil(BLOCK);
+        let mut blocks = vec![0u8; n_blocks * layout.bytes()];
+        let mut refined = vec![refine_zero(); n_blocks * BLOCK * self.padded];
+        let mut scales = vec![0f32; n_blocks];
+        let mut encoder = Encoder::new(signs, layout);
+        let all = centroids.chunks(BLOCK * self.padded).zip(spreads.chunks(BLOCK));
+        for (at, (values, spreads)) in all.enumerate() {
+            let gains: Vec<f32> = match self.metric {
+                Metric::L2 => {
+                    values.chunks_exact(self.padded).map(|c| -0.5 * c.iter().map(|v| v * v).sum::<f32>()).collect()
+                }
+                _ => spreads.iter().map(|spread| LIFT * spread).collect(),
+            };
+            let into = BlockMut {
+                block: &mut blocks[at * layout.bytes()..(at + 1) * layout.bytes()],
+                refined: &mut refined[at * BLOCK * self.padded..(at + 1) * BLOCK * self.padded],
+                scale: &mut scales[at],
+            };
+            encoder.write(values, &gains, into);
+        }
+        Codes { layout, blocks: blocks.into(), refined: refined.into(), scales: scales.into() }
+    }
+}
+
+/// The 8-bit code of nothing.
+fn refine_zero() -> u8 {
+    crate::index::refine::code(0.0, 0.0)
+}
+
+/// Rounds to nearest, ties to even, as conversions between floats do.
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+/// A list's members in the order in which they are stored.
+struct List {
+    ids: Vec<u32>,
+    residuals: Vec<f32>,
+    biases: Vec<f32>,
+    spread: f32,
+}
+
+/// The rows as they are clustered: for cosine, of unit length.
+struct Rows<'a> {
+    exact: &'a Exact,
+}
+
+impl Rows<'_> {
+    fn append(&self, row: u32, out: &mut Vec<f32>) {
+        let from = out.len();
+        self.exact.matrix().extend_row(row, out);
+        if self.exact.metric() == Metric::Cosine {
+            let unit = self.exact.norms()[row as usize];
+            out[from..].iter_mut().for_each(|v| *v *= unit);
+        }
+    }
+
+    fn gather(&self, rows: &[u32]) -> Vec<f32> {
+        let mut out = Vec::with_capacity(rows.len() * self.exact.matrix().dim);
+        rows.iter().for_each(|&row| self.append(row, &mut out));
+        out
+    }
+
+    fn assign(&self, centroids: &Centroids, told: Told<'_>) -> Vec<u32> {
+        let n = self.exact.matrix().n_rows();
+        let mut nearest = vec![0; n];
+        let done = std::sync::atomic::AtomicU64::new(0);
+        nearest.par_chunks_mut(TASK).enumerate().for_each(|(task, nearest)| {
+            let rows: Vec<u32> = (0..nearest.len()).map(|at| (task * TASK + at) as u32).collect();
+            centroids.nearest(&self.gather(&rows), nearest);
+            let before = done.fetch_add(rows.len() as u64, std::sync::atomic::Ordering::Relaxed);
+            told("assign", before + rows.len() as u64, n as u64);
+        });
+        nearest
+    }
+}
+
+/// Splits an array of `per_block` values a block into the lists' parts.
+fn by_list<'a, T>(offsets: &[u32], per_block: usize, mut values: &'a mut [T]) -> Vec<&'a mut [T]> {
+    let mut parts = Vec::with_capacity(offsets.len() - 1);
+    for pair in offsets.windows(2) {
+        let (part, rest) = values.split_at_mut((pair[1] - pair[0]) as usize * per_block);
+        parts.push(part);
+        values = rest;
+    }
+    parts
+}

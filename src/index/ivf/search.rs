@@ -1,0 +1,347 @@
+//! Searching the lists.
+
+use half::slice::HalfFloatSliceExt;
+
+use super::Ivf;
+use super::codes::Codes;
+use super::parts::{Lists, Vectors};
+use crate::candidates::{Packed, Scored, keep_best};
+use crate::catalog::generation::{Metric, NO_ROW};
+use crate::index::fastscan::{self, BLOCK, Tables, Terms};
+use crate::index::refine::{self, WideQuery};
+use crate::index::select::Select;
+use crate::index::{Filter, IndexKind, SearchParams, SearchScratch};
+use crate::memory::{prefetch, prefetch_range};
+
+/// Blocks whose scores are computed before they are looked at: they stay in the L1 cache.
+const AT_ONCE: usize = 8;
+/// Candidates for the lists, as a multiple of the lists that are scanned.
+const COARSE_RATIO: usize = 3;
+/// Up to so many results are scored exactly in the end: 8 bits would cost recall there.
+const EXACT_BELOW: usize = 128;
+/// Vectors that pay for one random read of a whole vector, when it is decided to read all that a filter admits.
+const READS: f64 = 40.0;
+/// How the scanned share grows as the share that a filter admits falls.
+const FILTER_EXPONENT: f64 = 0.6;
+
+/// Buffers of a search in inverted lists.
+#[derive(Debug, Default)]
+pub struct IvfScratch {
+    unit: Vec<f32>,
+    rotated: Vec<f32>,
+    tables: Tables,
+    wide: WideQuery,
+    select: Select,
+    /// Lists to scan, best first.
+    probes: Vec<Scored>,
+    /// By list: the query's product with the centroid, where the list is scanned.
+    bases: Vec<f32>,
+    scores: Vec<f32>,
+    rows: Vec<u32>,
+}
+
+impl Ivf {
+    /// How many lists are scanned without a filter.
+    fn n_probes(&self, k: usize, params: &SearchParams) -> usize {
+        let n_lists = self.parts.n_lists();
+        let wanted = params.n_probes.map_or_else(
+            || {
+                // As many as hold some dozens of vectors for each that is wanted, and never so few that neighbours just
+                // across a border are missed.
+                let average = (self.exact.matrix().n_rows() as f64 / n_lists.max(1) as f64).max(1.0);
+                let enough = 48.0 * (k as f64).max(20.0) / average;
+                enough.max((n_lists as f64).sqrt() * 0.5).ceil() as usize
+            },
+            |n| n as usize,
+        );
+        wanted.clamp(1, n_lists.max(1))
+    }
+
+    /// How many candidates are refined.
+    fn n_refined(&self, k: usize, params: &SearchParams) -> usize {
+        let ratio = params.refine_ratio.unwrap_or(match self.parts.kind {
+            IndexKind::IvfPq => 2.0,
+            _ => 4.0,
+        });
+        let wanted = (k as f64 * f64::from(ratio.clamp(1.0, 100.0))).ceil() as usize;
+        if params.refine_ratio.is_some() { wanted } else { wanted.max(k + 100) }
+    }
+
+    pub(super) fn run(
+        &self,
+        query: &[f32],
+        k: usize,
+        filter: Filter<'_>,
+        params: &SearchParams,
+        scratch: &mut SearchScratch,
+        out: &mut Vec<Scored>,
+    ) {
+        let n = self.exact.matrix().n_rows();
+        if k == 0 || query.len() != self.parts.dim || n == 0 || query.iter().any(|v| !v.is_finite()) {
+            return;
+        }
+        let k = k.min(n);
+        let SearchScratch { ivf, best, block, exact, .. } = scratch;
+        let query_norm = self.exact.kernel().dot(query, query).sqrt();
+        // Cosine: against unit vectors.
+        let unit = if self.exact.metric() == Metric::Cosine && query_norm > 0.0 { 1.0 / query_norm } else { 1.0 };
+        ivf.unit.clear();
+        ivf.unit.extend(query.iter().map(|v| v * unit));
+        best.clear();
+
+        let share = filter.share(n);
+        let mut n_probes = self.n_probes(k, params);
+        if share < 1.0 {
+            let admitted = share * n as f64;
+            n_probes = (n_probes as f64 / share.max(1e-9).powf(FILTER_EXPONENT)).ceil() as usize;
+            let scanned = n_probes.min(self.parts.n_lists()) as f64 / self.parts.n_lists() as f64 * n as f64;
+            if admitted * READS <= scanned || admitted <= k as f64 {
+                ivf.rows.clear();
+                filter.each(n, |row| ivf.rows.push(row));
+                self.score_exactly(query, &ivf.rows, block, exact, best);
+                keep_best(best, k);
+                out.extend(best.iter().map(|&p| Scored::from(p)));
+                return;
+            }
+        }
+        let n_probes = n_probes.min(self.parts.n_lists());
+        self.rotation.apply(&ivf.unit, &mut ivf.rotated);
+        let length = query_norm * unit;
+        self.rank_lists(length, n_probes, ivf);
+        match &self.parts.lists {
+            Lists::Flat(vectors) => {
+                self.scan_vectors(vectors, k, filter, block, ivf);
+                let (scores, positions) = ivf.select.kept();
+                let found = positions.iter().zip(scores);
+                best.extend(
+                    found.map(|(&at, &score)| Packed::from(Scored { row: self.parts.ids[at as usize], score })),
+                );
+            }
+            Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
+                self.scan_codes(codes, self.n_refined(k, params), filter, ivf);
+                self.refine(codes, ivf, best);
+            }
+        }
+        if k <= EXACT_BELOW && !matches!(self.parts.lists, Lists::Flat(Vectors::F32(_))) {
+            keep_best(best, k + k / 4 + 16);
+            ivf.rows.clear();
+            ivf.rows.extend(best.iter().map(|&p| Scored::from(p).row));
+            best.clear();
+            self.score_exactly(query, &ivf.rows, block, exact, best);
+            keep_best(best, k);
+            out.extend(best.iter().map(|&p| Scored::from(p)));
+        } else {
+            keep_best(best, k);
+            out.extend(
+                best.iter()
+                    .map(|&p| Scored::from(p))
+                    .map(|s| Scored { score: self.metric_score(s.score, query_norm), ..s }),
+            );
+        }
+    }
+
+    fn score_exactly(
+        &self,
+        query: &[f32],
+        rows: &[u32],
+        block: &mut Vec<f32>,
+        scores: &mut Vec<f32>,
+        best: &mut Vec<Packed>,
+    ) {
+        scores.clear();
+        self.exact.scores(query, rows, block, scores);
+        let scored = rows.iter().zip(&*scores).filter(|(_, score)| !score.is_nan());
+        best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
+    }
+
+    /// What lists are ordered and vectors selected by, as the metric's score: for L2 that is `<q, x> - |x|²/2`.
+    fn metric_score(&self, score: f32, query_norm: f32) -> f32 {
+        match self.exact.metric() {
+            Metric::InnerProduct => score,
+            Metric::Cosine if query_norm > 0.0 => score,
+            Metric::Cosine => 0.0,
+            Metric::L2 => 2.0 * score - query_norm * query_norm,
+        }
+    }
+
+    /// Fills `ivf.probes` with the lists that promise most, best first, and `ivf.bases` for them.
+    fn rank_lists(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
+        let IvfScratch { rotated, tables, wide, select, probes, bases, scores, .. } = ivf;
+        let (coarse, n_lists) = (&self.parts.coarse, self.parts.n_lists());
+        let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
+        wide.prepare(rotated);
+        probes.clear();
+        bases.resize(n_lists, 0.0);
+        let score = |list: u32, dot: f32| {
+            let (block, lane) = (list as usize / BLOCK, list as usize % BLOCK);
+            let bytes = coarse.layout.bytes();
+            let bias = coarse.layout.bias(&coarse.blocks[block * bytes..(block + 1) * bytes], lane);
+            coarse.scales[block] * dot + weight * bias
+        };
+        if n_probes * COARSE_RATIO * 2 >= n_lists {
+            select.begin(n_lists);
+            let lists: Vec<u32> = (0..n_lists as u32).collect();
+            refine::each(
+                self.simd,
+                wide,
+                &coarse.refined,
+                &lists,
+                |_| {},
+                |at, dot| {
+                    probes.push(Scored { row: lists[at], score: score(lists[at], dot) });
+                },
+            );
+        } else {
+            tables.prepare(self.simd, rotated, coarse.layout.n_subspaces, &self.signs.words);
+            select.begin(n_probes * COARSE_RATIO);
+            let bytes = coarse.layout.bytes();
+            for first in (0..n_lists).step_by(AT_ONCE * BLOCK) {
+                let n = (n_lists - first).div_ceil(BLOCK).min(AT_ONCE);
+                let blocks = &coarse.blocks[first / BLOCK * bytes..(first / BLOCK + n) * bytes];
+                scores.resize(AT_ONCE * BLOCK, 0.0);
+                fastscan::scan(
+                    self.simd,
+                    coarse.layout,
+                    blocks,
+                    tables,
+                    Terms { base: 0.0, weight },
+                    &mut scores[..n * BLOCK],
+                );
+                for (at, scores) in scores[..n * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
+                    let from = first + at * BLOCK;
+                    let lanes = if n_lists - from >= BLOCK { u32::MAX } else { (1 << (n_lists - from)) - 1 };
+                    select.push(self.simd, scores, from as u32, lanes, None);
+                }
+            }
+            select.prune(self.simd, n_probes / 8);
+            let lists = select.kept().1;
+            refine::each(
+                self.simd,
+                wide,
+                &coarse.refined,
+                lists,
+                |_| {},
+                |at, dot| {
+                    probes.push(Scored { row: lists[at], score: score(lists[at], dot) });
+                },
+            );
+        }
+        probes.sort_unstable_by_key(|&s| Packed::from(s));
+        probes.truncate(n_probes);
+        let padded = self.parts.padded;
+        let centroid = |list: u32| &self.parts.centroids[list as usize * padded..(list as usize + 1) * padded];
+        for (at, probe) in probes.iter().enumerate() {
+            if let Some(later) = probes.get(at + 2) {
+                prefetch_range(centroid(later.row), 0..padded);
+            }
+            bases[probe.row as usize] = self.exact.kernel().dot(rotated, centroid(probe.row));
+        }
+    }
+
+    /// Which lanes of a block hold vectors.
+    fn lanes(&self, block: usize) -> u32 {
+        self.lanes[block]
+    }
+
+    fn scan_codes(&self, codes: &Codes, n_refined: usize, filter: Filter<'_>, ivf: &mut IvfScratch) {
+        let IvfScratch { rotated, tables, select, probes, bases, scores, .. } = ivf;
+        let words = match &self.codebook {
+            Some(book) => &book.words,
+            None => &self.signs.words,
+        };
+        tables.prepare(self.simd, rotated, codes.layout.n_subspaces, words);
+        select.begin(n_refined);
+        scores.resize(AT_ONCE * BLOCK, 0.0);
+        let ids = &self.parts.ids[..];
+        let admits = |position: u32| filter.allows(ids[position as usize]);
+        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
+        let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
+        for (at, probe) in probes.iter().enumerate() {
+            if let Some(next) = probes.get(at + 1) {
+                let from = self.parts.offsets[next.row as usize] as usize * bytes;
+                prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
+            }
+            let terms = Terms { base: bases[probe.row as usize], weight: 1.0 };
+            let range = self.parts.blocks_of(probe.row as usize);
+            for first in range.clone().step_by(AT_ONCE) {
+                let end = (first + AT_ONCE).min(range.end);
+                let scores = &mut scores[..(end - first) * BLOCK];
+                fastscan::scan(self.simd, codes.layout, &blocks[first * bytes..end * bytes], tables, terms, scores);
+                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
+                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes(block), admits);
+                }
+            }
+        }
+        select.prune(self.simd, n_refined / 16);
+    }
+
+    /// Scores what was selected by its 8-bit codes.
+    fn refine(&self, codes: &Codes, ivf: &IvfScratch, best: &mut Vec<Packed>) {
+        let positions = ivf.select.kept().1;
+        let (ids, bytes) = (&self.parts.ids[..], codes.layout.bytes());
+        let (blocks, scales) = (&codes.blocks[..], &codes.scales[..]);
+        let soon = |position: u32| prefetch(ids, position as usize);
+        refine::each(self.simd, &ivf.wide, &codes.refined, positions, soon, |at, dot| {
+            let position = positions[at] as usize;
+            let block = position / BLOCK;
+            let base = ivf.bases[self.list_of_block[block] as usize];
+            let mut score = base + scales[block] * dot;
+            if codes.layout.has_bias {
+                score += codes.layout.bias(&blocks[block * bytes..(block + 1) * bytes], position % BLOCK);
+            }
+            best.push(Packed::from(Scored { row: ids[position], score }));
+        });
+    }
+
+    fn scan_vectors(
+        &self,
+        vectors: &Vectors,
+        k: usize,
+        filter: Filter<'_>,
+        converted: &mut Vec<f32>,
+        ivf: &mut IvfScratch,
+    ) {
+        let IvfScratch { unit, select, probes, scores, .. } = ivf;
+        let (dim, ids) = (self.parts.dim, &self.parts.ids[..]);
+        select.begin(k);
+        scores.resize(AT_ONCE * BLOCK, 0.0);
+        let admits = |position: u32| filter.allows(ids[position as usize]);
+        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
+        let kernel = self.exact.kernel();
+        for probe in &*probes {
+            let range = self.parts.blocks_of(probe.row as usize);
+            for first in range.clone().step_by(AT_ONCE) {
+                let end = (first + AT_ONCE).min(range.end);
+                let scores = &mut scores[..(end - first) * BLOCK];
+                let values = first * BLOCK * dim..end * BLOCK * dim;
+                match vectors {
+                    Vectors::F32(all) => kernel.dots(unit, &all[values], scores),
+                    Vectors::F16(all) => {
+                        converted.resize(values.len(), 0.0);
+                        all[values].convert_to_f32_slice(converted);
+                        kernel.dots(unit, converted, scores);
+                    }
+                    Vectors::Bf16(all) => {
+                        converted.clear();
+                        converted.extend(all[values].iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)));
+                        kernel.dots(unit, converted, scores);
+                    }
+                }
+                if self.exact.metric() != Metric::InnerProduct {
+                    for (score, &row) in scores.iter_mut().zip(&ids[first * BLOCK..]) {
+                        if row != NO_ROW {
+                            *score = match self.exact.metric() {
+                                Metric::L2 => *score - 0.5 * self.exact.norms()[row as usize],
+                                _ => *score * self.exact.norms()[row as usize],
+                            };
+                        }
+                    }
+                }
+                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
+                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes(block), admits);
+                }
+            }
+        }
+        select.prune(self.simd, 0);
+    }
+}

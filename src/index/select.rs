@@ -1,0 +1,307 @@
+//! The best of many scores, without a heap: what passes a threshold goes to a buffer, and when that is full, counting finds a
+//! higher threshold that leaves as many as are wanted. Order is kept, so that what is read for them later is read forwards.
+#![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected, and their stores.
+
+use super::fastscan::BLOCK;
+use super::simd::{Simd, for_each_simd};
+
+/// A superset of the best `keep` of what was pushed.
+#[derive(Debug, Default)]
+pub struct Select {
+    scores: Vec<f32>,
+    positions: Vec<u32>,
+    len: usize,
+    keep: usize,
+    room: usize,
+    threshold: f32,
+}
+
+impl Select {
+    /// Begins anew, for the best `keep`.
+    pub fn begin(&mut self, keep: usize) {
+        self.keep = keep;
+        self.room = (3 * keep).max(512);
+        self.len = 0;
+        self.threshold = f32::NEG_INFINITY;
+        // A block more than the room: it is looked at after a block only.
+        let most = self.room + 2 * BLOCK;
+        if self.scores.len() < most {
+            self.scores.resize(most, 0.0);
+            self.positions.resize(most, 0);
+        }
+    }
+
+    /// The scores and positions that are kept, in the order of pushing.
+    pub fn kept(&self) -> (&[f32], &[u32]) {
+        (&self.scores[..self.len], &self.positions[..self.len])
+    }
+
+    /// Offers the scores of a block, at `first` and following positions; bit `i` of `lanes` says whether the `i`-th counts.
+    /// `admits` is asked about those that pass the threshold. NaN does not pass.
+    #[inline(always)]
+    pub fn push(
+        &mut self,
+        simd: Simd,
+        scores: &[f32; BLOCK],
+        first: u32,
+        lanes: u32,
+        admits: Option<&dyn Fn(u32) -> bool>,
+    ) {
+        match simd {
+            // SAFETY: `Simd` has this variant only where the features were detected.
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { self.push_avx512(scores, first, lanes, admits) },
+            _ => self.push_portable(scores, first, lanes, admits),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn push_avx512(&mut self, scores: &[f32; BLOCK], first: u32, lanes: u32, admits: Option<&dyn Fn(u32) -> bool>) {
+        use std::arch::x86_64::*;
+        let threshold = _mm512_set1_ps(self.threshold);
+        // SAFETY: 16 values from 0 and from 16 lie within the 32.
+        let halves = unsafe { [_mm512_loadu_ps(scores.as_ptr()), _mm512_loadu_ps(scores.as_ptr().add(16))] };
+        let above = halves.map(|half| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(half, threshold));
+        let mut passing = (u32::from(above[0]) | u32::from(above[1]) << 16) & lanes;
+        if passing == 0 {
+            return;
+        }
+        if let Some(admits) = admits {
+            passing = admitted(passing, first, admits);
+        }
+        let ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (half, values) in halves.into_iter().enumerate() {
+            let mask = (passing >> (16 * half)) as u16;
+            let places = _mm512_add_epi32(_mm512_set1_epi32((first + 16 * half as u32) as i32), ramp);
+            assert!(self.len + 16 <= self.scores.len() && self.len + 16 <= self.positions.len());
+            // SAFETY: 16 values from `len` lie within both buffers, as was just seen.
+            unsafe {
+                _mm512_storeu_ps(self.scores.as_mut_ptr().add(self.len), _mm512_maskz_compress_ps(mask, values));
+                let places = _mm512_maskz_compress_epi32(mask, places);
+                _mm512_storeu_si512(self.positions.as_mut_ptr().add(self.len).cast(), places);
+            }
+            self.len += mask.count_ones() as usize;
+        }
+        if self.len >= self.room {
+            self.prune(Simd::Avx512, self.keep / 8);
+        }
+    }
+
+    fn push_portable(&mut self, scores: &[f32; BLOCK], first: u32, lanes: u32, admits: Option<&dyn Fn(u32) -> bool>) {
+        let mut passing = 0u32;
+        for (lane, &score) in scores.iter().enumerate() {
+            passing |= u32::from(score > self.threshold) << lane;
+        }
+        passing &= lanes;
+        if let Some(admits) = admits {
+            passing = admitted(passing, first, admits);
+        }
+        while passing != 0 {
+            let lane = passing.trailing_zeros();
+            passing &= passing - 1;
+            self.scores[self.len] = scores[lane as usize];
+            self.positions[self.len] = first + lane;
+            self.len += 1;
+        }
+        if self.len >= self.room {
+            self.prune(Simd::Portable, self.keep / 8);
+        }
+    }
+
+    /// Leaves at least the best `keep` and, where scores differ, at most `slack` more.
+    pub fn prune(&mut self, simd: Simd, slack: usize) {
+        if self.len <= self.keep + slack {
+            return;
+        }
+        let most = self.keep + slack;
+        let scores = &self.scores[..self.len];
+        let (mut low, mut high) = range(simd, scores);
+        // More than `keep` are above `low`, fewer than `keep` are above `high`. Below the least is not a score: nothing is lost.
+        let mut above_low = self.len;
+        let mut above_high = 0;
+        low = if self.threshold > low { self.threshold } else { low.next_down() };
+        for step in 0.. {
+            if above_low <= most {
+                break;
+            }
+            // Scores thin out towards the best: begin near where a line would meet them, then halve; what does not yield to that
+            // is many alike, and halving the integers that stand for floats ends in any case.
+            let middle = if step >= 24 {
+                from_ordered(ordered(low) + (ordered(high) - ordered(low)) / 2)
+            } else if step % 3 == 2 {
+                low + (high - low) * 0.5
+            } else {
+                let line = (above_low - self.keep - slack / 2) as f32 / (above_low - above_high) as f32;
+                low + (high - low) * (line * line).clamp(0.02, 0.98)
+            };
+            if middle <= low || middle >= high {
+                if step >= 24 {
+                    break;
+                }
+                continue;
+            }
+            let above = count_above(simd, scores, middle);
+            if above >= self.keep {
+                (low, above_low) = (middle, above);
+            } else {
+                (high, above_high) = (middle, above);
+            }
+        }
+        self.compact(simd, low, high, most - above_high.min(most));
+        self.threshold = low;
+    }
+
+    /// Keeps what is above `high`, and of what is above `low` the first `spare`: where the two are not neighbours that is all, and
+    /// else all alike.
+    fn compact(&mut self, simd: Simd, low: f32, high: f32, mut spare: usize) {
+        let (mut from, mut kept) = (0, 0);
+        #[cfg(target_arch = "x86_64")]
+        if simd == Simd::Avx512 {
+            // SAFETY: `Simd` has this variant only where the features were detected.
+            (from, kept, spare) = unsafe { self.compact_avx512(low, high, spare) };
+        }
+        let _ = simd;
+        while from < self.len {
+            let (score, position) = (self.scores[from], self.positions[from]);
+            // `kept <= from`: nothing is overwritten that is still to be read.
+            self.scores[kept] = score;
+            self.positions[kept] = position;
+            let between = score > low && score <= high;
+            let stays = (score > high) | (between & (spare > 0));
+            spare -= usize::from(between & (spare > 0));
+            kept += usize::from(stays);
+            from += 1;
+        }
+        self.len = kept;
+    }
+
+    /// As many whole registers as can be, while all that is above `low` stays. Returns how far it came, how many it kept, and what
+    /// is left of `spare`.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn compact_avx512(&mut self, low: f32, high: f32, mut spare: usize) -> (usize, usize, usize) {
+        use std::arch::x86_64::*;
+        let (mut from, mut kept) = (0, 0);
+        let (lowest, highest) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
+        assert!(self.len <= self.scores.len() && self.len <= self.positions.len());
+        while from + 16 <= self.len {
+            // SAFETY: 16 values from `from` lie within both buffers, and `kept <= from`.
+            unsafe {
+                let scores = _mm512_loadu_ps(self.scores.as_ptr().add(from));
+                let positions = _mm512_loadu_si512(self.positions.as_ptr().add(from).cast());
+                let stays = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(scores, lowest);
+                let between = stays & _mm512_cmp_ps_mask::<_CMP_LE_OQ>(scores, highest);
+                if between.count_ones() as usize > spare {
+                    break;
+                }
+                spare -= between.count_ones() as usize;
+                _mm512_storeu_ps(self.scores.as_mut_ptr().add(kept), _mm512_maskz_compress_ps(stays, scores));
+                let positions = _mm512_maskz_compress_epi32(stays, positions);
+                _mm512_storeu_si512(self.positions.as_mut_ptr().add(kept).cast(), positions);
+                kept += stays.count_ones() as usize;
+            }
+            from += 16;
+        }
+        (from, kept, spare)
+    }
+}
+
+/// Floats as integers of the same order; no NaN.
+fn ordered(value: f32) -> u32 {
+    let bits = value.to_bits();
+    if bits >> 31 == 0 { bits | 1 << 31 } else { !bits }
+}
+
+fn from_ordered(value: u32) -> f32 {
+    f32::from_bits(if value >> 31 == 1 { value & !(1 << 31) } else { !value })
+}
+
+/// The lanes of `passing` that are admitted.
+#[inline]
+fn admitted(passing: u32, first: u32, admits: &dyn Fn(u32) -> bool) -> u32 {
+    let (mut left, mut admitted) = (passing, 0);
+    while left != 0 {
+        let lane = left.trailing_zeros();
+        left &= left - 1;
+        admitted |= u32::from(admits(first + lane)) << lane;
+    }
+    admitted
+}
+
+for_each_simd!(
+    fn count_above(scores: &[f32], threshold: f32) -> usize = count_above_of
+);
+
+#[inline(always)]
+fn count_above_of<const FUSED: bool>(scores: &[f32], threshold: f32) -> usize {
+    let (chunks, rest) = scores.as_chunks::<64>();
+    let mut lanes = [0u32; 64];
+    for chunk in chunks {
+        for (lane, &score) in lanes.iter_mut().zip(chunk) {
+            *lane += u32::from(score > threshold);
+        }
+    }
+    lanes.iter().sum::<u32>() as usize + rest.iter().filter(|&&score| score > threshold).count()
+}
+
+for_each_simd!(
+    fn range(scores: &[f32]) -> (f32, f32) = range_of
+);
+
+#[inline(always)]
+fn range_of<const FUSED: bool>(scores: &[f32]) -> (f32, f32) {
+    let (chunks, rest) = scores.as_chunks::<16>();
+    let (mut low, mut high) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
+    for chunk in chunks {
+        for lane in 0..16 {
+            low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
+            high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
+        }
+    }
+    let all = |lanes: [f32; 16], of: fn(f32, f32) -> f32| {
+        lanes.into_iter().chain(rest.iter().copied()).reduce(of).unwrap_or(0.0)
+    };
+    (all(low, f32::min), all(high, f32::max))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn keeps_the_best_in_order(
+            n_blocks in 1usize..100, keep in 1usize..300, steps in prop::sample::select(vec![1f32, 7.0, 1e6]), seed in any::<u64>(),
+            every in 1u32..4,
+        ) {
+            let mut next = crate::testing::noise(seed);
+            let scores: Vec<f32> = (0..n_blocks * BLOCK).map(|_| (next() * steps).round() / steps).collect();
+            let lanes: Vec<u32> = (0..n_blocks).map(|_| (next() * 4e9) as i64 as u32 | 1).collect();
+            let admits = |position: u32| position.is_multiple_of(every);
+            let counts = |at: usize| lanes[at / BLOCK] >> (at % BLOCK) & 1 == 1 && admits(at as u32);
+            let mut want: Vec<f32> = scores.iter().enumerate().filter(|(at, _)| counts(*at)).map(|(_, &s)| s).collect();
+            want.sort_by(|a, b| b.total_cmp(a));
+            want.truncate(keep);
+            for simd in Simd::available() {
+                let mut select = Select::default();
+                select.begin(keep);
+                for (block, scores) in scores.as_chunks::<BLOCK>().0.iter().enumerate() {
+                    let filter: Option<&dyn Fn(u32) -> bool> = if every == 1 { None } else { Some(&admits) };
+                    select.push(simd, scores, (block * BLOCK) as u32, lanes[block], filter);
+                }
+                select.prune(simd, 0);
+                let (kept, positions) = select.kept();
+                prop_assert!(positions.windows(2).all(|p| p[0] < p[1]));
+                prop_assert!(positions.iter().zip(kept).all(|(&at, &s)| counts(at as usize) && scores[at as usize] == s));
+                let mut kept = kept.to_vec();
+                kept.sort_by(|a, b| b.total_cmp(a));
+                kept.truncate(keep);
+                prop_assert_eq!(&kept, &want);
+            }
+        }
+    }
+}
