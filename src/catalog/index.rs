@@ -64,7 +64,7 @@ impl std::fmt::Display for IndexSpec {
 }
 
 /// Writes the arrays of an index.
-pub fn write(writer: &mut Writer, index: &dyn VectorIndex) -> Result<(), CatalogError> {
+pub(super) fn write(writer: &mut Writer, index: &dyn VectorIndex) -> Result<(), CatalogError> {
     match index.stored() {
         Stored::Nothing => Ok(()),
         Stored::Ivf(parts) => write_ivf(writer, parts),
@@ -97,7 +97,7 @@ fn write_codes(writer: &mut Writer, name: &str, codes: &Codes) -> Result<(), Cat
 }
 
 /// Reads the index over `matrix`; `None` for the exact scan, which stores nothing.
-pub fn read(
+pub(super) fn read(
     reader: &Reader,
     spec: &IndexSpec,
     matrix: &Matrix,
