@@ -172,6 +172,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=lambda path: Path(path).resolve(), required=True,
                         help="directory for data, exact neighbours and the peers' indexes")
     parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument("--peers", nargs="+", metavar="TEXT", help="only those whose names contain one of these")
     parser.add_argument("--without-ours", action="store_true")
     parser.add_argument("--ours", type=Path, default=ours.REPOSITORY / "benches/peers/ann_bench/ours.json",
                         help="our contenders; kinds that the build does not have are left out")
@@ -219,6 +220,8 @@ def main(words: list[str] | None = None) -> None:
     n_lists = args.n_lists or default_n_lists(n)
     store = Store(data, args.threads, args.rebuild)
     contenders, costs = peers(data, store, n_lists, args.libraries), {}
+    if args.peers:
+        contenders = [c for c in contenders if any(text in c.name for text in args.peers)]
     for contender in contenders:
         costs[contender.name] = contender.costs(store)
         log_cost(contender.name, costs[contender.name], n)
