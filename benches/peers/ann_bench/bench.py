@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -277,7 +278,7 @@ def command(args: argparse.Namespace) -> str:
         if name not in ("cache", "out", "ours", "ours_binary") and value != default[name]:
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *(v.name if isinstance(v, Path) else str(v) for v in values)]
-    return " ".join(words)
+    return " ".join(words[:3] + [shlex.quote(word) for word in words[3:]])
 
 
 if __name__ == "__main__":
