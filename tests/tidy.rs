@@ -49,6 +49,7 @@ fn unsafe_is_fenced() {
         "src/index/distance.rs",
         "src/memory.rs",
         "src/ranking/mlp.rs",
+        "src/ranking/trees.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

@@ -5,6 +5,8 @@ pub mod graph;
 pub mod manifest;
 pub mod mlp;
 pub mod onnx;
+pub mod tree_model;
+pub mod trees;
 
 use std::path::Path;
 

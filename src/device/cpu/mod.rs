@@ -17,7 +17,7 @@ use crate::index::{SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::ranking::onnx::OnnxRanker;
-use crate::ranking::{self, Ranker};
+use crate::ranking::{self, Ranker, tree_model};
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
@@ -124,9 +124,16 @@ impl CpuDevice {
                 layouts.push(layout);
             }
             let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
-            let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
-                .map_err(|e| wrong(e.to_string()))?;
-            let ranker = ranking::fastest(ranker, &model.onnx, &model.manifest);
+            let trees = tree_model::load(&model.name, &model.onnx, &model.manifest, &widths);
+            let ranker: Box<dyn Ranker> = match trees.map_err(|e| wrong(e.to_string()))? {
+                Some(trees) => Box::new(trees),
+                None => {
+                    let pool = self.pool.clone();
+                    let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool)
+                        .map_err(|e| wrong(e.to_string()))?;
+                    ranking::fastest(ranker, &model.onnx, &model.manifest)
+                }
+            };
             let weight = match &self.config.rankers {
                 weights if weights.is_empty() => {
                     if at == 0 {
