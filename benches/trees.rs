@@ -8,7 +8,6 @@ use std::io::{BufRead, Write};
 use std::path::Path;
 
 use anyhow::Context as _;
-use tastemaker::ranking::manifest::{RankerInput, RankerManifest, RankerOutput};
 use tastemaker::ranking::{Ranker, tree_model};
 
 fn cpu_ns() -> u64 {
@@ -27,10 +26,8 @@ fn main() -> anyhow::Result<()> {
     };
     let width: usize = width.parse()?;
     let rows: Vec<f32> = std::fs::read(rows)?.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-    let manifest = RankerManifest {
-        inputs: vec![RankerInput { name: "x".into(), ..RankerInput::default() }],
-        output: RankerOutput { name: output.clone(), ..RankerOutput::default() },
-    };
+    let manifest = format!("[[inputs]]\nname = \"x\"\ncolumns = []\n[output]\nname = \"{output}\"");
+    let manifest = toml::from_str(&manifest)?;
     let mut ranker = tree_model::load("trees", Path::new(model), &manifest, &[width])?.context("no trees")?;
     let (inputs, n, mut scores) = ([rows.clone()], rows.len() / width, Vec::new());
     ranker.score(&inputs, n, &mut scores)?;

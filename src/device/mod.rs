@@ -148,6 +148,15 @@ pub enum Task {
         /// Position in [`Generation::rankers`].
         ranker: u16,
     },
+    /// The ranker's output on given tensors.
+    Infer {
+        /// Position in [`Generation::rankers`].
+        ranker: u16,
+        /// Rows of every input.
+        n: u32,
+        /// `[n, width]` for each input of the manifest.
+        inputs: Vec<Vec<f32>>,
+    },
 }
 
 /// The user of a job. Devices read users from here only, so that live state can differ from the generation.
@@ -208,6 +217,8 @@ impl Context {
 pub struct Ranked {
     /// Recommend and search: best first, ties by ascending row. Rank: as asked.
     pub items: Vec<RankedItem>,
+    /// Infer: one per row.
+    pub scores: Vec<f32>,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
     /// Proposals per source, after each source's own filter; for metrics.
@@ -226,6 +237,7 @@ impl Ranked {
     /// Empties it and keeps its memory.
     pub fn clear(&mut self) {
         self.items.clear();
+        self.scores.clear();
         self.n_candidates = 0;
         self.n_by_source = [0; Source::COUNT];
         self.candidates.clear();

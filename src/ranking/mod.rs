@@ -5,6 +5,7 @@ pub mod graph;
 pub mod manifest;
 pub mod mlp;
 pub mod onnx;
+pub mod signature;
 pub mod tree_model;
 pub mod trees;
 

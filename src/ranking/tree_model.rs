@@ -842,7 +842,6 @@ fn tree(raw: &[Raw], root: usize, n_features: usize, seen: &mut [bool]) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ranking::manifest::{RankerInput, RankerOutput};
     use std::path::PathBuf;
 
     fn golden(file: &str) -> PathBuf {
@@ -855,8 +854,7 @@ mod tests {
     }
 
     fn manifest(output: &str) -> RankerManifest {
-        let input = RankerInput { name: "x".into(), ..RankerInput::default() };
-        RankerManifest { inputs: vec![input], output: RankerOutput { name: output.into(), ..RankerOutput::default() } }
+        toml::from_str(&format!("[[inputs]]\nname = \"x\"\ncolumns = []\n[output]\nname = \"{output}\"")).unwrap()
     }
 
     #[test]
@@ -908,7 +906,8 @@ mod tests {
     #[test]
     fn two_classes_follow_onnx_runtime() {
         // Class ids, weights, base values, transform; the score of the second class as ONNX Runtime 1.32 gives it.
-        let cases: [(&[i64], [f32; 2], &[f32], &str, f32); 11] = [
+        type Case = (&'static [i64], [f32; 2], &'static [f32], &'static str, f32);
+        let cases: [Case; 11] = [
             (&[0, 0], [0.2, 0.5], &[], "NONE", 0.7),
             (&[0, 0], [0.2, 0.5], &[0.1], "NONE", 0.8),
             (&[0, 0], [0.2, -0.5], &[0.1], "NONE", -0.2),

@@ -474,23 +474,23 @@ impl Forest {
                 for test in word.at_most.of(&self.at_most) {
                     let column = &features[test.feature as usize];
                     let (threshold, keep) = (_mm512_set1_ps(test.threshold), _mm512_set1_epi32(test.keep as i32));
-                    for group in 0..G {
+                    for (group, left) in left.iter_mut().enumerate() {
                         let fails = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(load(column, group), threshold);
-                        left[group] = _mm512_mask_and_epi32(left[group], fails, left[group], keep);
+                        *left = _mm512_mask_and_epi32(*left, fails, *left, keep);
                     }
                 }
                 for test in word.at_most_or_missing.of(&self.at_most) {
                     let column = &features[test.feature as usize];
                     let (threshold, keep) = (_mm512_set1_ps(test.threshold), _mm512_set1_epi32(test.keep as i32));
-                    for group in 0..G {
+                    for (group, left) in left.iter_mut().enumerate() {
                         let fails = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(load(column, group), threshold);
-                        left[group] = _mm512_mask_and_epi32(left[group], fails, left[group], keep);
+                        *left = _mm512_mask_and_epi32(*left, fails, *left, keep);
                     }
                 }
                 for test in word.among.of(&self.among) {
                     let column = &features[test.feature as usize];
                     let keep = _mm512_set1_epi32(test.keep as i32);
-                    for group in 0..G {
+                    for (group, left) in left.iter_mut().enumerate() {
                         let value = load(column, group);
                         let mut fails = match test.missing {
                             true => _mm512_cmp_ps_mask::<_CMP_ORD_Q>(value, value),
@@ -499,7 +499,7 @@ impl Forest {
                         for one in test.values.of(&self.values) {
                             fails = _mm512_mask_cmp_ps_mask::<_CMP_NEQ_UQ>(fails, value, _mm512_set1_ps(*one));
                         }
-                        left[group] = _mm512_mask_and_epi32(left[group], fails, left[group], keep);
+                        *left = _mm512_mask_and_epi32(*left, fails, *left, keep);
                     }
                 }
                 let here: [u16; G] =

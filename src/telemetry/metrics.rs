@@ -23,12 +23,15 @@ pub enum Endpoint {
     Search = 1,
     /// `rank`
     Rank = 2,
+    /// `infer`
+    Infer = 3,
 }
 
-const ENDPOINTS: [&str; 3] = ["recommend", "search", "rank"];
-const STATUSES: [Option<Code>; 9] = [
+const ENDPOINTS: [&str; 4] = ["recommend", "search", "rank", "infer"];
+const STATUSES: [Option<Code>; 10] = [
     None,
     Some(Code::BadRequest),
+    Some(Code::Unauthorized),
     Some(Code::NotFound),
     Some(Code::MethodNotAllowed),
     Some(Code::DeadlineExceeded),
@@ -78,10 +81,45 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
+/// Inferences of one ranker; times in nanoseconds.
+#[derive(Default)]
+struct InferCounters {
+    rows: AtomicU64,
+    succeeded: AtomicU64,
+    succeeded_ns: AtomicU64,
+    failed: AtomicU64,
+    failed_ns: AtomicU64,
+    queue_ns: AtomicU64,
+    compute_ns: AtomicU64,
+    /// Milliseconds since 1970.
+    last_ms: AtomicU64,
+}
+
+/// Inferences of one ranker since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InferStats {
+    /// Rows of those that succeeded.
+    pub rows: u64,
+    /// Answered.
+    pub succeeded: u64,
+    /// From the call to its answer, nanoseconds in all; so with the others.
+    pub succeeded_ns: u64,
+    /// Computed and failed, or late.
+    pub failed: u64,
+    /// As above.
+    pub failed_ns: u64,
+    /// Between the shard and the worker, of those that succeeded.
+    pub queue_ns: u64,
+    /// Inside the ranker, of those that succeeded.
+    pub compute_ns: u64,
+    /// When the last one succeeded, milliseconds since 1970; 0: never.
+    pub last_ms: u64,
+}
+
 /// The counters of one shard; recording neither locks nor allocates.
 #[repr(align(128))]
 pub struct ShardMetrics {
-    requests: [[Histogram<14>; STATUSES.len()]; 3],
+    requests: [[Histogram<14>; STATUSES.len()]; ENDPOINTS.len()],
     stages: [Histogram<14>; Stage::COUNT],
     served: [AtomicU64; Source::COUNT],
     backfilled: AtomicU64,
@@ -90,6 +128,7 @@ pub struct ShardMetrics {
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
     inference: Vec<Histogram<14>>,
+    infer: Vec<InferCounters>,
     degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
     unknown_users: AtomicU64,
     nan_scores: AtomicU64,
@@ -115,6 +154,7 @@ impl ShardMetrics {
             shared: AtomicU64::new(0),
             candidates: Default::default(),
             inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
+            infer: (0..n_rankers).map(|_| InferCounters::default()).collect(),
             degraded: Default::default(),
             unknown_users: AtomicU64::new(0),
             nan_scores: AtomicU64::new(0),
@@ -133,7 +173,7 @@ impl ShardMetrics {
                 self.record_slate(slate, *cache);
                 None
             }
-            Outcome::Scored(_) => None,
+            Outcome::Scored(_) | Outcome::Inferred(_) => None,
         };
         let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
         self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
@@ -182,6 +222,24 @@ impl ShardMetrics {
         }
     }
 
+    /// An inference came back from its worker.
+    pub fn record_infer(&self, ranker: u16, rows: u32, job: &Job, ok: bool, latency: Duration) {
+        let Some(counters) = self.infer.get(usize::from(ranker)) else { return };
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        if !ok {
+            counters.failed.fetch_add(1, Relaxed);
+            counters.failed_ns.fetch_add(ns(latency), Relaxed);
+            return;
+        }
+        counters.rows.fetch_add(u64::from(rows), Relaxed);
+        counters.succeeded.fetch_add(1, Relaxed);
+        counters.succeeded_ns.fetch_add(ns(latency), Relaxed);
+        counters.queue_ns.fetch_add(ns(job.timings.get(Stage::Queue)), Relaxed);
+        counters.compute_ns.fetch_add(ns(job.timings.get(Stage::Rank)), Relaxed);
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        counters.last_ms.store(now.as_millis() as u64, Relaxed);
+    }
+
     fn record_stages(&self, timings: &StageTimings) {
         for stage in Stage::ALL {
             let time = timings.get(stage);
@@ -227,6 +285,22 @@ impl Metrics {
             rankers,
             watchdog_kicks: AtomicU64::new(0),
         }
+    }
+
+    /// Inferences of a ranker, over all shards.
+    pub fn infer_stats(&self, ranker: usize) -> InferStats {
+        let mut all = InferStats::default();
+        for counters in self.shards.iter().filter_map(|shard| shard.infer.get(ranker)) {
+            all.rows += counters.rows.load(Relaxed);
+            all.succeeded += counters.succeeded.load(Relaxed);
+            all.succeeded_ns += counters.succeeded_ns.load(Relaxed);
+            all.failed += counters.failed.load(Relaxed);
+            all.failed_ns += counters.failed_ns.load(Relaxed);
+            all.queue_ns += counters.queue_ns.load(Relaxed);
+            all.compute_ns += counters.compute_ns.load(Relaxed);
+            all.last_ms = all.last_ms.max(counters.last_ms.load(Relaxed));
+        }
+        all
     }
 
     fn sum(&self, of: impl Fn(&ShardMetrics) -> &AtomicU64) -> u64 {

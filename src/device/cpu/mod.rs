@@ -198,6 +198,7 @@ impl Loaded {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
             Task::Search { .. } => self.search(scratch, job),
             Task::Rank { .. } => self.rank(scratch, job),
+            Task::Infer { .. } => self.infer(job),
         }
     }
 
@@ -400,6 +401,23 @@ impl Loaded {
         }
         let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
         job.ranked.items.extend(best.iter().map(item));
+    }
+
+    fn infer(&mut self, job: &mut Job) {
+        let Job { task: Task::Infer { ranker, n, inputs }, ranked, timings, failure, .. } = job else { return };
+        let at = usize::from(*ranker);
+        let Some(loaded) = self.rankers.get_mut(at) else {
+            *failure = Some(Error::fixed(Code::NotFound, "no such ranker"));
+            return;
+        };
+        let clock = Instant::now();
+        let result = loaded.ranker.score(inputs, *n as usize, &mut ranked.scores);
+        ranked.inference.resize(at + 1, Default::default());
+        ranked.inference[at] = timings.lap(Stage::Rank, clock) - clock;
+        if let Err(error) = result {
+            tracing::warn!(%error, "ranker failed");
+            *failure = Some(Error::fixed(Code::Internal, "the ranker failed"));
+        }
     }
 
     fn rank(&mut self, scratch: &mut Scratch, job: &mut Job) {
