@@ -206,6 +206,48 @@ fn a_late_inference_and_one_too_many_are_told_so() {
 }
 
 #[test]
+fn what_is_computed_together_is_what_is_computed_alone() {
+    use tastemaker::api::{Call, RankCall};
+    use tastemaker::wire::client::Answer;
+    use tastemaker::wire::request::Request;
+
+    let mut config = config();
+    config.server.cpus = vec![0];
+    let server = start(config, Options::default());
+    let mut client = client(&server);
+    let generation = generation();
+    let items: Vec<&str> = (0..20).map(|row| generation.items.ids.id(row * 7)).collect();
+    let users: Vec<String> = (0..60).map(|user| format!("user-{user}")).collect();
+    let call = |at: usize| {
+        let ranker = Some(["trees", "demo"][at / 30]);
+        let item_ids = if at % 9 == 8 { &["no such item"][..] } else { &items[at % 5..5 + at % 14] };
+        Request::Call(Call::Rank(RankCall { user_id: &users[at], context: &[], item_ids, ranker, deadline: None }))
+    };
+    let alone: Vec<Answer> = (0..60).map(|at| client.call(&call(at)).unwrap()).collect();
+    assert!(alone.iter().all(|answer| matches!(answer, Answer::Scored(_))));
+    let batches = || metric(&server, "tastemaker_batch_size_count{kind=\"rank\"}");
+    let before = batches();
+    assert_eq!(before, 60.0);
+    // One worker: while it computes the first, the others wait, and are taken along.
+    let together = |client: &mut tastemaker::wire::client::Client| {
+        let sent: Vec<u64> = (0..60).map(|at| client.send(&call(at)).unwrap()).collect();
+        let mut got: std::collections::HashMap<u64, Answer> = sent.iter().map(|_| client.receive().unwrap()).collect();
+        sent.iter().map(|id| got.remove(id).unwrap()).collect::<Vec<_>>()
+    };
+    eventually("jobs were put together", || {
+        let before = batches();
+        for (alone, got) in alone.iter().zip(together(&mut client)) {
+            let (Answer::Scored(alone), Answer::Scored(got)) = (alone, &got) else { panic!("{got:?}") };
+            let bits =
+                |items: &[(String, f32, bool)]| items.iter().map(|i| (i.0.clone(), i.1.to_bits())).collect::<Vec<_>>();
+            assert_eq!(bits(alone), bits(got));
+        }
+        batches() - before < 60.0
+    });
+    server.shut_down().unwrap();
+}
+
+#[test]
 fn the_repository_needs_the_token() {
     let mut config = config();
     config.server.admin_token = TOKEN.into();

@@ -1,5 +1,6 @@
 //! Accelerators and their CPU stand-in. Nothing above this module knows which one it is talking to.
 
+pub mod batcher;
 pub mod cpu;
 pub mod ring;
 pub mod sim;
@@ -219,6 +220,8 @@ pub struct Ranked {
     pub items: Vec<RankedItem>,
     /// Infer: one per row.
     pub scores: Vec<f32>,
+    /// Jobs of the batch that this one was the first of; 0 for the others.
+    pub batch_size: u16,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
     /// Proposals per source, after each source's own filter; for metrics.
@@ -238,6 +241,7 @@ impl Ranked {
     pub fn clear(&mut self) {
         self.items.clear();
         self.scores.clear();
+        self.batch_size = 0;
         self.n_candidates = 0;
         self.n_by_source = [0; Source::COUNT];
         self.candidates.clear();

@@ -199,6 +199,10 @@ impl Ranker for TreeRanker {
         &self.name
     }
 
+    fn rows_are_independent(&self) -> bool {
+        true
+    }
+
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {
         scores.clear();
         let sizes = inputs.iter().map(Vec::len);

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::catalog;
 use crate::catalog::generation::Generation;
 use crate::config::Config;
+use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use completions::Completions;
@@ -298,7 +299,7 @@ impl Server {
                     // The receiver is gone only if another worker failed, and then nothing starts.
                     let _ = ready.send(result);
                     if usable {
-                        worker::run(device, &shared.jobs, id, 1, &sink);
+                        worker::run(device, &shared.jobs, id, BatchLimits::CPU, &sink);
                     }
                 };
                 match kind {

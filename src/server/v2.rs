@@ -133,12 +133,12 @@ fn config(model: &Model, shared: &Shared) -> Value {
 }
 
 fn stats(shared: &Shared, place: usize) -> Value {
-    let InferStats { rows, succeeded, succeeded_ns, failed, failed_ns, queue_ns, compute_ns, last_ms } =
+    let InferStats { rows, succeeded, succeeded_ns, failed, failed_ns, executions, queue_ns, compute_ns, last_ms } =
         shared.metrics.infer_stats(place);
     let times = |count: u64, ns: u64| json!({ "count": count, "ns": ns });
     json!({
         "name": shared.models[place].0.name, "version": shared.generation.version, "last_inference": last_ms,
-        "inference_count": rows, "execution_count": succeeded,
+        "inference_count": rows, "execution_count": executions,
         "inference_stats": {
             "success": times(succeeded, succeeded_ns), "fail": times(failed, failed_ns), "queue": times(succeeded, queue_ns),
             "compute_input": times(0, 0), "compute_infer": times(succeeded, compute_ns), "compute_output": times(0, 0),

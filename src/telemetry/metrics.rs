@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::api::{CacheStatus, Outcome, Slate};
 use crate::candidates::Source;
 use crate::context::{Reason, Stage, StageTimings};
-use crate::device::Job;
+use crate::device::{Job, Task};
 use crate::error::Code;
 
 /// Which call.
@@ -55,6 +55,9 @@ const STAGE_BUCKETS: [f64; 14] =
 /// Candidates; the specification's.
 const CANDIDATE_BUCKETS: [f64; 6] = [10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
 
+/// Jobs.
+const BATCH_BUCKETS: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+
 /// A histogram with fixed buckets.
 struct Histogram<const N: usize> {
     counts: [AtomicU64; N],
@@ -89,6 +92,7 @@ struct InferCounters {
     succeeded_ns: AtomicU64,
     failed: AtomicU64,
     failed_ns: AtomicU64,
+    executions: AtomicU64,
     queue_ns: AtomicU64,
     compute_ns: AtomicU64,
     /// Milliseconds since 1970.
@@ -108,6 +112,8 @@ pub struct InferStats {
     pub failed: u64,
     /// As above.
     pub failed_ns: u64,
+    /// Calls of the ranker.
+    pub executions: u64,
     /// Between the shard and the worker, of those that succeeded.
     pub queue_ns: u64,
     /// Inside the ranker, of those that succeeded.
@@ -127,6 +133,7 @@ pub struct ShardMetrics {
     cache_misses: AtomicU64,
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
+    batches: Histogram<7>,
     inference: Vec<Histogram<14>>,
     infer: Vec<InferCounters>,
     degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
@@ -153,6 +160,7 @@ impl ShardMetrics {
             cache_misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             candidates: Default::default(),
+            batches: Histogram::default(),
             inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
             infer: (0..n_rankers).map(|_| InferCounters::default()).collect(),
             degraded: Default::default(),
@@ -217,6 +225,9 @@ impl ShardMetrics {
         for (histogram, &n) in self.candidates.iter().zip(&job.ranked.n_by_source).filter(|(_, n)| **n > 0) {
             histogram.observe(&CANDIDATE_BUCKETS, f64::from(n), u64::from(n));
         }
+        if job.ranked.batch_size > 0 && matches!(job.task, Task::Rank { .. } | Task::Infer { .. }) {
+            self.batches.observe(&BATCH_BUCKETS, f64::from(job.ranked.batch_size), u64::from(job.ranked.batch_size));
+        }
         if job.ranked.n_nan > 0 {
             self.nan_scores.fetch_add(u64::from(job.ranked.n_nan), Relaxed);
         }
@@ -234,6 +245,7 @@ impl ShardMetrics {
         counters.rows.fetch_add(u64::from(rows), Relaxed);
         counters.succeeded.fetch_add(1, Relaxed);
         counters.succeeded_ns.fetch_add(ns(latency), Relaxed);
+        counters.executions.fetch_add(u64::from(job.ranked.batch_size > 0), Relaxed);
         counters.queue_ns.fetch_add(ns(job.timings.get(Stage::Queue)), Relaxed);
         counters.compute_ns.fetch_add(ns(job.timings.get(Stage::Rank)), Relaxed);
         let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
@@ -296,6 +308,7 @@ impl Metrics {
             all.succeeded_ns += counters.succeeded_ns.load(Relaxed);
             all.failed += counters.failed.load(Relaxed);
             all.failed_ns += counters.failed_ns.load(Relaxed);
+            all.executions += counters.executions.load(Relaxed);
             all.queue_ns += counters.queue_ns.load(Relaxed);
             all.compute_ns += counters.compute_ns.load(Relaxed);
             all.last_ms = all.last_ms.max(counters.last_ms.load(Relaxed));
@@ -347,6 +360,8 @@ impl Metrics {
             let labels = format!("model_name=\"{}\"", escaped(ranker));
             self.histogram(o, "model_inference_latency_seconds", &labels, &STAGE_BUCKETS, 1e-9, |m| &m.inference[at]);
         }
+        head(o, "tastemaker_batch_size", "histogram", "Rankings and inferences computed together");
+        self.histogram(o, "tastemaker_batch_size", "kind=\"rank\"", &BATCH_BUCKETS, 1.0, |m| &m.batches);
         head(o, "candidates_generated", "histogram", "Number of candidates generated");
         for source in Source::ALL {
             let labels = format!("source=\"{}\"", source.name());
