@@ -7,6 +7,7 @@ pub mod mlp;
 pub mod onnx;
 pub mod signature;
 pub mod tree_model;
+mod tree_nodes;
 pub mod trees;
 
 use std::path::Path;

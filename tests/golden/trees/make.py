@@ -40,6 +40,7 @@ def write(name, model, output, column=None):
     if isinstance(scores, list):  # of maps
         scores = np.array([[row[key] for key in sorted(row)] for row in scores])
     scores = scores.reshape(len(x), -1)[:, column or 0].astype(float)
+    model.graph.name = name  # exporters draw one
     onnx.save(model, HERE / f"{name}.onnx")
     plain = [[None if np.isnan(v) else float(v) for v in row] for row in x]
     text = json.dumps({"output": output, "rows": plain, "scores": scores.tolist()})
@@ -75,6 +76,33 @@ def every_mode():
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
+def by_index():
+    """The newer operator: nodes by position, sets of values, two targets of which the graph takes the second."""
+    def tensor(kind, values):
+        return helper.make_tensor("", kind, [len(values)], values)
+
+    node = helper.make_node(
+        "TreeEnsemble", ["x"], ["sums"], domain="ai.onnx.ml", name="indexed", n_targets=2, aggregate_function=1,
+        post_transform=0, tree_roots=[0, 3],
+        nodes_featureids=[5, 0, 1, 5, 2],
+        nodes_modes=tensor(TensorProto.UINT8, [6, 0, 3, 6, 1]),
+        nodes_splits=tensor(TensorProto.FLOAT, [0.0, 0.1, -0.3, 0.0, 0.5]),
+        nodes_truenodeids=[1, 0, 2, 4, 5], nodes_trueleafs=[0, 1, 1, 0, 1],
+        nodes_falsenodeids=[2, 1, 3, 4, 6], nodes_falseleafs=[0, 1, 1, 1, 1],
+        nodes_missing_value_tracks_true=[0, 1, 0, 1, 1],
+        membership_values=tensor(TensorProto.FLOAT, [2.0, 3.0, 7.0, np.nan, 1.0, 7.0]),
+        leaf_targetids=[1, 1, 1, 0, 1, 1, 1],
+        leaf_weights=tensor(TensorProto.FLOAT, [0.5, -1.5, 2.25, 8.0, 0.125, -0.75, 3.0]),
+    )
+    column = helper.make_node("Gather", ["sums", "second"], ["score"], axis=1)
+    second = helper.make_tensor("second", TensorProto.INT64, [], [1])
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, WIDTH])]
+    outputs = [helper.make_tensor_value_info("score", TensorProto.FLOAT, [None])]
+    graph = helper.make_graph([node, column], "indexed", inputs, outputs, [second])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 5)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
 def main():
     x = rows(2000)
     taste = np.nan_to_num(x[:, 0]) - np.nan_to_num(x[:, 1]) ** 2 + np.isin(x[:, 5], [2, 3, 7])
@@ -101,6 +129,7 @@ def main():
     write("forest", convert_sklearn(forest, initial_types=types, options=options), "probabilities", 1)
 
     write("modes", every_mode(), "score")
+    write("indexed", by_index(), "score")
 
 
 main()
