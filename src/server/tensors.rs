@@ -436,6 +436,23 @@ mod tests {
 
     proptest! {
         #[test]
+        fn damage_never_panics(
+            places in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in any::<prop::sample::Index>(), length in prop::option::of(0usize..400),
+        ) {
+            let mut body = format!(r#"{{"inputs":[{X},{IDS},{FLAGS}],"outputs":[{{"name":"score"}}]}}"#).into_bytes();
+            for (place, value) in places {
+                let place = place.index(body.len());
+                body[place] = value;
+            }
+            body.truncate(cut.index(2 * body.len()).max(1));
+            match decode(&body, length, &model()) {
+                Ok(request) => prop_assert_eq!((request.n, request.inputs.len()), (2, 3)),
+                Err(error) => prop_assert!(error.code == Code::BadRequest && !error.message.is_empty()),
+            }
+        }
+
+        #[test]
         fn answers_hold_the_scores(scores in prop::collection::vec(any::<f32>(), 1..50), binary in any::<bool>()) {
             let request = InferRequest { id: None, n: scores.len() as u32, inputs: vec![], deadline: None, binary };
             let (body, json_length) = encode(&request, &model(), "v", &scores);

@@ -594,3 +594,67 @@ fn blend_search(weight: f32, scratch: &mut Scratch) {
         *score += unit * search;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::testing;
+    use crate::context::Deadline;
+    use crate::ranking::RankError;
+    use std::time::Duration;
+
+    /// Sums a row up; fails at 13, panics at 14.
+    struct Flaky;
+
+    impl Ranker for Flaky {
+        fn name(&self) -> &str {
+            "flaky"
+        }
+
+        fn rows_are_independent(&self) -> bool {
+            true
+        }
+
+        fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {
+            scores.clear();
+            assert!(!inputs[0].contains(&14.0), "fourteen");
+            if inputs[0].contains(&13.0) {
+                return Err(RankError { ranker: "flaky".into(), reason: "thirteen".into() });
+            }
+            scores.extend(inputs[0].chunks_exact(inputs[0].len() / n).map(|row| row.iter().sum::<f32>()));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_batch_fails_as_one_and_no_other_with_it() {
+        let generation = Arc::new(testing::plain(3));
+        let pool = Arc::new(ThreadPool::with_num_threads(1));
+        let mut device = CpuDevice::new(Arc::new(PipelineConfig::default()), pool);
+        let layouts = vec![Layout::compile(&["item.popularity".into()], &generation).unwrap()];
+        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), weight: 1.0 }];
+        device.loaded.push_front(Loaded { generation: generation.clone(), index: None, rankers });
+        let job = |rows: &[f32]| {
+            let mut job = Box::new(Job::new(generation.clone()));
+            job.deadline = Deadline::after(Duration::from_secs(60));
+            job.task = Task::Infer { ranker: 0, n: rows.len() as u32, inputs: vec![rows.to_vec()] };
+            job
+        };
+        let mut run = |batch: &[&[f32]]| -> Vec<Result<Vec<f32>, Code>> {
+            let mut batch: Vec<Box<Job>> = batch.iter().map(|rows| job(rows)).collect();
+            device.execute(&mut batch).unwrap();
+            batch
+                .iter()
+                .map(|job| job.failure.as_ref().map_or(Ok(job.ranked.scores.clone()), |f| Err(f.code)))
+                .collect()
+        };
+        let good = || [Ok(vec![1.0, 2.0]), Ok(vec![3.0])];
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[1.0], &[13.0], &[2.0]]), [Err(Code::Internal), Err(Code::Internal), Err(Code::Internal)]);
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[14.0], &[1.0]]), [Err(Code::Internal), Err(Code::Internal)]);
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[13.0]]), [Err(Code::Internal)]);
+        assert_eq!(run(&[&[4.0]]), [Ok(vec![4.0])]);
+    }
+}
