@@ -30,6 +30,22 @@ fn empty() -> Answer {
     Ok(respond(200, "application/json", Vec::new()))
 }
 
+/// The parts of a path after `/v2`, their `%XX` resolved; what is no UTF-8 then becomes no name that anything has.
+fn parts(path: &str) -> Vec<String> {
+    let part = |part: &str| {
+        let (mut bytes, mut rest) = (Vec::with_capacity(part.len()), part.as_bytes());
+        while let [first, after @ ..] = rest {
+            let hex = after.first_chunk::<2>().filter(|hex| *first == b'%' && hex.iter().all(u8::is_ascii_hexdigit));
+            let value =
+                hex.and_then(|hex| std::str::from_utf8(hex).ok()).and_then(|hex| u8::from_str_radix(hex, 16).ok());
+            bytes.push(value.unwrap_or(*first));
+            rest = if value.is_some() { &after[2..] } else { after };
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    path.split('/').skip(2).filter(|p| !p.is_empty()).map(part).collect()
+}
+
 /// The position of a model, whether it is unloaded or not.
 fn place(shared: &Shared, name: &str) -> Result<usize, Error> {
     let place = shared.models.iter().position(|(model, _)| model.name == name);
@@ -53,8 +69,8 @@ fn found<'s>(shared: &'s Shared, name: &str, version: Option<&str>) -> Result<(u
 
 /// Answers on the HTTP port.
 pub async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
-    let path = request.uri().path().to_owned();
-    let parts: Vec<&str> = path.split('/').skip(2).filter(|part| !part.is_empty()).collect();
+    let path = parts(request.uri().path());
+    let parts: Vec<&str> = path.iter().map(String::as_str).collect();
     let (name, version, what) = match parts[..] {
         ["models", name] => (name, None, ""),
         ["models", name, what] => (name, None, what),
@@ -184,8 +200,8 @@ async fn infer(request: Request<Incoming>, state: &HttpState, name: &str, versio
 
 /// Answers on the admin port: the repository.
 pub async fn admin(request: Request<Incoming>, state: &HttpState) -> Answer {
-    let path = request.uri().path().to_owned();
-    let parts: Vec<&str> = path.split('/').skip(2).filter(|part| !part.is_empty()).collect();
+    let path = parts(request.uri().path());
+    let parts: Vec<&str> = path.iter().map(String::as_str).collect();
     let shared = state.service.borrow().shared().clone();
     match parts[..] {
         ["repository", "index"] => {
@@ -255,5 +271,18 @@ fn authorised(request: &Request<Incoming>, token: &str) -> Result<(), Error> {
     match differ {
         0 => Ok(()),
         _ => Err(Error::fixed(Code::Unauthorized, "this needs `Authorization: Bearer` and the server's admin_token")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts;
+
+    #[test]
+    fn paths_are_resolved() {
+        assert_eq!(parts("/v2"), [""; 0]);
+        assert_eq!(parts("/v2/models/my%20m%C3%A4%2Fx/infer/"), ["models", "my m\u{e4}/x", "infer"]);
+        assert_eq!(parts("/v2/a%/b%2/c%zz/%+1"), ["a%", "b%2", "c%zz", "%+1"]);
+        assert_eq!(parts("/v2/%ff"), ["\u{fffd}"]);
     }
 }
