@@ -9,7 +9,9 @@ use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall};
 use tastemaker::catalog::generation::MatrixData;
 use tastemaker::catalog::npy;
 use tastemaker::config::Config;
-use tastemaker::server::json;
+use tastemaker::pipeline::models::{Model, ModelInput, ModelOutput};
+use tastemaker::ranking::signature::Datatype;
+use tastemaker::server::{json, tensors};
 use tastemaker::wire::frame::{self, Split};
 use tastemaker::wire::request::Request;
 use tastemaker::wire::{client, request, schema};
@@ -18,11 +20,12 @@ use tastemaker::wire::{client, request, schema};
 pub type Run = fn(&[u8]);
 
 /// Every target by name.
-pub const TARGETS: [(&str, Run); 6] = [
+pub const TARGETS: [(&str, Run); 7] = [
     ("answer", answer),
     ("config", config),
     ("frame", frame),
     ("http_json", http_json),
+    ("infer", infer),
     ("npy", npy),
     ("request", request),
 ];
@@ -124,6 +127,34 @@ pub fn http_json(bytes: &[u8]) {
     said(json::parse::<json::RecommendBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::SearchBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::RankBody<'_>>(bytes).map(|body| format!("{body:?}")));
+}
+
+/// Bytes as the body of an inference. Bytes 0 and 1: where its JSON ends; 0: at the end.
+pub fn infer(bytes: &[u8]) {
+    let Some((length, body)) = bytes.split_first_chunk::<2>() else { return };
+    let length = Some(usize::from(u16::from_le_bytes(*length))).filter(|&length| length > 0);
+    let input = |name: &str, datatype, width| ModelInput { name: name.into(), datatype, width };
+    let model = Model {
+        name: "m".into(),
+        inputs: vec![input("x", Datatype::Fp32, 2), input("ids", Datatype::Int64, 1), input("on", Datatype::Bool, 1)],
+        output: ModelOutput { name: "score".into(), flat: false },
+    };
+    match tensors::decode(body, length, &model) {
+        Ok(request) => {
+            let (n, mut values) = (request.n as usize, vec![0.5]);
+            assert!((1..=10_000).contains(&n));
+            for (input, wanted) in request.inputs.iter().zip(&model.inputs) {
+                input.write_to(&mut values);
+                assert_eq!(values.len(), n * wanted.width, "{}", wanted.name);
+            }
+            assert_eq!(request.inputs.len(), model.inputs.len());
+            let (answer, json_end) = tensors::encode(&request, &model, "v", &vec![0.25; n]);
+            let text = &answer[..json_end.unwrap_or(answer.len())];
+            assert!(serde_json::from_slice::<serde_json::Value>(text).is_ok());
+            assert_eq!(answer.len() - text.len(), if request.binary { 4 * n } else { 0 });
+        }
+        Err(error) => assert!(!error.message.is_empty()),
+    }
 }
 
 /// Text as a configuration file; one that is accepted says the same when it is written and read again.

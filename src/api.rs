@@ -99,6 +99,39 @@ pub struct RankCall<'a> {
     pub deadline: Option<Duration>,
 }
 
+/// Asks a ranker for its output on tensors that the client filled.
+#[derive(Clone, Copy, Debug)]
+pub struct InferCall<'a> {
+    /// Position in the generation's rankers.
+    pub ranker: u16,
+    /// Rows of every input, 1 to 10,000.
+    pub n: u32,
+    /// `[n, width]` for each input of the ranker's manifest, in its order.
+    pub inputs: &'a [InferInput<'a>],
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
+/// Values of an input, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InferInput<'a> {
+    /// f32, little-endian, as they came.
+    Bytes(&'a [u8]),
+    /// Converted.
+    Values(Vec<f32>),
+}
+
+impl InferInput<'_> {
+    /// Puts the values in place of what is in `out`.
+    pub fn write_to(&self, out: &mut Vec<f32>) {
+        out.clear();
+        match self {
+            InferInput::Bytes(bytes) => out.extend(bytes.as_chunks().0.iter().map(|&v| f32::from_le_bytes(v))),
+            InferInput::Values(values) => out.extend_from_slice(values),
+        }
+    }
+}
+
 /// How the result cache took part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CacheStatus {
@@ -200,6 +233,8 @@ pub enum Outcome {
     Slate(Arc<Slate>, CacheStatus),
     /// For [`Call::Search`] and [`Call::Rank`].
     Scored(Arc<ScoredItems>),
+    /// For [`InferCall`]: one value per row.
+    Inferred(Arc<[f32]>),
     /// Any of them.
     Failed(Error),
 }

@@ -8,6 +8,8 @@ use std::borrow::Cow;
 pub enum Code {
     /// Malformed or out of range.
     BadRequest = 400,
+    /// The call needs a token, and this is not it.
+    Unauthorized = 401,
     /// No such item, ranker or path.
     NotFound = 404,
     /// The path exists, the verb does not.
@@ -34,6 +36,7 @@ impl Code {
     pub fn name(self) -> &'static str {
         match self {
             Code::BadRequest => "bad_request",
+            Code::Unauthorized => "unauthorized",
             Code::NotFound => "not_found",
             Code::MethodNotAllowed => "method_not_allowed",
             Code::DeadlineExceeded => "deadline_exceeded",

@@ -471,7 +471,7 @@ fn http_says_what_is_wrong() {
         ("POST", "/v1/rank", r#"{"user_id":"u","item_ids":[]}"#, 400, "0 items"),
         ("POST", "/v1/rank", r#"{"user_id":"u","item_ids":["1"],"ranker":"x"}"#, 404, "ranker"),
         ("GET", "/v1/recommend", "", 405, "POST"),
-        ("POST", "/v2/nothing", "", 404, "/v1/recommend"),
+        ("POST", "/v3/nothing", "", 404, "/v1/recommend"),
     ];
     for (method, path, body, status, says) in cases {
         let (got, _, message) = ask(method, path, body);

@@ -53,6 +53,7 @@ fn unsafe_is_fenced() {
         "src/index/simd.rs",
         "src/memory.rs",
         "src/ranking/mlp.rs",
+        "src/ranking/trees.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

@@ -1,5 +1,6 @@
 //! Accelerators and their CPU stand-in. Nothing above this module knows which one it is talking to.
 
+pub mod batcher;
 pub mod cpu;
 pub mod ring;
 pub mod sim;
@@ -148,6 +149,15 @@ pub enum Task {
         /// Position in [`Generation::rankers`].
         ranker: u16,
     },
+    /// The ranker's output on given tensors.
+    Infer {
+        /// Position in [`Generation::rankers`].
+        ranker: u16,
+        /// Rows of every input.
+        n: u32,
+        /// `[n, width]` for each input of the manifest.
+        inputs: Vec<Vec<f32>>,
+    },
 }
 
 /// The user of a job. Devices read users from here only, so that live state can differ from the generation.
@@ -208,6 +218,10 @@ impl Context {
 pub struct Ranked {
     /// Recommend and search: best first, ties by ascending row. Rank: as asked.
     pub items: Vec<RankedItem>,
+    /// Infer: one per row.
+    pub scores: Vec<f32>,
+    /// Jobs of the batch that this one was the first of; 0 for the others.
+    pub batch_size: u16,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
     /// Proposals per source, after each source's own filter; for metrics.
@@ -226,6 +240,8 @@ impl Ranked {
     /// Empties it and keeps its memory.
     pub fn clear(&mut self) {
         self.items.clear();
+        self.scores.clear();
+        self.batch_size = 0;
         self.n_candidates = 0;
         self.n_by_source = [0; Source::COUNT];
         self.candidates.clear();

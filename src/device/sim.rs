@@ -55,6 +55,10 @@ impl Device for SimDevice {
                 Task::Recommend { top_m, .. } => *top_m as usize,
                 Task::Search { k, .. } => *k as usize,
                 Task::Rank { rows, .. } => rows.len(),
+                Task::Infer { n, .. } => {
+                    job.ranked.scores.resize(*n as usize, 0.5);
+                    0
+                }
             };
             let n = n.min(job.generation.items.len());
             let item = |row: u32| RankedItem { row, score: 1.0 / (1.0 + row as f32), sources: Default::default() };

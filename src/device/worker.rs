@@ -2,12 +2,16 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::batcher::{BatchLimits, Batcher, Source};
 use super::ring::JobQueue;
 use super::{Device, Job};
 use crate::context::Stage;
 use crate::error::{Code, Error};
+
+/// How long a worker that waits for company sleeps before it looks again.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// Takes finished jobs back to the shards that made them.
 pub trait JobSink: Send + Sync {
@@ -15,26 +19,41 @@ pub trait JobSink: Send + Sync {
     fn deliver(&self, job: Box<Job>);
 }
 
+/// The queue and the clock.
+struct Live<'q>(&'q JobQueue);
+
+impl Source for Live<'_> {
+    fn try_pop(&mut self) -> Option<Box<Job>> {
+        self.0.try_pop()
+    }
+
+    fn now(&mut self) -> Instant {
+        Instant::now()
+    }
+
+    fn pause(&mut self, until: Instant) {
+        std::thread::sleep(until.saturating_duration_since(Instant::now()).min(PAUSE));
+    }
+}
+
 /// Works until the queue is closed and empty. Every job that is popped is delivered exactly once: executed, expired, or
-/// failed. `max_batch` jobs at most are executed together; a device that works one by one takes 1.
-pub fn run(device: &mut dyn Device, queue: &JobQueue, worker: usize, max_batch: usize, sink: &Arc<dyn JobSink>) {
-    let mut batch: Vec<Box<Job>> = Vec::with_capacity(max_batch.max(1));
-    while let Some(first) = queue.pop(worker) {
-        let mut next = Some(first);
-        while let Some(mut job) = next {
-            let now = Instant::now();
+/// failed. `limits` say which jobs are executed together.
+pub fn run(device: &mut dyn Device, queue: &JobQueue, worker: usize, limits: BatchLimits, sink: &Arc<dyn JobSink>) {
+    let mut batch: Vec<Box<Job>> = Vec::with_capacity(limits.max_batch_size);
+    let (mut batcher, mut source) = (Batcher::new(limits), Live(queue));
+    while let Some(first) = batcher.held().or_else(|| queue.pop(worker)) {
+        batcher.fill(first, &mut source, &mut batch, &mut |mut job| {
             job.timings.lap(Stage::Queue, job.enqueued);
-            if job.deadline.passed(now) {
-                job.failure = Some(Error::fixed(Code::DeadlineExceeded, "the deadline passed before the work began"));
-                sink.deliver(job);
-            } else {
-                batch.push(job);
-            }
-            next = if batch.len() < max_batch { queue.try_pop() } else { None };
-        }
+            job.failure = Some(Error::fixed(Code::DeadlineExceeded, "the deadline passed before the work began"));
+            sink.deliver(job);
+        });
         if batch.is_empty() {
             continue;
         }
+        for job in &mut batch {
+            job.timings.lap(Stage::Queue, job.enqueued);
+        }
+        batch[0].ranked.batch_size = batch.len() as u16;
         let done = catch_unwind(AssertUnwindSafe(|| device.execute(&mut batch)));
         let failure = match done {
             Ok(Ok(())) => None,
@@ -63,9 +82,9 @@ mod tests {
     use crate::api::Ticket;
     use crate::catalog::generation::testing;
     use crate::context::Deadline;
+    use crate::device::batcher::Company;
     use crate::device::sim::{Script, SimDevice};
     use parking_lot::Mutex;
-    use std::time::Duration;
 
     #[derive(Default)]
     struct Collected(Mutex<Vec<(u64, Option<Code>)>>);
@@ -89,7 +108,8 @@ mod tests {
         queue.close();
         let collected = Arc::new(Collected::default());
         let sink: Arc<dyn JobSink> = collected.clone();
-        run(&mut SimDevice::new(script), &queue, 0, 4, &sink);
+        let limits = BatchLimits { max_batch_size: 4, max_wait: Duration::ZERO, company: Company::Any };
+        run(&mut SimDevice::new(script), &queue, 0, limits, &sink);
         let mut all = std::mem::take(&mut *collected.0.lock());
         all.sort_by_key(|o| o.0);
         all

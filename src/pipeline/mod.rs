@@ -1,6 +1,7 @@
 //! The product, top to bottom: plan → retrieve → merge → rank → select → rerank → respond.
 
 pub mod local;
+pub mod models;
 pub mod plan;
 
 use std::collections::BTreeMap;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::PipelineConfig;
-use crate::api::{RankCall, RecommendCall, SearchBy, SearchCall};
+use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall};
 use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Deadline, Stage};
 use crate::device::{Job, Task};
@@ -142,6 +142,20 @@ pub fn rank(
     resolve_user(call.user_id, generation, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
+}
+
+/// Plans a ranker's own inference; the tensors are checked already.
+pub fn infer(call: &InferCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) {
+    begin(job, generation, call.deadline, now);
+    // The last job's buffers, where it was of this kind.
+    let mut inputs = match &mut job.task {
+        Task::Infer { inputs, .. } => std::mem::take(inputs),
+        _ => Vec::new(),
+    };
+    inputs.resize_with(call.inputs.len(), Vec::new);
+    call.inputs.iter().zip(&mut inputs).for_each(|(from, to)| from.write_to(to));
+    job.task = Task::Infer { ranker: call.ranker, n: call.n, inputs };
+    job.enqueued = job.timings.lap(Stage::Plan, now);
 }
 
 fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>, now: Instant) {

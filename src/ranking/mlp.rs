@@ -383,6 +383,10 @@ impl Ranker for Mlp {
         &self.name
     }
 
+    fn rows_are_independent(&self) -> bool {
+        true
+    }
+
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {
         scores.clear();
         let width = self.n_inputs();

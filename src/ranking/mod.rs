@@ -5,6 +5,10 @@ pub mod graph;
 pub mod manifest;
 pub mod mlp;
 pub mod onnx;
+pub mod signature;
+pub mod tree_model;
+mod tree_nodes;
+pub mod trees;
 
 use std::path::Path;
 
@@ -36,6 +40,11 @@ pub trait Ranker: Send {
     /// # Errors
     /// The model failed; `scores` is then empty.
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError>;
+
+    /// Whether a row's score is the same to the bit whatever rows are beside it, so that requests may share a call.
+    fn rows_are_independent(&self) -> bool {
+        false
+    }
 }
 
 /// The engine for perceptrons where the loaded model is one and scores there as it does in the general runtime, else the general

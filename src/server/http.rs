@@ -22,6 +22,7 @@ use hyper::{Method, Request, Response};
 
 use super::json::{self, RankBody, RecommendBody, SearchBody};
 use super::service::Service;
+use super::{tensors, v2};
 use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, Ticket};
 use crate::error::{Code, Error};
 use crate::telemetry::metrics::{Endpoint, Gauges};
@@ -39,9 +40,9 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Which port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Routes {
-    /// `/v1/…`
+    /// `/v1/…`, `/v2/…`
     Api,
-    /// `/metrics`, `/healthz`, `/readyz`, `/generations`
+    /// `/metrics`, `/healthz`, `/readyz`, `/generations`, `/v2/repository/…`
     Admin,
 }
 
@@ -122,7 +123,7 @@ impl Drop for Waiting {
 
 /// What all connections of a shard share.
 pub struct HttpState {
-    service: Rc<RefCell<Service>>,
+    pub(super) service: Rc<RefCell<Service>>,
     calls: Rc<HttpCalls>,
     /// By number, what wakes an open connection; it then ends as soon as it owes no answer.
     connections: RefCell<BTreeMap<u64, Option<Waker>>>,
@@ -178,11 +179,16 @@ impl HttpState {
 
     /// Makes a call and waits for its outcome.
     async fn call(&self, call: &Call<'_>) -> Outcome {
+        self.start(|service, ticket| service.submit(call, ticket, Instant::now())).await
+    }
+
+    /// Starts what is answered under a ticket, and waits for the outcome.
+    pub(super) async fn start(&self, start: impl FnOnce(&mut Service, Ticket) -> Option<Outcome>) -> Outcome {
         let ticket = self.calls.open();
         let waiting = Waiting { calls: self.calls.clone(), ticket };
         let submitted = {
             let mut service = self.service.borrow_mut();
-            let outcome = service.submit(call, ticket, Instant::now());
+            let outcome = start(&mut service, ticket);
             service.kick();
             outcome
         };
@@ -285,15 +291,16 @@ async fn connection(stream: glommio::net::TcpStream, open: &Open<'_>, routes: Ro
     }
 }
 
-fn respond(code: u16, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+pub(super) fn respond(code: u16, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = hyper::StatusCode::from_u16(code).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
-fn failed(error: &Error) -> Response<Full<Bytes>> {
-    let mut response = respond(error.code.status(), "application/json", json::error(error));
+fn failed(error: &Error, v2: bool) -> Response<Full<Bytes>> {
+    let body = if v2 { tensors::error(error) } else { json::error(error) };
+    let mut response = respond(error.code.status(), "application/json", body);
     if matches!(error.code, Code::Overloaded | Code::Unavailable) {
         response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     }
@@ -301,13 +308,16 @@ fn failed(error: &Error) -> Response<Full<Bytes>> {
 }
 
 async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -> Response<Full<Bytes>> {
+    let v2 = request.uri().path().strip_prefix("/v2").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     let result = match routes {
+        Routes::Api if v2 => v2::api(request, state).await,
         Routes::Api => api(request, state).await,
+        Routes::Admin if v2 => v2::admin(request, state).await,
         Routes::Admin => admin(&request, state),
     };
     let mut response = match result {
         Ok(response) => response,
-        Err(Failure::Refused(error) | Failure::Failed(error)) => failed(&error),
+        Err(Failure::Refused(error) | Failure::Failed(error)) => failed(&error, v2),
     };
     if state.service.borrow().draining() {
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -315,10 +325,10 @@ async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -
     response
 }
 
-type Answer = Result<Response<Full<Bytes>>, Failure>;
+pub(super) type Answer = Result<Response<Full<Bytes>>, Failure>;
 
 /// Why there is no answer but an error.
-enum Failure {
+pub(super) enum Failure {
     /// The request did not become a call, which counts here.
     Refused(Error),
     /// The call failed; the service has counted it.
@@ -331,7 +341,7 @@ impl From<Error> for Failure {
     }
 }
 
-fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
+pub(super) fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
     match method == allowed {
         true => Ok(()),
         false => Err(Error::new(Code::MethodNotAllowed, format!("only {allowed} is allowed here"))),
@@ -345,7 +355,7 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
         "/v1/search" => Endpoint::Search,
         "/v1/rank" => Endpoint::Rank,
         _ => {
-            let message = "no such path; there are /v1/recommend, /v1/search and /v1/rank";
+            let message = "no such path; there are /v1/recommend, /v1/search, /v1/rank and /v2";
             return Err(Error::fixed(Code::NotFound, message).into());
         }
     };
@@ -356,7 +366,7 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
         match endpoint {
             Endpoint::Recommend => recommend(&body, state).await,
             Endpoint::Search => search(&body, state).await,
-            Endpoint::Rank => rank(&body, state).await,
+            Endpoint::Rank | Endpoint::Infer => rank(&body, state).await,
         }
     };
     let answer = answer.await;
@@ -367,7 +377,7 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
     answer
 }
 
-async fn body(request: Request<Incoming>, limit: usize) -> Result<Bytes, Error> {
+pub(super) async fn body(request: Request<Incoming>, limit: usize) -> Result<Bytes, Error> {
     let collected = Limited::new(request.into_body(), limit).collect();
     let late = async {
         glommio::timer::sleep(BODY_TIMEOUT).await;
@@ -463,7 +473,7 @@ async fn rank(body: &[u8], state: &HttpState) -> Answer {
     }
 }
 
-fn unexpected(outcome: Outcome) -> Answer {
+pub(super) fn unexpected(outcome: Outcome) -> Answer {
     Err(Failure::Failed(match outcome {
         Outcome::Failed(error) => error,
         _ => Error::fixed(Code::Internal, "the answer does not fit the question"),
@@ -495,7 +505,7 @@ fn context<'a>(
 fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz" | "/readyz" | "/generations") {
-        let message = "no such path; there are /metrics, /healthz, /readyz and /generations";
+        let message = "no such path; there are /metrics, /healthz, /readyz, /generations and /v2/repository";
         return Err(Error::fixed(Code::NotFound, message).into());
     }
     only(request.method(), &Method::GET)?;

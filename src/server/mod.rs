@@ -7,6 +7,8 @@ pub mod ring;
 pub mod service;
 pub mod shard;
 pub mod signals;
+pub mod tensors;
+mod v2;
 pub mod watchdog;
 
 use std::net::SocketAddr;
@@ -22,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use crate::catalog;
 use crate::catalog::generation::Generation;
 use crate::config::Config;
+use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use completions::Completions;
@@ -37,6 +40,9 @@ pub struct ServerConfig {
     pub http: SocketAddr,
     /// Address of metrics, health and administration. Default 127.0.0.1:8002.
     pub admin: SocketAddr,
+    /// What changes the server's state on the admin port must be sent with it, as `Authorization: Bearer TOKEN`: 16 to 256
+    /// visible ASCII characters. Empty, the default: nothing may.
+    pub admin_token: String,
     /// CPUs to run on, one shard and one worker each. Empty: all that the process may use.
     pub cpus: Vec<usize>,
     /// Calls in flight per shard; more are answered `overloaded`. 1 to 65536, default 256.
@@ -63,6 +69,7 @@ impl Default for ServerConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 7070)),
             http: SocketAddr::from(([127, 0, 0, 1], 8000)),
             admin: SocketAddr::from(([127, 0, 0, 1], 8002)),
+            admin_token: String::new(),
             cpus: Vec::new(),
             max_in_flight: 256,
             max_connections: 4096,
@@ -82,6 +89,10 @@ impl ServerConfig {
     /// # Errors
     /// The key, its value and its range.
     pub fn validate(&self) -> Result<(), String> {
+        let token = self.admin_token.as_bytes();
+        if !token.is_empty() && (!(16..=256).contains(&token.len()) || !token.iter().all(u8::is_ascii_graphic)) {
+            return Err("server.admin_token is not of 16 to 256 visible ASCII characters".to_owned());
+        }
         let ranges = [
             ("max_in_flight", self.max_in_flight, 1, 65_536),
             ("max_connections", self.max_connections, 1, 1 << 20),
@@ -288,7 +299,7 @@ impl Server {
                     // The receiver is gone only if another worker failed, and then nothing starts.
                     let _ = ready.send(result);
                     if usable {
-                        worker::run(device, &shared.jobs, id, 1, &sink);
+                        worker::run(device, &shared.jobs, id, BatchLimits::CPU, &sink);
                     }
                 };
                 match kind {

@@ -1,23 +1,25 @@
 //! One shard's side of every call: cache, single flight, admission, plan, queue, finish. Both protocols come through here.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
 use super::completions::{Completion, Completions};
-use crate::api::{CacheStatus, Call, Outcome, RecommendCall, Slate, Ticket};
+use crate::api::{CacheStatus, Call, InferCall, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
 use crate::catalog::generation::Generation;
 use crate::config::Config;
 use crate::context::Deadline;
-use crate::device::Job;
 use crate::device::ring::JobQueue;
 use crate::device::worker::JobSink;
+use crate::device::{Job, Task};
 use crate::error::{Code, Error};
+use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
@@ -28,6 +30,8 @@ pub struct Shared {
     pub generation: Arc<Generation>,
     /// Compiled against it.
     pub reranker: Reranker,
+    /// The rankers as models under `/v2`, and whether each was unloaded there.
+    pub models: Vec<(Model, AtomicBool)>,
     /// As configured.
     pub config: Config,
     /// To the workers.
@@ -52,7 +56,9 @@ impl Shared {
         let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
         // Twice, so that a call that ran out of time and its slot's next one both fit.
         let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
+        let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
         Ok(Shared {
+            models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
             reranker: Reranker::compile(&config.rerank, &generation)?,
             jobs: JobQueue::new(per_shard * n_shards, n_shards),
             completions: completions.context("making an eventfd")?,
@@ -62,6 +68,15 @@ impl Shared {
             generation,
             config,
         })
+    }
+}
+
+impl Shared {
+    /// The time that a call has.
+    fn budget(&self, asked: Option<Duration>) -> Option<Duration> {
+        let limits = &self.config.server;
+        let longest = Duration::from_millis(u64::from(limits.max_deadline_ms));
+        Some(asked.unwrap_or(Duration::from_millis(u64::from(limits.default_deadline_ms))).min(longest))
     }
 }
 
@@ -91,6 +106,22 @@ struct Flight {
     /// It ran out of time and was answered; its job is still out.
     answered: bool,
 }
+
+/// What becomes of a planned job's answer.
+struct Plan {
+    endpoint: Endpoint,
+    key: Option<CacheKey>,
+    n_items: u32,
+    explain: bool,
+}
+
+impl Plan {
+    fn of(endpoint: Endpoint) -> Self {
+        Plan { endpoint, key: None, n_items: 0, explain: false }
+    }
+}
+
+const DRAINING: Error = Error::fixed(Code::Unavailable, "the server is shutting down");
 
 #[derive(Default)]
 struct Slot {
@@ -187,26 +218,43 @@ impl Service {
         outcome
     }
 
+    /// As [`Self::submit`], for a ranker's own inference.
+    pub fn infer(&mut self, call: &InferCall<'_>, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        let outcome = match self.draining {
+            true => Some(Outcome::Failed(DRAINING)),
+            false => {
+                let mut job = self.job();
+                let call = InferCall { deadline: self.shared.budget(call.deadline), ..*call };
+                plan::infer(&call, &self.shared.generation, now, &mut job);
+                self.launch(job, Plan::of(Endpoint::Infer), ticket, now)
+            }
+        };
+        if let Some(outcome) = &outcome {
+            self.metrics().record_outcome(Endpoint::Infer, outcome, now.elapsed());
+        }
+        outcome
+    }
+
+    fn job(&mut self) -> Box<Job> {
+        self.pool.pop().unwrap_or_else(|| Box::new(Job::new(self.shared.generation.clone())))
+    }
+
     fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
         if self.draining {
-            return Some(Outcome::Failed(Error::fixed(Code::Unavailable, "the server is shutting down")));
+            return Some(Outcome::Failed(DRAINING));
         }
+        let mut job = self.job();
         let Service { shared, pool, .. } = self;
-        let generation = &shared.generation;
-        let mut job = pool.pop().unwrap_or_else(|| Box::new(Job::new(generation.clone())));
-        let (config, limits) = (&shared.config.pipeline, &shared.config.server);
-        let budget = |asked: Option<Duration>| {
-            let longest = Duration::from_millis(u64::from(limits.max_deadline_ms));
-            Some(asked.unwrap_or(Duration::from_millis(u64::from(limits.default_deadline_ms))).min(longest))
-        };
-        let (mut key, mut n_items, mut explain) = (None, 0, false);
+        let budget = |asked| shared.budget(asked);
+        let (generation, config) = (&shared.generation, &shared.config.pipeline);
+        let mut plan = Plan::of(endpoint);
         let planned = match call {
             Call::Recommend(call) => {
                 let mut call = RecommendCall { deadline: budget(call.deadline), ..*call };
                 if call.n_items == 0 {
                     call.n_items = config.default_n_items;
                 }
-                (n_items, explain) = (call.n_items, call.explain);
+                (plan.n_items, plan.explain) = (call.n_items, call.explain);
                 if let Some(cache) = &shared.cache
                     && !call.no_cache
                     && !call.explain
@@ -218,7 +266,7 @@ impl Service {
                         pool.push(job);
                         return Some(Outcome::Slate(slate, CacheStatus::L1));
                     }
-                    key = Some(of);
+                    plan.key = Some(of);
                 }
                 plan::recommend(&call, generation, &shared.reranker, config, now, &mut job)
             }
@@ -235,6 +283,13 @@ impl Service {
             pool.push(job);
             return Some(Outcome::Failed(error));
         }
+        self.launch(job, plan, ticket, now)
+    }
+
+    /// Takes a slot for a planned job and sends it on its way, or lets it wait for an identical one.
+    fn launch(&mut self, mut job: Box<Job>, plan: Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        let Service { shared, pool, .. } = self;
+        let Plan { endpoint, key, n_items, explain } = plan;
         let Some(slot) = self.free.pop() else {
             pool.push(job);
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
@@ -345,7 +400,15 @@ impl Service {
             Endpoint::Search | Endpoint::Rank => {
                 pipeline::finish_scored(&mut job).map(|scored| Outcome::Scored(Arc::new(scored)))
             }
+            Endpoint::Infer => match job.failure.take() {
+                Some(failure) => Err(failure),
+                None => Ok(Outcome::Inferred(job.ranked.scores.as_slice().into())),
+            },
         };
+        if let Task::Infer { ranker, n, .. } = job.task {
+            let (ok, latency) = (outcome.is_ok(), now.saturating_duration_since(flight.started));
+            self.metrics().record_infer(ranker, n, &job, ok, latency);
+        }
         self.metrics().record_job(&job);
         let outcome = outcome.unwrap_or_else(Outcome::Failed);
         let slate = match &outcome {

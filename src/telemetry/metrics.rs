@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::api::{CacheStatus, Outcome, Slate};
 use crate::candidates::Source;
 use crate::context::{Reason, Stage, StageTimings};
-use crate::device::Job;
+use crate::device::{Job, Task};
 use crate::error::Code;
 
 /// Which call.
@@ -23,12 +23,15 @@ pub enum Endpoint {
     Search = 1,
     /// `rank`
     Rank = 2,
+    /// `infer`
+    Infer = 3,
 }
 
-const ENDPOINTS: [&str; 3] = ["recommend", "search", "rank"];
-const STATUSES: [Option<Code>; 9] = [
+const ENDPOINTS: [&str; 4] = ["recommend", "search", "rank", "infer"];
+const STATUSES: [Option<Code>; 10] = [
     None,
     Some(Code::BadRequest),
+    Some(Code::Unauthorized),
     Some(Code::NotFound),
     Some(Code::MethodNotAllowed),
     Some(Code::DeadlineExceeded),
@@ -51,6 +54,9 @@ const STAGE_BUCKETS: [f64; 14] =
     [0.000001, 0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1];
 /// Candidates; the specification's.
 const CANDIDATE_BUCKETS: [f64; 6] = [10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
+
+/// Jobs.
+const BATCH_BUCKETS: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
 
 /// A histogram with fixed buckets.
 struct Histogram<const N: usize> {
@@ -78,10 +84,48 @@ impl<const N: usize> Histogram<N> {
     }
 }
 
+/// Inferences of one ranker; times in nanoseconds.
+#[derive(Default)]
+struct InferCounters {
+    rows: AtomicU64,
+    succeeded: AtomicU64,
+    succeeded_ns: AtomicU64,
+    failed: AtomicU64,
+    failed_ns: AtomicU64,
+    executions: AtomicU64,
+    queue_ns: AtomicU64,
+    compute_ns: AtomicU64,
+    /// Milliseconds since 1970.
+    last_ms: AtomicU64,
+}
+
+/// Inferences of one ranker since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InferStats {
+    /// Rows of those that succeeded.
+    pub rows: u64,
+    /// Answered.
+    pub succeeded: u64,
+    /// From the call to its answer, nanoseconds in all; so with the others.
+    pub succeeded_ns: u64,
+    /// Computed and failed, or late.
+    pub failed: u64,
+    /// As above.
+    pub failed_ns: u64,
+    /// Calls of the ranker.
+    pub executions: u64,
+    /// Between the shard and the worker, of those that succeeded.
+    pub queue_ns: u64,
+    /// Inside the ranker, of those that succeeded.
+    pub compute_ns: u64,
+    /// When the last one succeeded, milliseconds since 1970; 0: never.
+    pub last_ms: u64,
+}
+
 /// The counters of one shard; recording neither locks nor allocates.
 #[repr(align(128))]
 pub struct ShardMetrics {
-    requests: [[Histogram<14>; STATUSES.len()]; 3],
+    requests: [[Histogram<14>; STATUSES.len()]; ENDPOINTS.len()],
     stages: [Histogram<14>; Stage::COUNT],
     served: [AtomicU64; Source::COUNT],
     backfilled: AtomicU64,
@@ -89,7 +133,9 @@ pub struct ShardMetrics {
     cache_misses: AtomicU64,
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
+    batches: Histogram<7>,
     inference: Vec<Histogram<14>>,
+    infer: Vec<InferCounters>,
     degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
     unknown_users: AtomicU64,
     nan_scores: AtomicU64,
@@ -114,7 +160,9 @@ impl ShardMetrics {
             cache_misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             candidates: Default::default(),
+            batches: Histogram::default(),
             inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
+            infer: (0..n_rankers).map(|_| InferCounters::default()).collect(),
             degraded: Default::default(),
             unknown_users: AtomicU64::new(0),
             nan_scores: AtomicU64::new(0),
@@ -133,7 +181,7 @@ impl ShardMetrics {
                 self.record_slate(slate, *cache);
                 None
             }
-            Outcome::Scored(_) => None,
+            Outcome::Scored(_) | Outcome::Inferred(_) => None,
         };
         let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
         self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
@@ -177,9 +225,31 @@ impl ShardMetrics {
         for (histogram, &n) in self.candidates.iter().zip(&job.ranked.n_by_source).filter(|(_, n)| **n > 0) {
             histogram.observe(&CANDIDATE_BUCKETS, f64::from(n), u64::from(n));
         }
+        if job.ranked.batch_size > 0 && matches!(job.task, Task::Rank { .. } | Task::Infer { .. }) {
+            self.batches.observe(&BATCH_BUCKETS, f64::from(job.ranked.batch_size), u64::from(job.ranked.batch_size));
+        }
         if job.ranked.n_nan > 0 {
             self.nan_scores.fetch_add(u64::from(job.ranked.n_nan), Relaxed);
         }
+    }
+
+    /// An inference came back from its worker.
+    pub fn record_infer(&self, ranker: u16, rows: u32, job: &Job, ok: bool, latency: Duration) {
+        let Some(counters) = self.infer.get(usize::from(ranker)) else { return };
+        let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        if !ok {
+            counters.failed.fetch_add(1, Relaxed);
+            counters.failed_ns.fetch_add(ns(latency), Relaxed);
+            return;
+        }
+        counters.rows.fetch_add(u64::from(rows), Relaxed);
+        counters.succeeded.fetch_add(1, Relaxed);
+        counters.succeeded_ns.fetch_add(ns(latency), Relaxed);
+        counters.executions.fetch_add(u64::from(job.ranked.batch_size > 0), Relaxed);
+        counters.queue_ns.fetch_add(ns(job.timings.get(Stage::Queue)), Relaxed);
+        counters.compute_ns.fetch_add(ns(job.timings.get(Stage::Rank)), Relaxed);
+        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        counters.last_ms.store(now.as_millis() as u64, Relaxed);
     }
 
     fn record_stages(&self, timings: &StageTimings) {
@@ -229,6 +299,23 @@ impl Metrics {
         }
     }
 
+    /// Inferences of a ranker, over all shards.
+    pub fn infer_stats(&self, ranker: usize) -> InferStats {
+        let mut all = InferStats::default();
+        for counters in self.shards.iter().filter_map(|shard| shard.infer.get(ranker)) {
+            all.rows += counters.rows.load(Relaxed);
+            all.succeeded += counters.succeeded.load(Relaxed);
+            all.succeeded_ns += counters.succeeded_ns.load(Relaxed);
+            all.failed += counters.failed.load(Relaxed);
+            all.failed_ns += counters.failed_ns.load(Relaxed);
+            all.executions += counters.executions.load(Relaxed);
+            all.queue_ns += counters.queue_ns.load(Relaxed);
+            all.compute_ns += counters.compute_ns.load(Relaxed);
+            all.last_ms = all.last_ms.max(counters.last_ms.load(Relaxed));
+        }
+        all
+    }
+
     fn sum(&self, of: impl Fn(&ShardMetrics) -> &AtomicU64) -> u64 {
         self.shards.iter().map(|s| of(s).load(Relaxed)).sum()
     }
@@ -273,6 +360,8 @@ impl Metrics {
             let labels = format!("model_name=\"{}\"", escaped(ranker));
             self.histogram(o, "model_inference_latency_seconds", &labels, &STAGE_BUCKETS, 1e-9, |m| &m.inference[at]);
         }
+        head(o, "tastemaker_batch_size", "histogram", "Rankings and inferences computed together");
+        self.histogram(o, "tastemaker_batch_size", "kind=\"rank\"", &BATCH_BUCKETS, 1.0, |m| &m.batches);
         head(o, "candidates_generated", "histogram", "Number of candidates generated");
         for source in Source::ALL {
             let labels = format!("source=\"{}\"", source.name());

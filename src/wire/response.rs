@@ -8,7 +8,7 @@ use crate::api::{CacheStatus, Outcome, ScoredItems, Slate, SlateItem};
 use crate::candidates::Source;
 use crate::catalog::generation::NO_ROW;
 use crate::context::{Degradation, Stage, StageTimings};
-use crate::error::Error;
+use crate::error::{Code, Error};
 
 pub(super) fn finish<'b>(
     builder: &'b mut FlatBufferBuilder<'static>,
@@ -33,6 +33,8 @@ pub fn encode<'b>(
         Outcome::Slate(slate, cache) => encode_slate(builder, request_id, slate, *cache, timings),
         Outcome::Scored(scored) => encode_scored(builder, request_id, scored),
         Outcome::Failed(failure) => error(builder, request_id, failure),
+        // No frame asks for it.
+        Outcome::Inferred(_) => error(builder, request_id, &Error::fixed(Code::Internal, "no answer of this protocol")),
     }
 }
 

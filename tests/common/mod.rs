@@ -21,7 +21,16 @@ use tastemaker::wire::request::Request;
 /// How long anything in a test may take before it counts as stuck.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A bundle of 600 items and 80 users with the demo's ranker, made once per test binary.
+/// Of the second ranker of [`bundle_path`], a tree ensemble.
+pub const TREES_MANIFEST: &str = r#"
+[[inputs]]
+name = "x"
+columns = ["cross.dot", "item.popularity", "candidate.ann.rank", "user.history_length", "context.hour", "context.shelf"]
+[output]
+name = "variable"
+"#;
+
+/// A bundle of 600 items and 80 users with the demo's ranker and a tree ensemble, made once per test binary.
 pub fn bundle_path() -> &'static Path {
     static BUNDLE: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let (_, path) = BUNDLE.get_or_init(|| {
@@ -33,6 +42,9 @@ pub fn bundle_path() -> &'static Path {
             let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines").join(file);
             std::fs::copy(from, data.join("rankers").join(file)).unwrap();
         }
+        let trees = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trees/ranker.onnx");
+        std::fs::copy(trees, data.join("rankers/trees.onnx")).unwrap();
+        std::fs::write(data.join("rankers/trees.toml"), TREES_MANIFEST).unwrap();
         build::build(&data, &out, &BuildOptions::default(), &Silent).unwrap();
         (work, out)
     });

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use rten::ThreadPool;
 
+use super::batcher::alike;
 use super::{Device, DeviceError, Job, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::generation::{Generation, NO_ROW};
@@ -17,7 +18,7 @@ use crate::index::{Filter, SearchParams, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::ranking::onnx::OnnxRanker;
-use crate::ranking::{self, Ranker};
+use crate::ranking::{self, Ranker, tree_model};
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
@@ -62,6 +63,11 @@ struct Scratch {
     candidates: Candidates,
     features: FeatureScratch,
     inputs: Vec<Vec<f32>>,
+    /// Of one job of a batch.
+    part: Vec<f32>,
+    /// Ends of the jobs' rows in a batch, and the rows.
+    ends: Vec<usize>,
+    rows: Vec<u32>,
     scores: Vec<f32>,
     mean: WeightedMean,
     best: Vec<Scored>,
@@ -124,9 +130,16 @@ impl CpuDevice {
                 layouts.push(layout);
             }
             let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
-            let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, self.pool.clone())
-                .map_err(|e| wrong(e.to_string()))?;
-            let ranker = ranking::fastest(ranker, &model.onnx, &model.manifest);
+            let trees = tree_model::load(&model.name, &model.onnx, &model.manifest, &widths);
+            let ranker: Box<dyn Ranker> = match trees.map_err(|e| wrong(e.to_string()))? {
+                Some(trees) => Box::new(trees),
+                None => {
+                    let pool = self.pool.clone();
+                    let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool)
+                        .map_err(|e| wrong(e.to_string()))?;
+                    ranking::fastest(ranker, &model.onnx, &model.manifest)
+                }
+            };
             let weight = match &self.config.rankers {
                 weights if weights.is_empty() => {
                     if at == 0 {
@@ -163,6 +176,24 @@ impl Device for CpuDevice {
     }
 
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
+        if let [first, others @ ..] = &*batch
+            && !others.is_empty()
+            && others.iter().all(|job| alike(first, job))
+        {
+            self.load(&first.generation)?;
+            let loaded = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &first.generation));
+            if let Some(loaded) = loaded.filter(|l| l.shareable(first)) {
+                let scratch = &mut self.scratch;
+                if catch_unwind(AssertUnwindSafe(|| loaded.together(scratch, batch))).is_err() {
+                    *scratch = Scratch::default();
+                    for job in batch {
+                        job.ranked.clear();
+                        job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
+                    }
+                }
+                return Ok(());
+            }
+        }
         for job in batch {
             self.load(&job.generation)?;
             let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
@@ -191,6 +222,7 @@ impl Loaded {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
             Task::Search { .. } => self.search(scratch, job),
             Task::Rank { .. } => self.rank(scratch, job),
+            Task::Infer { .. } => self.infer(job),
         }
     }
 
@@ -398,22 +430,27 @@ impl Loaded {
         job.ranked.items.extend(best.iter().map(item));
     }
 
-    fn rank(&mut self, scratch: &mut Scratch, job: &mut Job) {
-        let Task::Rank { rows, ranker } = &job.task else { return };
-        let (rows, only) = (rows.clone(), usize::from(*ranker));
+    fn infer(&mut self, job: &mut Job) {
+        let Job { task: Task::Infer { ranker, n, inputs }, ranked, timings, failure, .. } = job else { return };
+        let at = usize::from(*ranker);
+        let Some(loaded) = self.rankers.get_mut(at) else {
+            *failure = Some(Error::fixed(Code::NotFound, "no such ranker"));
+            return;
+        };
         let clock = Instant::now();
-        scratch.signals.gather(&self.generation.collaborative, &job.user.history, self.generation.items.len());
-        job.timings.lap(Stage::Collaborative, clock);
-        // The candidates are given: no source proposed them, and columns that speak of sources are 0.
-        let candidates = &mut scratch.candidates;
-        candidates.clear();
-        candidates.rows.extend(rows.iter().copied().filter(|&row| row != NO_ROW));
-        candidates.rows.sort_unstable();
-        candidates.rows.dedup();
-        let n = candidates.rows.len();
-        candidates.sources.resize(n, Default::default());
-        candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));
-        candidates.source_ranks.iter_mut().for_each(|c| c.resize(n, 0));
+        let result = loaded.ranker.score(inputs, *n as usize, &mut ranked.scores);
+        ranked.inference.resize(at + 1, Default::default());
+        ranked.inference[at] = timings.lap(Stage::Rank, clock) - clock;
+        if let Err(error) = result {
+            tracing::warn!(%error, "ranker failed");
+            *failure = Some(Error::fixed(Code::Internal, "the ranker failed"));
+        }
+    }
+
+    fn rank(&mut self, scratch: &mut Scratch, job: &mut Job) {
+        let Task::Rank { ranker, .. } = &job.task else { return };
+        let only = usize::from(*ranker);
+        gather(&self.generation, scratch, job);
         if job.deadline.passed(Instant::now()) {
             job.failure = Some(Error::fixed(Code::DeadlineExceeded, "the deadline passed before the ranker ran"));
             return;
@@ -423,12 +460,96 @@ impl Loaded {
         if job.degraded.len() > failed {
             job.failure = Some(Error::fixed(Code::Internal, "the ranker failed"));
         }
-        job.ranked.n_candidates = n as u32;
-        job.ranked.items.extend(rows.iter().map(|&row| {
-            let score = scratch.candidates.rows.binary_search(&row).map_or(0.0, |at| scratch.scores[at]);
-            RankedItem { row, score, sources: Default::default() }
-        }));
+        as_asked(job, &scratch.candidates.rows, &scratch.scores);
     }
+
+    /// Whether jobs like this one may share a call of its ranker.
+    fn shareable(&self, job: &Job) -> bool {
+        let (Task::Rank { ranker, .. } | Task::Infer { ranker, .. }) = job.task else { return false };
+        self.rankers.get(usize::from(ranker)).is_some_and(|loaded| loaded.ranker.rows_are_independent())
+    }
+
+    /// Rankings or inferences by one ranker, in one call of it; what each gets is what it would get alone.
+    fn together(&mut self, scratch: &mut Scratch, batch: &mut [Box<Job>]) {
+        let Some(Task::Rank { ranker, .. } | Task::Infer { ranker, .. }) = batch.first().map(|job| &job.task) else {
+            return;
+        };
+        let at = usize::from(*ranker);
+        let Loaded { generation, index, rankers } = self;
+        let loaded = &mut rankers[at];
+        scratch.inputs.resize_with(loaded.layouts.len(), Vec::new);
+        scratch.inputs.iter_mut().for_each(Vec::clear);
+        scratch.ends.clear();
+        scratch.rows.clear();
+        let mut n = 0;
+        for job in &mut *batch {
+            if let Task::Infer { n: more, inputs, .. } = &job.task {
+                n += *more as usize;
+                scratch.inputs.iter_mut().zip(inputs).for_each(|(all, more)| all.extend_from_slice(more));
+            } else {
+                gather(generation, scratch, job);
+                n += scratch.candidates.len();
+                scratch.rows.extend_from_slice(&scratch.candidates.rows);
+                let clock = Instant::now();
+                let Scratch { inputs, features, signals, candidates, part, .. } = &mut *scratch;
+                for (layout, all) in loaded.layouts.iter().zip(inputs) {
+                    fill(layout, generation, index.as_deref(), job, features, signals, candidates, part);
+                    all.extend_from_slice(part);
+                }
+                job.timings.lap(Stage::Features, clock);
+            }
+            scratch.ends.push(n);
+        }
+        let clock = Instant::now();
+        let result = loaded.ranker.score(&scratch.inputs, n, &mut scratch.scores);
+        let spent = clock.elapsed();
+        if let Err(error) = &result {
+            tracing::warn!(%error, jobs = batch.len(), "ranker failed");
+        }
+        let mut from = 0;
+        for (nth, (job, &to)) in batch.iter_mut().zip(&scratch.ends).enumerate() {
+            // Each has waited for all of it; the ranker ran once.
+            job.timings.add(Stage::Rank, spent);
+            job.ranked.inference.resize(at + 1, Default::default());
+            if nth == 0 {
+                job.ranked.inference[at] = spent;
+            }
+            match (&result, &job.task) {
+                (Err(_), _) => job.failure = Some(Error::fixed(Code::Internal, "the ranker failed")),
+                (Ok(()), Task::Infer { .. }) => job.ranked.scores.extend_from_slice(&scratch.scores[from..to]),
+                (Ok(()), _) => as_asked(job, &scratch.rows[from..to], &scratch.scores[from..to]),
+            }
+            from = to;
+        }
+    }
+}
+
+/// Puts the given items of a ranking, each once, to the candidates, and what the user's history says of them to the signals.
+fn gather(generation: &Generation, scratch: &mut Scratch, job: &mut Job) {
+    let Task::Rank { rows, .. } = &job.task else { return };
+    let clock = Instant::now();
+    scratch.signals.gather(&generation.collaborative, &job.user.history, generation.items.len());
+    job.timings.lap(Stage::Collaborative, clock);
+    // The candidates are given: no source proposed them, and columns that speak of sources are 0.
+    let candidates = &mut scratch.candidates;
+    candidates.clear();
+    candidates.rows.extend(rows.iter().copied().filter(|&row| row != NO_ROW));
+    candidates.rows.sort_unstable();
+    candidates.rows.dedup();
+    let n = candidates.rows.len();
+    candidates.sources.resize(n, Default::default());
+    candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));
+    candidates.source_ranks.iter_mut().for_each(|c| c.resize(n, 0));
+}
+
+/// Gives the items of a ranking, in the order asked, the scores of `rows`, which are ascending; unknown ones get 0.
+fn as_asked(job: &mut Job, rows: &[u32], scores: &[f32]) {
+    let Task::Rank { rows: asked, .. } = &job.task else { return };
+    job.ranked.n_candidates = rows.len() as u32;
+    job.ranked.items.extend(asked.iter().map(|&row| {
+        let score = rows.binary_search(&row).map_or(0.0, |at| scores[at]);
+        RankedItem { row, score, sources: Default::default() }
+    }));
 }
 
 /// Fills the feature matrix of a job's candidates.
@@ -474,5 +595,69 @@ fn blend_search(weight: f32, scratch: &mut Scratch) {
     let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
     for (score, search) in scratch.scores.iter_mut().zip(&scratch.candidates.source_scores[Source::Search as usize]) {
         *score += unit * search;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::testing;
+    use crate::context::Deadline;
+    use crate::ranking::RankError;
+    use std::time::Duration;
+
+    /// Sums a row up; fails at 13, panics at 14.
+    struct Flaky;
+
+    impl Ranker for Flaky {
+        fn name(&self) -> &str {
+            "flaky"
+        }
+
+        fn rows_are_independent(&self) -> bool {
+            true
+        }
+
+        fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {
+            scores.clear();
+            assert!(!inputs[0].contains(&14.0), "fourteen");
+            if inputs[0].contains(&13.0) {
+                return Err(RankError { ranker: "flaky".into(), reason: "thirteen".into() });
+            }
+            scores.extend(inputs[0].chunks_exact(inputs[0].len() / n).map(|row| row.iter().sum::<f32>()));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_batch_fails_as_one_and_no_other_with_it() {
+        let generation = Arc::new(testing::plain(3));
+        let pool = Arc::new(ThreadPool::with_num_threads(1));
+        let mut device = CpuDevice::new(Arc::new(PipelineConfig::default()), pool);
+        let layouts = vec![Layout::compile(&["item.popularity".into()], &generation).unwrap()];
+        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), weight: 1.0 }];
+        device.loaded.push_front(Loaded { generation: generation.clone(), index: None, rankers });
+        let job = |rows: &[f32]| {
+            let mut job = Box::new(Job::new(generation.clone()));
+            job.deadline = Deadline::after(Duration::from_secs(60));
+            job.task = Task::Infer { ranker: 0, n: rows.len() as u32, inputs: vec![rows.to_vec()] };
+            job
+        };
+        let mut run = |batch: &[&[f32]]| -> Vec<Result<Vec<f32>, Code>> {
+            let mut batch: Vec<Box<Job>> = batch.iter().map(|rows| job(rows)).collect();
+            device.execute(&mut batch).unwrap();
+            batch
+                .iter()
+                .map(|job| job.failure.as_ref().map_or(Ok(job.ranked.scores.clone()), |f| Err(f.code)))
+                .collect()
+        };
+        let good = || [Ok(vec![1.0, 2.0]), Ok(vec![3.0])];
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[1.0], &[13.0], &[2.0]]), [Err(Code::Internal), Err(Code::Internal), Err(Code::Internal)]);
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[14.0], &[1.0]]), [Err(Code::Internal), Err(Code::Internal)]);
+        assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
+        assert_eq!(run(&[&[13.0]]), [Err(Code::Internal)]);
+        assert_eq!(run(&[&[4.0]]), [Ok(vec![4.0])]);
     }
 }

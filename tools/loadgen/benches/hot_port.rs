@@ -16,6 +16,7 @@ use tastemaker::catalog::generation::Generation;
 use tastemaker::catalog::synthetic::{self, SyntheticOptions};
 use tastemaker::catalog::{build, bundle};
 use tastemaker::config::Config;
+use tastemaker::device::batcher::BatchLimits;
 use tastemaker::device::sim::{Script, SimDevice};
 use tastemaker::device::worker::{self, JobSink};
 use tastemaker::server::ring::{Engine, EngineConfig};
@@ -54,7 +55,7 @@ fn serve_raw(generation: Arc<Generation>) {
         move || {
             signals::pin(0);
             let sink: Arc<dyn JobSink> = shared.clone();
-            worker::run(&mut SimDevice::new(Script::default()), &shared.jobs, 0, 1, &sink);
+            worker::run(&mut SimDevice::new(Script::default()), &shared.jobs, 0, BatchLimits::CPU, &sink);
         }
     });
     signals::pin(0);
