@@ -47,6 +47,7 @@ fn unsafe_is_fenced() {
         "src/server/completions.rs",
         "src/index/coarse.rs",
         "src/index/distance.rs",
+        "src/index/hnsw/codes.rs",
         "src/memory.rs",
         "src/ranking/mlp.rs",
         "src/catalog/bundle.rs",

@@ -2,10 +2,10 @@
 //! what can't be among the best; the answers are the same.
 
 use super::coarse::{Coarse, GROUP};
+use super::exact::Exact;
 use super::{Filter, IndexKind, Kernel, SearchParams, SearchScratch, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, MatrixData, Metric};
-use crate::memory::prefetch_range;
 use half::slice::HalfFloatSliceExt;
 
 /// Rows scored at a time: scores and converted rows stay in the L1 and L2 caches.
@@ -14,58 +14,21 @@ const BLOCK: usize = 512;
 const WIDE_BLOCK: usize = if cfg!(test) { 256 } else { 16_384 };
 /// One row of so many says where to begin.
 const SAMPLED: usize = 8;
-/// Rows ahead of its use that a row is asked for.
-const AHEAD: usize = 4;
 /// Rows from which the 8-bit filter pays for itself.
 const WORTH_FILTERING: usize = if cfg!(test) { 64 } else { 2048 };
 
 /// Exact scan over f32 or f16 rows.
 #[derive(Debug)]
 pub struct BruteForce {
-    matrix: Matrix,
-    metric: Metric,
-    kernel: Kernel,
+    exact: Exact,
     coarse: Option<Coarse>,
-    /// Cosine: `1 / |x|`; L2: `|x|²`; inner product: empty.
-    norms: Vec<f32>,
 }
 
 impl BruteForce {
     /// Shares the matrix; computes norms where the metric needs them.
     pub fn new(matrix: Matrix, metric: Metric, kernel: Kernel) -> Self {
-        let mut norms = Vec::new();
-        if metric != Metric::InnerProduct {
-            let mut row = Vec::with_capacity(matrix.dim);
-            for at in 0..matrix.n_rows() {
-                row.clear();
-                matrix.extend_row(at as u32, &mut row);
-                let square = kernel.dot(&row, &row);
-                norms.push(match metric {
-                    Metric::Cosine if square > 0.0 => 1.0 / square.sqrt(),
-                    Metric::Cosine => 0.0,
-                    _ => square,
-                });
-            }
-        }
         let coarse = if matrix.n_rows() >= WORTH_FILTERING { Coarse::new(&matrix) } else { None };
-        BruteForce { matrix, metric, kernel, coarse, norms }
-    }
-
-    /// Turns an inner product into the metric's score. `query_norm` is `|q|`.
-    fn finish(&self, dot: f32, row: usize, query_norm: f32) -> f32 {
-        match self.metric {
-            Metric::InnerProduct => dot,
-            Metric::Cosine if query_norm > 0.0 => dot * self.norms[row] / query_norm,
-            Metric::Cosine => 0.0,
-            Metric::L2 => 2.0 * dot - self.norms[row] - query_norm * query_norm,
-        }
-    }
-
-    fn query_norm(&self, query: &[f32]) -> f32 {
-        match self.metric {
-            Metric::InnerProduct => 0.0,
-            _ => self.kernel.dot(query, query).sqrt(),
-        }
+        BruteForce { exact: Exact::new(matrix, metric, kernel), coarse }
     }
 }
 
@@ -75,11 +38,11 @@ impl VectorIndex for BruteForce {
     }
 
     fn bytes(&self) -> usize {
-        size_of_val(&self.norms[..]) + self.coarse.as_ref().map_or(0, Coarse::bytes)
+        size_of_val(self.exact.norms()) + self.coarse.as_ref().map_or(0, Coarse::bytes)
     }
 
     fn dim(&self) -> usize {
-        self.matrix.dim
+        self.exact.matrix().dim
     }
 
     fn search(
@@ -91,13 +54,13 @@ impl VectorIndex for BruteForce {
         scratch: &mut SearchScratch,
         out: &mut Vec<Scored>,
     ) {
-        let dim = self.matrix.dim;
+        let dim = self.exact.matrix().dim;
         if k == 0 || query.len() != dim {
             return;
         }
-        let query_norm = self.query_norm(query);
+        let query_norm = self.exact.query_norm(query);
         match &self.coarse {
-            Some(coarse) if k <= self.matrix.n_rows() / 8 => {
+            Some(coarse) if k <= self.exact.matrix().n_rows() / 8 => {
                 self.filtered(coarse, query, query_norm, k, filter, scratch);
             }
             _ => self.scan(query, query_norm, k, filter, scratch),
@@ -107,7 +70,7 @@ impl VectorIndex for BruteForce {
     }
 
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>) {
-        self.exact(query, self.query_norm(query), rows, &mut scratch.block, out);
+        self.exact.scores(query, rows, &mut scratch.block, out);
     }
 }
 
@@ -153,28 +116,6 @@ fn begin(lower: &[f32], k: usize, filter: Filter<'_>, best: &mut Vec<Packed>, pa
 }
 
 impl BruteForce {
-    /// Appends the score of each of `rows`; `converted` holds one row at a time.
-    fn exact(&self, query: &[f32], query_norm: f32, rows: &[u32], converted: &mut Vec<f32>, out: &mut Vec<f32>) {
-        let dim = self.matrix.dim;
-        let range = |row: u32| row as usize * dim..(row as usize + 1) * dim;
-        for (at, &row) in rows.iter().enumerate() {
-            let soon = rows.get(at + AHEAD).map_or(0..0, |&row| range(row));
-            let values = match &self.matrix.data {
-                MatrixData::F32(values) => {
-                    prefetch_range(values, soon);
-                    &values[range(row)]
-                }
-                MatrixData::F16(values) => {
-                    prefetch_range(values, soon);
-                    converted.resize(dim, 0.0);
-                    values[range(row)].convert_to_f32_slice(converted);
-                    &converted[..]
-                }
-            };
-            out.push(self.finish(self.kernel.dot(query, values), row as usize, query_norm));
-        }
-    }
-
     /// Bounds every score by the 8-bit matrix, and computes those that may be among the best: a superset of the best `k`.
     fn filtered(
         &self,
@@ -202,7 +143,7 @@ impl BruteForce {
         best.clear();
         maybe.clear();
         most.clear();
-        let n = self.matrix.n_rows();
+        let n = self.exact.matrix().n_rows();
         let block = n.min(WIDE_BLOCK).next_multiple_of(GROUP);
         lower.resize(block, 0.0);
         upper.resize(block, 0.0);
@@ -213,12 +154,12 @@ impl BruteForce {
             let end = (start + WIDE_BLOCK).min(n);
             let padded = (end - start).next_multiple_of(GROUP);
             coarse.bounds(prepared, start / GROUP, &mut lower[..padded], &mut upper[..padded]);
-            if self.metric != Metric::InnerProduct {
+            if self.exact.metric() != Metric::InnerProduct {
                 for at in 0..end - start {
                     // Rising in the inner product, but rounded on its way.
-                    let slack = 1e-5 * (1.0 + self.norms[start + at] + query_norm * query_norm);
-                    lower[at] = self.finish(lower[at], start + at, query_norm) - slack;
-                    upper[at] = self.finish(upper[at], start + at, query_norm) + slack;
+                    let slack = 1e-5 * (1.0 + self.exact.norms()[start + at] + query_norm * query_norm);
+                    lower[at] = self.exact.finish(lower[at], start + at, query_norm) - slack;
+                    upper[at] = self.exact.finish(upper[at], start + at, query_norm) + slack;
                 }
             }
             if start == 0 {
@@ -242,7 +183,7 @@ impl BruteForce {
         let n_passing = not_below(threshold, most, passing);
         rows.extend(passing[..n_passing].iter().map(|&at| maybe[at as usize]));
         exact.clear();
-        self.exact(query, query_norm, rows, converted, exact);
+        self.exact.scores(query, rows, converted, exact);
         best.clear();
         let scored = rows.iter().zip(exact).filter(|(_, score)| !score.is_nan());
         best.extend(scored.map(|(&row, score)| Packed::from(Scored { row, score: *score })));
@@ -250,27 +191,27 @@ impl BruteForce {
 
     /// Computes every score; `scratch.best` is a superset of the best `k`.
     fn scan(&self, query: &[f32], query_norm: f32, k: usize, filter: Filter<'_>, scratch: &mut SearchScratch) {
-        let dim = self.matrix.dim;
+        let dim = self.exact.matrix().dim;
         let SearchScratch { scores, block, best, passing, .. } = scratch;
         best.clear();
         scores.resize(BLOCK, 0.0);
         passing.resize(BLOCK, 0);
         // Nothing below the k-th best so far gets into the buffer; it is pruned to k when it holds 3k.
         let (mut threshold, room) = (f32::NEG_INFINITY, 3 * k + BLOCK);
-        for start in (0..self.matrix.n_rows()).step_by(BLOCK) {
-            let end = (start + BLOCK).min(self.matrix.n_rows());
+        for start in (0..self.exact.matrix().n_rows()).step_by(BLOCK) {
+            let end = (start + BLOCK).min(self.exact.matrix().n_rows());
             let scores = &mut scores[..end - start];
-            match &self.matrix.data {
-                MatrixData::F32(values) => self.kernel.dots(query, &values[start * dim..end * dim], scores),
+            match &self.exact.matrix().data {
+                MatrixData::F32(values) => self.exact.kernel().dots(query, &values[start * dim..end * dim], scores),
                 MatrixData::F16(values) => {
                     block.resize((end - start) * dim, 0.0);
                     values[start * dim..end * dim].convert_to_f32_slice(block);
-                    self.kernel.dots(query, block, scores);
+                    self.exact.kernel().dots(query, block, scores);
                 }
             }
-            if self.metric != Metric::InnerProduct {
+            if self.exact.metric() != Metric::InnerProduct {
                 for (at, score) in scores.iter_mut().enumerate() {
-                    *score = self.finish(*score, start + at, query_norm);
+                    *score = self.exact.finish(*score, start + at, query_norm);
                 }
             }
             let n_passing = not_below(threshold, scores, passing);

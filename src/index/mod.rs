@@ -3,10 +3,15 @@
 mod brute_force;
 mod coarse;
 mod distance;
+mod exact;
+mod hnsw;
 mod options;
+mod simd;
 
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
+pub use exact::Exact;
+pub use hnsw::{Hnsw, HnswParts, NO_LINK};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, RefineBits, SearchParams, Storage};
 
 use std::sync::Arc;
@@ -67,9 +72,10 @@ pub fn build(
     metric: Metric,
     progress: &(dyn Fn(&str, u64, u64) + Sync),
 ) -> Result<Arc<dyn VectorIndex>, String> {
-    let _ = progress;
+    let exact = || exact::Exact::new(matrix.clone(), metric, Kernel::detect());
     match options {
         IndexOptions::BruteForce {} => Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect()))),
+        IndexOptions::Hnsw(hnsw) => Ok(Arc::new(Hnsw::build(hnsw, exact(), progress)?)),
         other => Err(format!("{} is not built in", other.kind())),
     }
 }
@@ -175,6 +181,7 @@ pub struct SearchScratch {
     /// Those of them that must be scored exactly, and the scores.
     rows: Vec<u32>,
     exact: Vec<f32>,
+    hnsw: hnsw::Walk,
 }
 
 #[cfg(test)]
