@@ -246,15 +246,17 @@ fn scores_with(
         prefetch(words, from + stride - 1);
     };
     rows.iter().take(AHEAD).for_each(|&row| ask(row));
-    out.extend(rows.iter().enumerate().map(|(at, &row)| {
+    out.resize(rows.len(), 0.0);
+    // A loop and no closure, so that `sum` is inlined where its features are.
+    for (at, (&row, out)) in rows.iter().zip(out).enumerate() {
         if let Some(&later) = rows.get(at + AHEAD) {
             ask(later);
         }
         let (head, record) = record(words, stride, row).split_at(HEAD);
         let sum = sum(record, &query.codes).wrapping_sub(query.offset) as f32;
         let [scale, square, up] = [head[0], head[1], head[2]].map(f32::from_bits);
-        dot * scale * sum + (norm * square + height * up)
-    }));
+        *out = dot * scale * sum + (norm * square + height * up);
+    }
 }
 
 /// `Σ unsigned signed`, modulo 2^32 as all sums here: it is exact up to 66,000 dimensions.
@@ -275,27 +277,32 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2")]
     pub fn scores_avx512(codes: &Codes, query: &CodedQuery, rows: &[u32], out: &mut Vec<f32>) {
-        // SAFETY: this function has the features.
-        scores_with(codes, query, rows, out, |a, b| unsafe { sum_avx512(a, b) });
+        scores_with(codes, query, rows, out, |a, b| sum_avx512(a, b));
     }
 
     #[target_feature(enable = "avx2")]
     pub fn scores_avx2(codes: &Codes, query: &CodedQuery, rows: &[u32], out: &mut Vec<f32>) {
-        // SAFETY: this function has the features.
-        scores_with(codes, query, rows, out, |a, b| unsafe { sum_avx2(a, b) });
+        scores_with(codes, query, rows, out, |a, b| sum_avx2(a, b));
     }
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2")]
     fn sum_avx512(unsigned: &[u32], signed: &[u32]) -> i32 {
         let mut sums = [_mm512_setzero_si512(); 2];
-        let ((a_wide, a_rest), (b_wide, b_rest)) = (unsigned.as_chunks::<16>(), signed.as_chunks::<16>());
-        for (at, (a, b)) in a_wide.iter().zip(b_wide).enumerate() {
-            // SAFETY: each chunk has the 64 bytes that a register takes.
-            let (a, b) = unsafe { (_mm512_loadu_si512(a.as_ptr().cast()), _mm512_loadu_si512(b.as_ptr().cast())) };
-            sums[at % 2] = _mm512_dpbusd_epi32(sums[at % 2], a, b);
+        let ((a_wide, a_rest), (b_wide, b_rest)) = (unsigned.as_chunks::<32>(), signed.as_chunks::<32>());
+        for (a, b) in a_wide.iter().zip(b_wide) {
+            for (part, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: 16 words from `16 * part` lie within the 32 of the chunk.
+                let (a, b) = unsafe {
+                    (
+                        _mm512_loadu_si512(a.as_ptr().add(16 * part).cast()),
+                        _mm512_loadu_si512(b.as_ptr().add(16 * part).cast()),
+                    )
+                };
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
         }
-        if !a_rest.is_empty() {
+        for (sum, (a_rest, b_rest)) in sums.iter_mut().zip(a_rest.chunks(16).zip(b_rest.chunks(16))) {
             let mask = ((1u32 << a_rest.len().min(b_rest.len())) - 1) as u16;
             // SAFETY: the mask admits only the words that both have.
             let (a, b) = unsafe {
@@ -304,7 +311,7 @@ mod x86 {
                     _mm512_maskz_loadu_epi32(mask, b_rest.as_ptr().cast()),
                 )
             };
-            sums[1] = _mm512_dpbusd_epi32(sums[1], a, b);
+            *sum = _mm512_dpbusd_epi32(*sum, a, b);
         }
         _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1]))
     }

@@ -32,8 +32,8 @@ use search::Layer;
 
 pub use search::Walk;
 
-/// Rows that a scan looks at in the time in which a walk looks at one.
-const SCAN_ADVANTAGE: f64 = 4.0;
+/// Rows that a scan looks at in the time in which a walk looks at one: 6.5 and 14 ns at 64 dimensions.
+const SCAN_ADVANTAGE: f64 = 2.0;
 /// Rows that a scan scores at a time.
 const SCAN_BLOCK: usize = 256;
 /// Most neighbours that a graph may have.
