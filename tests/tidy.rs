@@ -51,6 +51,7 @@ fn unsafe_is_fenced() {
         "src/index/refine.rs",
         "src/index/select.rs",
         "src/index/simd.rs",
+        "src/index/hnsw/codes.rs",
         "src/memory.rs",
         "src/ranking/mlp.rs",
         "src/ranking/trees.rs",

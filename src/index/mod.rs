@@ -5,6 +5,7 @@ mod coarse;
 mod distance;
 mod exact;
 mod fastscan;
+mod hnsw;
 mod ivf;
 mod kmeans;
 pub mod live;
@@ -19,6 +20,7 @@ pub use brute_force::BruteForce;
 pub use distance::Kernel;
 pub use exact::Exact;
 pub use fastscan::Blocks;
+pub use hnsw::{Hnsw, HnswParts, NO_LINK};
 pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
 pub use simd::Simd;
@@ -109,7 +111,7 @@ pub fn build(
         IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) => {
             Ok(Arc::new(Ivf::build(options.kind(), ivf, exact(), progress)?))
         }
-        other => Err(format!("{} is not built in", other.kind())),
+        IndexOptions::Hnsw(hnsw) => Ok(Arc::new(Hnsw::build(hnsw, exact(), progress)?)),
     }
 }
 
@@ -215,6 +217,7 @@ pub struct SearchScratch {
     rows: Vec<u32>,
     exact: Vec<f32>,
     ivf: ivf::IvfScratch,
+    hnsw: hnsw::Walk,
 }
 
 #[cfg(test)]

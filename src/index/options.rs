@@ -143,7 +143,7 @@ pub struct SearchParams {
     pub n_probes: Option<u32>,
     /// IVF with codes: candidates that are refined, as a multiple of k; 1 to 100.
     pub refine_ratio: Option<f32>,
-    /// HNSW: length of the list of candidates, at least k.
+    /// HNSW: length of the list of candidates, at least k; `2 k`, but at least 64, when absent.
     pub ef_search: Option<u32>,
 }
 
