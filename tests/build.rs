@@ -15,7 +15,7 @@ use parquet::arrow::ArrowWriter;
 use tastemaker::catalog::build::{self, BuildOptions, BuildReport, Silent};
 use tastemaker::catalog::generation::{Generation, MatrixData, Metric};
 use tastemaker::catalog::{CatalogError, bundle};
-use tastemaker::index::{Filter, IndexOptions, IvfOptions, SearchParams, SearchScratch, Storage};
+use tastemaker::index::{Filter, IndexKind, IndexOptions, IvfOptions, SearchParams, SearchScratch, Storage};
 
 const ITEMS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -732,6 +732,7 @@ fn every_kind_of_index_comes_back_as_it_was_built() {
             IndexOptions::IvfPq(ivf(None, 5)),
             IndexOptions::IvfRabitq(ivf(None, 5)),
             IndexOptions::IvfRabitq(ivf(None, 200)),
+            IndexOptions::of(IndexKind::Hnsw),
         ] {
             let options = BuildOptions { overwrite: true, index: index.clone(), ..BuildOptions::default() };
             versions.push(build::build(&work.data(), &work.out(), &options, &Silent).unwrap().version);

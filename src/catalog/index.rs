@@ -6,8 +6,8 @@ use super::CatalogError;
 use super::bundle::{Reader, Writer};
 use super::generation::{Matrix, Metric};
 use crate::index::{
-    Blocks, Codes, Exact, IndexKind, IndexOptions, Ivf, IvfParts, Kernel, Lists, SearchParams, Simd, Stored,
-    VectorIndex, Vectors, padded,
+    Blocks, Codes, Exact, Hnsw, HnswParts, IndexKind, IndexOptions, Ivf, IvfParts, Kernel, Lists, SearchParams, Simd,
+    Stored, VectorIndex, Vectors, padded,
 };
 use std::sync::Arc;
 
@@ -68,7 +68,35 @@ pub(super) fn write(writer: &mut Writer, index: &dyn VectorIndex) -> Result<(), 
     match index.stored() {
         Stored::Nothing => Ok(()),
         Stored::Ivf(parts) => write_ivf(writer, parts),
+        Stored::Hnsw(parts) => write_hnsw(writer, parts),
     }
+}
+
+fn write_hnsw(writer: &mut Writer, parts: &HnswParts) -> Result<(), CatalogError> {
+    let n = parts.bottom.len() / parts.graph_degree as usize;
+    writer.put("index.graph".into(), &parts.bottom, vec![n, parts.graph_degree as usize])?;
+    writer.vector("index.layer_sizes", &parts.layer_sizes)?;
+    writer.vector("index.upper_rows", &parts.upper_rows)?;
+    let degree = parts.upper_degree as usize;
+    writer.put("index.upper".into(), &parts.upper, vec![parts.upper.len() / degree.max(1), degree])?;
+    writer.vector("index.center", &parts.center)?;
+    writer.vector("index.starts", &parts.starts)?;
+    writer.vector("index.codes", &parts.codes)
+}
+
+fn read_hnsw(reader: &Reader) -> Result<HnswParts, CatalogError> {
+    let degree = |name: &str| reader.shape(name).and_then(|shape| shape.get(1)).map_or(0, |&degree| degree as u32);
+    Ok(HnswParts {
+        graph_degree: degree("index.graph"),
+        bottom: reader.array("index.graph")?,
+        upper_degree: degree("index.upper"),
+        layer_sizes: reader.array("index.layer_sizes")?,
+        upper_rows: reader.array("index.upper_rows")?,
+        upper: reader.array("index.upper")?,
+        center: reader.array("index.center")?,
+        starts: reader.array("index.starts")?,
+        codes: reader.array("index.codes")?,
+    })
 }
 
 fn write_ivf(writer: &mut Writer, parts: &IvfParts) -> Result<(), CatalogError> {
@@ -103,10 +131,17 @@ pub(super) fn read(
     matrix: &Matrix,
     metric: Metric,
 ) -> Result<Option<Arc<dyn VectorIndex>>, CatalogError> {
+    let exact = || Exact::new(matrix.clone(), metric, Kernel::detect());
+    let unfit = |reason: String| reader.corrupt("index", &reason);
     let options = match &spec.options {
         IndexOptions::BruteForce {} => return Ok(None),
+        // Empty catalogues are scanned.
+        _ if matrix.n_rows() == 0 => return Ok(None),
+        IndexOptions::Hnsw(_) => {
+            let index = Hnsw::from_parts(read_hnsw(reader)?, exact()).map_err(unfit)?;
+            return Ok(Some(Arc::new(index.with_defaults(spec.search))));
+        }
         IndexOptions::IvfFlat(options) | IndexOptions::IvfPq(options) | IndexOptions::IvfRabitq(options) => options,
-        other => return Err(reader.corrupt("index", &format!("{} is not of this server", other.kind()))),
     };
     let (kind, padded) = (spec.options.kind(), padded(matrix.dim));
     let of_signs = |has_bias| Blocks { n_subspaces: padded / 4, has_bias };
@@ -136,8 +171,7 @@ pub(super) fn read(
         ids: reader.array("index.ids")?,
         lists,
     };
-    let exact = Exact::new(matrix.clone(), metric, Kernel::detect());
-    let index = Ivf::from_parts(parts, exact, Simd::detect()).map_err(|reason| reader.corrupt("index", &reason))?;
+    let index = Ivf::from_parts(parts, exact(), Simd::detect()).map_err(unfit)?;
     Ok(Some(Arc::new(index.with_defaults(spec.search))))
 }
 

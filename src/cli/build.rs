@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::progress::Reporter;
 use crate::catalog::build::{self, BuildOptions, Progress};
-use crate::index::{IndexOptions, IvfOptions, Storage};
+use crate::index::{HnswOptions, IndexOptions, IvfOptions, Storage};
 
 /// `tastemaker build`
 #[derive(Debug, Args)]
@@ -36,6 +36,12 @@ pub struct IndexArgs {
     /// ivf_flat: how vectors lie in the lists.
     #[arg(long, value_enum)]
     storage: Option<Stored>,
+    /// hnsw: most neighbours of a vector; 32 when absent.
+    #[arg(long, value_name = "N")]
+    graph_degree: Option<u32>,
+    /// hnsw: candidates that are looked at for a vector's neighbours; 200 when absent.
+    #[arg(long, value_name = "N")]
+    ef_construction: Option<u32>,
     /// Seed of everything random in the index.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -53,6 +59,8 @@ enum Kind {
     IvfPq,
     /// Inverted lists of one bit a dimension (RaBitQ), refined by 8 bits: the smallest scan.
     IvfRabitq,
+    /// Hierarchical navigable small world graph: for few results (k of 10 to 100).
+    Hnsw,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -73,14 +81,22 @@ impl IndexArgs {
         });
         let ivf =
             IvfOptions { n_lists: self.n_lists, seed: self.seed, storage, pq_dim: self.pq_dim, ..Default::default() };
+        let of_lists = ivf != IvfOptions { seed: self.seed, ..Default::default() };
+        let of_graph = self.graph_degree.is_some() || self.ef_construction.is_some();
+        let fits = match self.index {
+            Kind::BruteForce => !of_lists && !of_graph,
+            Kind::Hnsw => !of_lists,
+            _ => !of_graph,
+        };
+        anyhow::ensure!(fits, "a flag does not concern this --index; `tastemaker build --help` says which do");
+        let defaults = HnswOptions::default();
         Ok(match self.index {
-            Kind::BruteForce => {
-                anyhow::ensure!(
-                    ivf == IvfOptions { seed: self.seed, ..Default::default() },
-                    "brute_force has no parameters; name another --index"
-                );
-                IndexOptions::BruteForce {}
-            }
+            Kind::BruteForce => IndexOptions::BruteForce {},
+            Kind::Hnsw => IndexOptions::Hnsw(HnswOptions {
+                graph_degree: self.graph_degree.unwrap_or(defaults.graph_degree),
+                ef_construction: self.ef_construction.unwrap_or(defaults.ef_construction),
+                seed: self.seed,
+            }),
             Kind::IvfFlat => IndexOptions::IvfFlat(ivf),
             Kind::IvfPq => IndexOptions::IvfPq(ivf),
             Kind::IvfRabitq => IndexOptions::IvfRabitq(ivf),

@@ -90,6 +90,8 @@ pub enum Stored<'a> {
     Nothing,
     /// Inverted lists.
     Ivf(&'a IvfParts),
+    /// A graph.
+    Hnsw(&'a HnswParts),
 }
 
 /// Makes an index over `matrix`. `progress` is told of every step: its name, and how many of how many units are done.

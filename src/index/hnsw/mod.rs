@@ -22,7 +22,7 @@ pub use search::NO_LINK;
 
 use super::exact::Exact;
 use super::simd::Simd;
-use super::{Filter, HnswOptions, IndexKind, SearchParams, SearchScratch, VectorIndex};
+use super::{Filter, HnswOptions, IndexKind, SearchParams, SearchScratch, Stored, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::array::Array;
 use crate::catalog::generation::Metric;
@@ -74,6 +74,8 @@ pub struct Hnsw {
     exact: Exact,
     codes: Codes,
     parts: HnswParts,
+    /// What a search does that does not say.
+    defaults: SearchParams,
 }
 
 /// The options in their ranges.
@@ -115,7 +117,7 @@ impl Hnsw {
             center: codes.center().clone(),
             codes: codes.words().clone(),
         };
-        Ok(Hnsw { exact, codes, parts })
+        Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
     }
 
     /// Takes what [`Self::parts`] gave. Every link is checked, so that no search can go astray.
@@ -127,7 +129,7 @@ impl Hnsw {
         parts.validate(n)?;
         let (center, words) = (parts.center.clone(), parts.codes.clone());
         let codes = Codes::from_parts(exact.matrix(), exact.metric(), Simd::detect(), center, words)?;
-        Ok(Hnsw { exact, codes, parts })
+        Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
     }
 
     /// Takes a graph without layers that was made elsewhere, as CAGRA exports it: rows `[n, graph_degree]`.
@@ -141,7 +143,12 @@ impl Hnsw {
         let codes = Codes::new(exact.matrix(), exact.metric(), Simd::detect());
         parts.starts = starts(&exact, false).into();
         (parts.center, parts.codes) = (codes.center().clone(), codes.words().clone());
-        Ok(Hnsw { exact, codes, parts })
+        Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
+    }
+
+    /// With what a search does that does not say.
+    pub fn with_defaults(self, defaults: SearchParams) -> Self {
+        Hnsw { defaults, ..self }
     }
 
     /// What it consists of.
@@ -294,7 +301,7 @@ impl VectorIndex for Hnsw {
         let SearchScratch { block: converted, best, rows, exact, hnsw: walk, .. } = scratch;
         self.codes.prepare(query, &mut walk.query);
         let k = k.min(n);
-        let ef = params.ef_search.map_or(default_ef(k), |ef| ef as usize).clamp(k, n);
+        let ef = params.or(&self.defaults).ef_search.map_or(default_ef(k), |ef| ef as usize).clamp(k, n);
         let share = filter.share(n);
         // A walk has to come across `ef` rows that are admitted, and looks at about half the neighbours of each row on its way.
         let walked = ef as f64 / share * f64::from(self.parts.graph_degree) / 2.0;
@@ -319,6 +326,10 @@ impl VectorIndex for Hnsw {
         best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
         keep_best(best, k);
         out.extend(best.iter().map(|&entry| Scored::from(entry)));
+    }
+
+    fn stored(&self) -> Stored<'_> {
+        Stored::Hnsw(&self.parts)
     }
 
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>) {
