@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 /// A shared, immutable array.
 pub struct Array<T: Pod>(Inner<T>);
@@ -20,6 +20,26 @@ impl<T: Pod> Array<T> {
         let end = len.checked_mul(size_of::<T>())?.checked_add(offset)?;
         bytemuck::try_cast_slice::<u8, T>(map.get(offset..end)?).ok()?;
         Some(Array(Inner::Mapped { map, offset, len }))
+    }
+}
+
+/// Bytes from which huge pages matter: fewer fit the address caches of the CPU anyway.
+const WORTH_HUGE: usize = 4 << 20;
+
+impl<T: Pod> Array<T> {
+    /// A copy in memory of huge pages, where the system has some, for arrays that are large and read at random; else itself.
+    pub fn huge(self) -> Self {
+        let bytes: &[u8] = bytemuck::cast_slice(&self);
+        if bytes.len() < WORTH_HUGE {
+            return self;
+        }
+        let Ok(mut map) = MmapMut::map_anon(bytes.len()) else { return self };
+        // A hint; without it the copy is as good as the original.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        map.copy_from_slice(bytes);
+        let len = self.len();
+        map.make_read_only().ok().and_then(|map| Self::mapped(Arc::new(map), 0, len)).unwrap_or(self)
     }
 }
 

@@ -6,6 +6,8 @@ use crate::memory::prefetch;
 
 /// Codes ahead of their use that codes are asked for.
 const AHEAD: usize = 12;
+/// More than any whole number that a query's values become, and a half.
+const HALVES: f32 = 16_384.5;
 /// What a code of 0 stands at.
 const ZERO: i32 = 128;
 
@@ -30,13 +32,11 @@ impl WideQuery {
         let unit = if largest > 0.0 { most / largest } else { 0.0 };
         self.high.clear();
         self.low.clear();
-        let mut sum = 0i32;
-        for value in query {
-            let whole = (value * unit).round() as i32;
-            sum = sum.wrapping_add(whole);
-            self.high.push((whole >> 7) as i8);
-            self.low.push((whole & 127) as i8);
-        }
+        // Rounds as `round` does but for halves, without a call: the sum is positive, and conversion drops what is behind the point.
+        let whole = |value: &f32| (value * unit + HALVES) as i32 - HALVES as i32;
+        self.high.extend(query.iter().map(|value| (whole(value) >> 7) as i8));
+        self.low.extend(query.iter().map(|value| (whole(value) & 127) as i8));
+        let sum = query.iter().fold(0i32, |sum, value| sum.wrapping_add(whole(value)));
         self.offset = sum.wrapping_mul(ZERO);
     }
 }

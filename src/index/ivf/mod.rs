@@ -52,8 +52,12 @@ impl Ivf {
     ///
     /// # Errors
     /// What does not fit, so that no search can go out of bounds.
-    pub fn from_parts(parts: IvfParts, exact: Exact, simd: Simd) -> Result<Self, String> {
+    pub fn from_parts(mut parts: IvfParts, exact: Exact, simd: Simd) -> Result<Self, String> {
         parts.validate(exact.matrix().dim, exact.matrix().n_rows())?;
+        if let Lists::Pq { codes, .. } | Lists::Rabitq(codes) = &mut parts.lists {
+            codes.blocks = codes.blocks.clone().huge();
+            codes.refined = codes.refined.clone().huge();
+        }
         let mut list_of_block = vec![0; parts.n_blocks()];
         for list in 0..parts.n_lists() {
             list_of_block[parts.blocks_of(list)].fill(list as u32);
