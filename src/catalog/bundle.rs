@@ -609,6 +609,7 @@ impl Reader {
             rankers: self.rankers()?,
             roles,
             shared_index: OnceLock::new(),
+            shared_filters: Default::default(),
             items,
             users,
         })
