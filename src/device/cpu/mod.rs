@@ -9,11 +9,12 @@ use rten::ThreadPool;
 
 use super::{Device, DeviceError, Job, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
+use crate::catalog::conditions::FilterScratch;
 use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{Filter, SearchParams, SearchScratch, VectorIndex};
+use crate::index::{Filter, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::ranking::onnx::OnnxRanker;
@@ -58,13 +59,15 @@ struct Scratch {
     signals: Signals,
     lists: [Vec<Scored>; Source::COUNT],
     search: SearchScratch,
+    filter: FilterScratch,
     merge: MergeScratch,
     candidates: Candidates,
     features: FeatureScratch,
     inputs: Vec<Vec<f32>>,
     scores: Vec<f32>,
     mean: WeightedMean,
-    best: Vec<Scored>,
+    /// `[query]`, each best first.
+    results: Vec<Vec<Scored>>,
     order: Vec<Packed>,
 }
 
@@ -189,7 +192,7 @@ impl Loaded {
         }
         match job.task {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
-            Task::Search { .. } => self.search(scratch, job),
+            Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries),
             Task::Rank { .. } => self.rank(scratch, job),
         }
     }
@@ -367,35 +370,55 @@ impl Loaded {
         job.ranked.backfill.extend(fresh.take(want).map(|row| Scored { row, score: 0.0 }));
     }
 
-    fn search(&self, scratch: &mut Scratch, job: &mut Job) {
-        let Scratch { seen, search, best, .. } = scratch;
-        let Task::Search { k, vector, exclude } = &job.task else { return };
-        let clock = Instant::now();
-        best.clear();
-        let allowed = |row: u32| row != *exclude && !seen.contains(row);
-        if !job.query.is_empty() {
-            match &self.generation.text {
-                Some(text) => {
-                    if let Err(error) = text.search(&job.query, *k as usize, &allowed, best) {
-                        tracing::warn!(%error, "text search failed");
-                        job.failure = Some(Error::fixed(Code::Internal, "text search failed"));
-                    }
-                }
-                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index")),
-            }
-            job.timings.lap(Stage::Search, clock);
-        } else {
-            match &self.index {
-                Some(index) => {
-                    let filter = Filter::predicate(&allowed);
-                    index.search(vector, *k as usize, filter, &SearchParams::default(), search, best);
-                }
-                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
-            }
-            job.timings.lap(Stage::Ann, clock);
+    fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
+        let Scratch { seen, search, filter, results, .. } = scratch;
+        let items = &self.generation.items;
+        let Job { user, query, search: plan, ranked, failure, timings, .. } = job;
+        let mut clock = Instant::now();
+        for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
+            seen.insert(row);
         }
-        let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
-        job.ranked.items.extend(best.iter().map(item));
+        let unseen = |row: u32| !seen.contains(row);
+        // Without a predicate an index can count what a set admits.
+        let all_unseen = user.seen.is_empty() && plan.exclude_ids.is_empty() && plan.exclude.is_none();
+        let mut filtered = if all_unseen { Filter::ALL } else { Filter::predicate(&unseen) };
+        if !plan.tests.is_empty() {
+            if let Some(bits) = self.generation.filters(config.filter_cache_bytes).admitted(items, &plan.tests, filter)
+            {
+                filtered = filtered.within(bits);
+            }
+            clock = timings.lap(Stage::Merge, clock);
+        }
+        results.resize_with(results.len().max(n_queries.unwrap_or(1) as usize), Vec::new);
+        let results = &mut results[..n_queries.unwrap_or(1) as usize];
+        results.iter_mut().for_each(Vec::clear);
+        match (&mut *results, &self.generation.text, &self.index) {
+            ([found], Some(text), _) if !query.is_empty() => {
+                if let Err(error) = text.search(query, k, &|row| filtered.allows(row), found) {
+                    tracing::warn!(%error, "text search failed");
+                    *failure = Some(Error::fixed(Code::Internal, "text search failed"));
+                }
+                timings.lap(Stage::Search, clock);
+            }
+            (_, None, _) if !query.is_empty() => {
+                *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index"));
+            }
+            (results, _, Some(index)) => {
+                match results {
+                    [found] => index.search(&plan.vectors, k, filtered, &plan.params, search, found),
+                    all => index.search_batch(&plan.vectors, k, filtered, &plan.params, search, all),
+                }
+                timings.lap(Stage::Ann, clock);
+            }
+            _ => *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
+        }
+        for found in results.iter() {
+            let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
+            ranked.items.extend(found.iter().map(item));
+            if n_queries.is_some() {
+                ranked.result_lengths.push(found.len() as u32);
+            }
+        }
     }
 
     fn rank(&mut self, scratch: &mut Scratch, job: &mut Job) {
