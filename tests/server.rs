@@ -225,6 +225,7 @@ fn filtered_searches_return_what_passes_of_all() {
             }
         }
     }
+    assert!(metric(&server, "tastemaker_filter_cache_bytes") > 0.0);
     server.shut_down().unwrap();
 }
 
@@ -298,7 +299,7 @@ fn searches_say_what_is_wrong() {
     let vectors = [0.0; 16 * 65];
     let by = |n: u32| SearchBy::Vectors { values: &vectors[..16 * n as usize], n };
     assert_eq!(ask(SearchCall::new(by(65), 1)).0, 413);
-    assert!(ask(SearchCall::new(by(64), 1025)).1.contains("at most 65536"));
+    assert!(ask(SearchCall::new(by(64), 513)).1.contains("at most 32768"));
     assert!(ask(SearchCall::new(SearchBy::Vectors { values: &vectors[..40], n: 3 }, 1)).1.contains("16 each"));
     assert!(ask(SearchCall::new(by(1), 10_001)).1.contains("1 to 10000"));
     for (params, says) in [

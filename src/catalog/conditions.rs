@@ -212,7 +212,14 @@ impl Test {
             (Test::AnyOf(wanted), _) => {
                 let mut among = Bitmap::of(data.vocabulary().map_or(0, IdTable::len), |_| false);
                 wanted.iter().for_each(|&code| among.0[code as usize / 64] |= 1 << (code % 64));
-                Bitmap::of(n, |row| data.codes(row as u32).iter().any(|&code| among.has(code)))
+                match data {
+                    // A missing value is beyond every code.
+                    ColumnData::Category { codes, .. } => {
+                        let codes = &codes[..n];
+                        Bitmap::of(n, |row| among.has(codes[row]))
+                    }
+                    _ => Bitmap::of(n, |row| data.codes(row as u32).iter().any(|&code| among.has(code))),
+                }
             }
             (Test::Within { .. }, _) => Bitmap::of(n, |_| false),
         }
@@ -299,7 +306,7 @@ pub struct FilterScratch {
 impl FilterCache {
     /// An empty cache of at most `capacity_bytes` for bitmaps of `n` rows.
     pub fn new(capacity_bytes: u64, n: usize) -> Self {
-        let estimate = (capacity_bytes / (n as u64 / 8 + OVERHEAD as u64)).clamp(16, 1 << 16) as usize;
+        let estimate = (capacity_bytes / (n as u64 / 8 + OVERHEAD as u64)).clamp(16, 4096) as usize;
         let mut options = OptionsBuilder::new();
         // One shard: a bitmap larger than a shard's share would never be kept, and few threads ask.
         options.shards(1).estimated_items_capacity(estimate).weight_capacity(capacity_bytes);

@@ -68,6 +68,11 @@ impl Generation {
     pub fn filters(&self, capacity_bytes: u64) -> &FilterCache {
         self.shared_filters.get_or_init(|| FilterCache::new(capacity_bytes, self.items.len()))
     }
+
+    /// Memory of those bitmaps, bytes, about.
+    pub fn filter_bytes(&self) -> u64 {
+        self.shared_filters.get().map_or(0, FilterCache::bytes)
+    }
 }
 
 /// How embeddings compare; higher scores are better for each.

@@ -15,8 +15,8 @@ use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
 pub const MAX_K: usize = 10_000;
-/// Items that all queries of one search may ask for together: what one answer holds.
-pub const MAX_RESULTS: usize = 65_536;
+/// Items that all queries of one search may ask for together, 64 x 512: a shard encodes them in one go, in some 2 ms.
+pub const MAX_RESULTS: usize = 32_768;
 /// Time for a call in process that names no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 

@@ -572,6 +572,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 queue_depth: shared.jobs.len(),
                 cache_bytes: shared.cache.as_ref().map_or(0, |c| c.bytes()),
                 cache_entries: shared.cache.as_ref().map_or(0, |c| c.len()),
+                filter_cache_bytes: shared.generation.filter_bytes(),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

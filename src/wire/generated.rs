@@ -927,7 +927,7 @@ impl<'a> Search<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<u32>(Search::VT_EF_SEARCH, Some(0)).unwrap()}
   }
-  /// Queries in vector, 1 to 64, answered with result_lengths; 0: one query, answered without. k times this is at most 65536.
+  /// Queries in vector, 1 to 64, answered with result_lengths; 0: one query, answered without. k times this is at most 32768.
   #[inline]
   pub fn n_vectors(&self) -> u32 {
     // Safety:

@@ -499,3 +499,88 @@ fn blend_search(weight: f32, scratch: &mut Scratch) {
         *score += unit * search;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{SearchBy, SearchCall, SearchFilter};
+    use crate::catalog::conditions::Demand;
+    use crate::catalog::generation::testing;
+    use crate::index::{IndexKind, SearchParams};
+    use crate::pipeline::plan;
+    use parking_lot::Mutex;
+
+    /// A query, k, the rows that the filter admits, and the parameters.
+    type Question = (Vec<f32>, usize, Vec<u32>, SearchParams);
+
+    /// An index that tells what it was asked.
+    #[derive(Debug, Default)]
+    struct Asked(Mutex<Vec<Question>>);
+
+    impl VectorIndex for Asked {
+        fn kind(&self) -> IndexKind {
+            IndexKind::BruteForce
+        }
+
+        fn dim(&self) -> usize {
+            2
+        }
+
+        fn bytes(&self) -> usize {
+            0
+        }
+
+        fn search(
+            &self,
+            query: &[f32],
+            k: usize,
+            filter: Filter<'_>,
+            params: &SearchParams,
+            _: &mut SearchScratch,
+            out: &mut Vec<Scored>,
+        ) {
+            let mut admitted = Vec::new();
+            filter.each(6, |row| admitted.push(row));
+            out.extend(admitted.iter().map(|&row| Scored { row, score: query[0] }));
+            self.0.lock().push((query.to_vec(), k, admitted, *params));
+        }
+
+        fn scores(&self, _: &[f32], rows: &[u32], _: &mut SearchScratch, out: &mut Vec<f32>) {
+            out.resize(out.len() + rows.len(), 0.0);
+        }
+    }
+
+    #[test]
+    fn the_index_is_asked_what_the_call_says() {
+        let mut generation = testing::with_embeddings((0..12).map(|at| at as f32).collect(), 2);
+        testing::add_category(&mut generation, "category", &[0, 1, 0, 1, 0, 1]);
+        let (generation, asked) = (Arc::new(generation), Arc::new(Asked::default()));
+        let config = Arc::new(PipelineConfig::default());
+        let mut device = CpuDevice::new(config, Arc::new(ThreadPool::with_num_threads(1)));
+        let index: Arc<dyn VectorIndex> = asked.clone();
+        device.loaded.push_front(Loaded { generation: generation.clone(), index: Some(index), rankers: Vec::new() });
+        let params = SearchParams { n_probes: Some(3), refine_ratio: Some(2.5), ef_search: Some(40) };
+        let conditions = [("category", Demand::Values(&["c0"]))];
+        let filter = SearchFilter { conditions: &conditions, exclude: &["2", "?"], exclude_seen: None };
+        let mut job = [Box::new(Job::new(generation.clone()))];
+        let mut ask = |by, filter, params| {
+            let call = SearchCall { filter, params, ..SearchCall::new(by, 4) };
+            plan::search(&call, &generation, Instant::now(), &mut job[0]).unwrap();
+            device.execute(&mut job).unwrap();
+            assert_eq!(job[0].failure, None);
+            let rows: Vec<u32> = job[0].ranked.items.iter().map(|item| item.row).collect();
+            (std::mem::take(&mut *asked.0.lock()), rows, job[0].ranked.result_lengths.clone())
+        };
+        let values = [1.0, 2.0, 3.0, 4.0];
+        let (seen, rows, lengths) = ask(SearchBy::Vectors { values: &values, n: 2 }, filter, params);
+        let of = |query: &[f32]| (query.to_vec(), 4, vec![0, 4], params);
+        assert_eq!(seen, [of(&values[..2]), of(&values[2..])]);
+        assert_eq!((rows, lengths), (vec![0, 4, 0, 4], vec![2, 2]));
+        // Nothing of that is left for the next call on the same job.
+        let (seen, rows, lengths) = ask(SearchBy::Item("1"), SearchFilter::default(), SearchParams::default());
+        assert_eq!(seen, [(vec![2.0, 3.0], 4, vec![0, 2, 3, 4, 5], SearchParams::default())]);
+        assert_eq!((rows, lengths), (vec![0, 2, 3, 4, 5], vec![]));
+        let (seen, ..) = ask(SearchBy::Vector(&values[..2]), SearchFilter::default(), SearchParams::default());
+        assert_eq!(seen[0].2, [0, 1, 2, 3, 4, 5]);
+    }
+}
