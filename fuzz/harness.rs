@@ -5,10 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, Vector, WIPOffset};
-use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall};
+use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use tastemaker::catalog::conditions::{Compare, Demand};
 use tastemaker::catalog::generation::MatrixData;
 use tastemaker::catalog::npy;
 use tastemaker::config::Config;
+use tastemaker::index::SearchParams;
 use tastemaker::pipeline::models::{Model, ModelInput, ModelOutput};
 use tastemaker::ranking::signature::Datatype;
 use tastemaker::server::{json, tensors};
@@ -231,14 +233,46 @@ pub fn valid_request(kind: u8, values: &[u8]) -> Vec<u8> {
         ranker: (value(10) > 0).then_some("main"),
         deadline,
     };
-    let search = |by| Request::Call(Call::Search(SearchCall { by, k: n_items, deadline }));
-    let request = match kind % 7 {
+    let flags = value(12);
+    let bound = |bit: u8| (flags & bit > 0).then(|| f64::from(value(13)) / 3.0);
+    let compare = Compare {
+        lt: bound(1),
+        le: bound(2),
+        gt: bound(4),
+        ge: bound(8),
+        missing: (flags & 16 > 0).then_some(flags & 32 > 0),
+    };
+    let conditions: Vec<(&str, Demand<'_>)> = [
+        ("category", Demand::Values(&items)),
+        ("year", Demand::Compare(compare)),
+        (long.as_str(), Demand::Number(f64::from(value(13)))),
+    ]
+    .into_iter()
+    .cycle()
+    .take(usize::from(value(14) % 36))
+    .collect();
+    let filter = SearchFilter {
+        conditions: &conditions,
+        exclude: &items,
+        exclude_seen: (flags & 64 > 0).then_some(flags & 128 > 0),
+    };
+    let params = match value(15) {
+        0 => SearchParams::default(),
+        n => SearchParams {
+            n_probes: Some(u32::from(n)),
+            refine_ratio: Some(f32::from(n)),
+            ef_search: Some(u32::from(n)),
+        },
+    };
+    let search = |by| Request::Call(Call::Search(SearchCall { by, k: n_items, filter, params, deadline }));
+    let request = match kind % 8 {
         0 => Request::Health,
         1 => Request::Call(Call::Recommend(recommend)),
         2 => Request::Call(Call::Rank(rank)),
         3 => search(SearchBy::Vector(&vector)),
         4 => search(SearchBy::Item("item-1")),
         5 => search(SearchBy::User(&long)),
+        6 => search(SearchBy::Vectors { values: &vector, n: u32::from(value(4)) % 70 }),
         _ => search(SearchBy::Text(&long)),
     };
     request::encode(&mut FlatBufferBuilder::new(), u64::from(kind), &request).to_vec()
@@ -270,7 +304,10 @@ pub fn valid_answer(kind: u8, values: &[u8]) -> Vec<u8> {
             let (model_version, ranker) = (text(&mut b, "books-1"), text(&mut b, "main"));
             let degraded = degraded(&mut b);
             let items = Some(b.create_vector(&items));
-            let args = schema::ScoredItemsArgs { items, model_version, ranker, degraded };
+            // They add up to the number of items, or not.
+            let lengths = [u32::from(value(3) % 8), u32::from(value(4) / 128)];
+            let result_lengths = (value(5) > 0).then(|| b.create_vector(&lengths));
+            let args = schema::ScoredItemsArgs { items, model_version, ranker, degraded, result_lengths };
             (schema::Body::ScoredItems, schema::ScoredItems::create(&mut b, &args).as_union_value())
         }
         _ => {

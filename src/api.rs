@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::candidates::{Source, SourceSet};
+use crate::candidates::{Scored, Source, SourceSet};
+use crate::catalog::conditions::Demand;
 use crate::catalog::generation::Generation;
 use crate::context::{Degradation, StageTimings};
 use crate::error::Error;
+use crate::index::SearchParams;
 
 /// Names one call in flight on one shard. Chosen by the protocol side, opaque to everything behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,9 +67,16 @@ impl<'a> RecommendCall<'a> {
 pub enum SearchBy<'a> {
     /// A vector of the catalogue's dimension, f32.
     Vector(&'a [f32]),
+    /// Several such vectors, each answered on its own.
+    Vectors {
+        /// f32 `[n, dim]`, row-major.
+        values: &'a [f32],
+        /// 1 to 64.
+        n: u32,
+    },
     /// An item's embedding; the item itself is not returned.
     Item(&'a str),
-    /// A user's embedding; seen items are not returned.
+    /// A user's embedding; seen items are not returned unless the filter says so.
     User(&'a str),
     /// Words.
     Text(&'a str),
@@ -80,8 +89,30 @@ pub struct SearchCall<'a> {
     pub by: SearchBy<'a>,
     /// Number of items, 1 to 10,000.
     pub k: u32,
+    /// Which items may be returned.
+    pub filter: SearchFilter<'a>,
+    /// What the index may trade between recall and time.
+    pub params: SearchParams,
     /// As in [`RecommendCall`].
     pub deadline: Option<Duration>,
+}
+
+impl<'a> SearchCall<'a> {
+    /// A call without filter or options.
+    pub fn new(by: SearchBy<'a>, k: u32) -> Self {
+        SearchCall { by, k, filter: SearchFilter::default(), params: SearchParams::default(), deadline: None }
+    }
+}
+
+/// Which items a search may return.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SearchFilter<'a> {
+    /// Item columns and what is demanded of them; all must hold. A column may come more than once.
+    pub conditions: &'a [(&'a str, Demand<'a>)],
+    /// Items not to return; unknown ones are ignored.
+    pub exclude: &'a [&'a str],
+    /// Only with [`SearchBy::User`]: whether what the user has seen stays away, which is the default.
+    pub exclude_seen: Option<bool>,
 }
 
 /// Asks for scores of given items.
@@ -216,14 +247,29 @@ pub struct Explanation {
 pub struct ScoredItems {
     /// Maps rows to ids.
     pub generation: Arc<Generation>,
-    /// Search: best first. Rank: in the order asked, `u32::MAX` as the row of an unknown item (its score is 0).
-    pub items: Vec<crate::candidates::Scored>,
+    /// Search: best first, the results of several queries one after another. Rank: in the order asked, `u32::MAX` as the row of
+    /// an unknown item (its score is 0).
+    pub items: Vec<Scored>,
+    /// For [`SearchBy::Vectors`]: how many of `items` belong to each query, in order. Empty for every other call.
+    pub result_lengths: Vec<u32>,
     /// The ranker that scored; empty for a search.
     pub ranker: String,
     /// Everything that was done without.
     pub degraded: Vec<Degradation>,
     /// Where the time went.
     pub timings: StageTimings,
+}
+
+impl ScoredItems {
+    /// The items of each query of [`SearchBy::Vectors`], in order.
+    pub fn results(&self) -> impl Iterator<Item = &[Scored]> {
+        let mut rest = &self.items[..];
+        self.result_lengths.iter().map(move |&length| {
+            let (items, others) = rest.split_at((length as usize).min(rest.len()));
+            rest = others;
+            items
+        })
+    }
 }
 
 /// What becomes of a call.

@@ -72,7 +72,7 @@ fn every_command_has_help() {
     let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(
         commands,
-        ["demo", "build", "serve", "recommend", "eval", "inspect", "check", "features", "help"],
+        ["demo", "build", "serve", "recommend", "eval", "tune", "inspect", "check", "features", "help"],
         "{listed}"
     );
     for command in commands.into_iter().filter(|c| *c != "help") {
@@ -98,7 +98,7 @@ fn misuse_is_2() {
     assert!(run(["inspect"]).misused().contains("<BUNDLE>"));
     assert!(run(["inspect", "x", "--jsn"]).misused().contains("'--json'"));
     assert!(run(["build", "x"]).misused().contains("--out"));
-    assert!(run(["build", "x", "--out", "y", "--index", "hnsw"]).misused().contains("brute_force"));
+    assert!(run(["build", "x", "--out", "y", "--index", "cagra"]).misused().contains("brute_force"));
     assert!(run(["eval", "x", "--test", "y", "--k", "0"]).misused().contains("1..=10000"));
     assert!(run(["eval", "x", "--test", "y", "--relevant", "rating"]).misused().contains("COLUMN>=NUMBER"));
     assert!(run(["recommend", "u", "--context", "country"]).misused().contains("KEY=VALUE"));

@@ -8,8 +8,10 @@ use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 use common::*;
-use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall};
+use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use tastemaker::catalog::conditions::{Compare, Demand};
 use tastemaker::device::sim::Script;
+use tastemaker::index::SearchParams;
 use tastemaker::pipeline::local::LocalPipeline;
 use tastemaker::server::Options;
 use tastemaker::wire::client::{Answer, decode};
@@ -97,7 +99,7 @@ fn search_and_rank_by_both_protocols() {
             }
             by => (by, body.to_owned()),
         };
-        let call = Request::Call(Call::Search(SearchCall { by, k: 7, deadline: None }));
+        let call = Request::Call(Call::Search(SearchCall::new(by, 7)));
         let Answer::Scored(binary) = client.call(&call).unwrap() else { panic!("{by:?}") };
         let json = http(server.addrs.http, "POST", "/v1/search", &body).json();
         let items = json["items"].as_array().unwrap();
@@ -125,10 +127,224 @@ fn search_and_rank_by_both_protocols() {
 
     let call = RankCall { ranker: Some("nope"), ..call };
     assert_eq!(error_name(&client.call(&Request::Call(Call::Rank(call))).unwrap()), "not_found");
-    let call = SearchCall { by: SearchBy::Vector(&[1.0, 2.0]), k: 3, deadline: None };
+    let call = SearchCall::new(SearchBy::Vector(&[1.0, 2.0]), 3);
     assert_eq!(error_name(&client.call(&Request::Call(Call::Search(call))).unwrap()), "bad_request");
-    let call = SearchCall { by: SearchBy::Item("nope"), k: 3, deadline: None };
+    let call = SearchCall::new(SearchBy::Item("nope"), 3);
     assert_eq!(error_name(&client.call(&Request::Call(Call::Search(call))).unwrap()), "not_found");
+    server.shut_down().unwrap();
+}
+
+/// Items and scores of one list of a search's answer.
+fn listed(items: &serde_json::Value) -> Vec<(String, f32)> {
+    let id = |id: &serde_json::Value| id.as_str().map_or_else(|| id.to_string(), str::to_owned);
+    let items = items["items"].as_array().unwrap().iter();
+    items.map(|item| (id(&item["item_id"]), item["score"].as_f64().unwrap() as f32)).collect()
+}
+
+#[test]
+fn filtered_searches_return_what_passes_of_all() {
+    let server = start(config(), Options::default());
+    let (mut client, generation) = (client(&server), generation());
+    let (items, n) = (&generation.items, generation.items.len());
+    let data = |name: &str| &items.column(name).unwrap().data;
+    let (category, tags) = (data("category"), data("tags"));
+    let two = [category.vocabulary().unwrap().id(0), category.vocabulary().unwrap().id(1)];
+    let (tag, half_known) = ([tags.vocabulary().unwrap().id(2)], [two[0], "no such"]);
+    let year = |row: u32| f64::from(data("year").number(row).unwrap());
+    let no_price = |row: u32| match data("price") {
+        tastemaker::catalog::generation::ColumnData::Number { values, .. } => values[row as usize].is_nan(),
+        other => panic!("{other:?}"),
+    };
+    let middle = year(n as u32 / 2);
+    let range = |compare: Compare| Demand::Compare(compare);
+    let later = range(Compare { ge: Some(middle), ..Compare::default() });
+    let priceless = range(Compare { missing: Some(true), ..Compare::default() });
+    type Passes<'a> = Box<dyn Fn(u32) -> bool + 'a>;
+    type Filtered<'a> = (serde_json::Value, Vec<(&'a str, Demand<'a>)>, Passes<'a>);
+    let filters: Vec<Filtered<'_>> = vec![
+        (serde_json::json!({}), vec![], Box::new(|_| true)),
+        (
+            serde_json::json!({ "category": two, "year": { "ge": middle } }),
+            vec![("category", Demand::Values(&two)), ("year", later)],
+            Box::new(|row| category.codes(row).iter().any(|&code| code < 2) && year(row) >= middle),
+        ),
+        (
+            serde_json::json!({ "tags": tag[0], "price": { "missing": true } }),
+            vec![("tags", Demand::Values(&tag)), ("price", priceless)],
+            Box::new(|row| tags.codes(row).contains(&2) && no_price(row)),
+        ),
+        (
+            serde_json::json!({ "year": middle, "category": half_known }),
+            vec![("year", Demand::Number(middle)), ("category", Demand::Values(&half_known))],
+            Box::new(|row| year(row) == middle && category.codes(row) == [0]),
+        ),
+        (
+            serde_json::json!({ "category": "no such" }),
+            vec![("category", Demand::Values(&["no such"]))],
+            Box::new(|_| false),
+        ),
+    ];
+    let seen: Vec<u32> = generation.histories.of(5).map(|seen| seen.row).collect();
+    let (mut vector, excluded) = (Vec::new(), [items.ids.id(1), items.ids.id(40), "no such item"]);
+    generation.item_embeddings.as_ref().unwrap().extend_row(9, &mut vector);
+    let item = items.ids.id(5);
+    let starts = [
+        (SearchBy::Vector(&vector), serde_json::json!({ "vector": vector })),
+        (SearchBy::Item(item), serde_json::json!({ "item_id": item })),
+        (SearchBy::User(generation.users.ids.id(5)), serde_json::json!({ "user_id": generation.users.ids.id(5) })),
+        (SearchBy::Text("the silent city"), serde_json::json!({ "text": "the silent city" })),
+    ];
+    for (by, start) in &starts {
+        let of_user = matches!(by, SearchBy::User(_));
+        let everything = SearchFilter { exclude_seen: of_user.then_some(false), ..SearchFilter::default() };
+        let all = client.search(&SearchCall { filter: everything, ..SearchCall::new(*by, 10_000) }).unwrap();
+        match by {
+            SearchBy::Text(_) => assert!(all[0].len() > 10),
+            SearchBy::Item(_) => assert!(all[0].len() == n - 1 && all[0].iter().all(|found| found.0 != item)),
+            _ => assert_eq!(all[0].len(), n),
+        }
+        for (json, conditions, passes) in &filters {
+            for (k, exclude, exclude_seen) in [(10_000, &[][..], None), (7, &excluded[..], of_user.then_some(true))] {
+                let want = all[0].iter().filter(|(id, _)| {
+                    let row = items.ids.row(id).unwrap();
+                    passes(row) && !exclude.contains(&id.as_str()) && !(of_user && seen.contains(&row))
+                });
+                let want: Vec<(String, f32)> = want.take(k as usize).cloned().collect();
+                let filter = SearchFilter { conditions, exclude, exclude_seen };
+                let call = SearchCall { filter, ..SearchCall::new(*by, k) };
+                assert_eq!(client.search(&call).unwrap(), std::slice::from_ref(&want), "{call:?}");
+                let mut body = start.clone();
+                body["k"] = k.into();
+                body["filter"] = json.clone();
+                body["exclude_item_ids"] = exclude.into();
+                if let Some(exclude_seen) = exclude_seen {
+                    body["exclude_seen"] = exclude_seen.into();
+                }
+                let answer = http(server.addrs.http, "POST", "/v1/search", &body.to_string()).json();
+                assert_eq!(listed(&answer), want, "{body}");
+            }
+        }
+    }
+    assert!(metric(&server, "tastemaker_filter_cache_bytes") > 0.0);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn several_vectors_are_answered_one_by_one() {
+    let server = start(config(), Options::default());
+    let (mut client, generation) = (client(&server), generation());
+    let matrix = generation.item_embeddings.as_ref().unwrap();
+    let (mut values, n) = (Vec::new(), 64);
+    (0..n).for_each(|row| matrix.extend_row(row, &mut values));
+    let category = generation.items.column("category").unwrap().data.vocabulary().unwrap().id(0);
+    let conditions = [("category", Demand::Values(&[category]))];
+    let params = SearchParams { n_probes: Some(8), refine_ratio: Some(2.0), ef_search: Some(64) };
+    for conditions in [&conditions[..], &[]] {
+        let filter = SearchFilter { conditions, ..SearchFilter::default() };
+        let of = |by, k| SearchCall { filter, params, ..SearchCall::new(by, k) };
+        let got = client.search(&of(SearchBy::Vectors { values: &values, n }, 20)).unwrap();
+        let want: Vec<Vec<(String, f32)>> = values
+            .chunks_exact(matrix.dim)
+            .map(|vector| client.search(&of(SearchBy::Vector(vector), 20)).unwrap().remove(0))
+            .collect();
+        assert!(want.iter().all(|list| !list.is_empty()));
+        assert_eq!(got, want);
+        let body = serde_json::json!({
+            "vectors": values.chunks_exact(matrix.dim).collect::<Vec<_>>(), "k": 20,
+            "filter": if conditions.is_empty() { serde_json::json!({}) } else { serde_json::json!({ "category": category }) },
+            "n_probes": 8, "refine_ratio": 2, "ef_search": 64,
+        });
+        let answer = http(server.addrs.http, "POST", "/v1/search", &body.to_string()).json();
+        assert!(answer.get("items").is_none());
+        assert_eq!(answer["results"].as_array().unwrap().iter().map(listed).collect::<Vec<_>>(), want);
+        // One of several is a list of one.
+        let one = client
+            .call(&Request::Call(Call::Search(of(SearchBy::Vectors { values: &values[..matrix.dim], n: 1 }, 20))));
+        assert!(matches!(one.unwrap(), Answer::Results(lists) if lists.len() == 1 && lists[0].len() == want[0].len()));
+    }
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn searches_say_what_is_wrong() {
+    let server = start(config(), Options::default());
+    let mut client = client(&server);
+    let mut ask = |call: SearchCall<'_>| match client.call(&Request::Call(Call::Search(call))).unwrap() {
+        Answer::Error { code, message, .. } => (code, message),
+        other => panic!("{call:?}: {other:?}"),
+    };
+    let over_http = |body: String| {
+        let response = http(server.addrs.http, "POST", "/v1/search", &body);
+        (response.status, response.json()["error"]["message"].as_str().unwrap_or_default().to_owned())
+    };
+    // By both protocols.
+    let compare = Compare { lt: Some(3.0), ..Compare::default() };
+    let conditions: [(&str, Demand<'_>, &str, &[&str]); 6] = [
+        ("categry", Demand::Values(&["x"]), r#"{"categry":"x"}"#, &["filter.categry", "did you mean `category`?"]),
+        ("category", Demand::Number(3.0), r#"{"category":3}"#, &["filter.category", "holds strings"]),
+        ("category", Demand::Compare(compare), r#"{"category":{"lt":3}}"#, &["filter.category", "compares numbers"]),
+        ("year", Demand::Values(&["x"]), r#"{"year":["x"]}"#, &["filter.year", "holds numbers"]),
+        ("year", Demand::Compare(Compare::default()), r#"{"year":{}}"#, &["filter.year", "is empty"]),
+        ("", Demand::Number(1.0), r#"{"":1}"#, &["column is empty"]),
+    ];
+    for (column, demand, json, says) in conditions {
+        let filter = SearchFilter { conditions: &[(column, demand)], ..SearchFilter::default() };
+        let binary = ask(SearchCall { filter, ..SearchCall::new(SearchBy::Text("city"), 3) });
+        let json = over_http(format!(r#"{{"text":"city","filter":{json}}}"#));
+        assert_eq!((binary.0, json.0), (400, 400), "{column}: {} {}", binary.1, json.1);
+        for says in says {
+            assert!(binary.1.contains(says) && json.1.contains(says), "{says}: {} {}", binary.1, json.1);
+        }
+    }
+    let vectors = [0.0; 16 * 65];
+    let by = |n: u32| SearchBy::Vectors { values: &vectors[..16 * n as usize], n };
+    assert_eq!(ask(SearchCall::new(by(65), 1)).0, 413);
+    assert!(ask(SearchCall::new(by(64), 513)).1.contains("at most 32768"));
+    assert!(ask(SearchCall::new(SearchBy::Vectors { values: &vectors[..40], n: 3 }, 1)).1.contains("16 each"));
+    assert!(ask(SearchCall::new(by(1), 10_001)).1.contains("1 to 10000"));
+    for (params, says) in [
+        (SearchParams { n_probes: Some(65_537), ..SearchParams::default() }, "n_probes is 65537, expected 1 to 65536"),
+        (SearchParams { refine_ratio: Some(0.5), ..SearchParams::default() }, "refine_ratio is 0.5, expected 1 to 100"),
+        (SearchParams { refine_ratio: Some(f32::NAN), ..SearchParams::default() }, "expected 1 to 100"),
+        (SearchParams { ef_search: Some(u32::MAX), ..SearchParams::default() }, "expected 1 to 65536"),
+    ] {
+        let (code, message) = ask(SearchCall { params, ..SearchCall::new(SearchBy::Text("city"), 3) });
+        assert!(code == 400 && message.contains(says), "{message}");
+    }
+    let filter = SearchFilter { exclude_seen: Some(true), ..SearchFilter::default() };
+    assert!(ask(SearchCall { filter, ..SearchCall::new(SearchBy::Text("city"), 3) }).1.contains("user_id only"));
+    let unheard_of = format!(r#"{{"{}":1}}"#, "x".repeat(257));
+    let many = |n: usize, element: &str| vec![element; n].join(",");
+    let columns = (0..33).map(|at| format!(r#""c{at}":1"#)).collect::<Vec<_>>().join(",");
+    let cases = [
+        (r#""filter":{"year":null}"#.to_owned(), 400, "filter.year: invalid type: null"),
+        (r#""filter":{"year":{"gte":1}}"#.to_owned(), 400, "filter.year: unknown field `gte`, expected one of `lt`"),
+        (r#""filter":{"year":[1990]}"#.to_owned(), 400, "filter.year: invalid type: integer `1990`, expected a"),
+        (r#""filter":["year"]"#.to_owned(), 400, "item columns and their conditions"),
+        (format!(r#""filter":{unheard_of}"#), 400, "column is empty or longer than 256"),
+        (format!(r#""filter":{{{columns}}}"#), 413, "more than 32 conditions"),
+        (format!(r#""filter":{{"tags":[{}]}}"#, many(257, r#""x""#)), 413, "more than 256 values"),
+        (format!(r#""exclude_item_ids":[{}]"#, many(10_001, "1")), 413, "more than 10000 items"),
+        (r#""exclude_item_ids":[""]"#.to_owned(), 400, "an item id is empty"),
+        (r#""n_probes":0"#.to_owned(), 400, "n_probes is 0, expected 1 to 65536"),
+        (r#""refine_ratio":101"#.to_owned(), 400, "refine_ratio is 101, expected 1 to 100"),
+        (r#""ef_search":0"#.to_owned(), 400, "ef_search is 0, expected 1 to 65536"),
+        (r#""vectors":[[1]]"#.to_owned(), 400, "exactly one of"),
+    ];
+    for (field, status, says) in cases {
+        let (got, message) = over_http(format!(r#"{{"text":"city",{field}}}"#));
+        assert!(got == status && message.contains(says), "{says}: {got} {message}");
+    }
+    for (body, status, says) in [
+        (r#"{"vectors":[]}"#.to_owned(), 400, "0 vectors, expected 1 to 64"),
+        (r#"{"vectors":[[1,2],[3]]}"#.to_owned(), 400, "vectors[1] has 1 values, the first one has 2"),
+        (format!(r#"{{"vectors":[{}]}}"#, many(65, "[]")), 413, "more than 64 vectors"),
+        (format!(r#"{{"vectors":[[{}]]}}"#, many(8193, "1")), 413, "more than 8192 values"),
+        (r#"{"user_id":"user-1","exclude_seen":"no"}"#.to_owned(), 400, "expected a boolean"),
+    ] {
+        let (got, message) = over_http(body);
+        assert!(got == status && message.contains(says), "{says}: {got} {message}");
+    }
     server.shut_down().unwrap();
 }
 

@@ -640,6 +640,7 @@ impl Reader {
             rankers: self.rankers()?,
             roles,
             shared_index: index.map_or_else(OnceLock::new, |index| OnceLock::from(Some(index))),
+            shared_filters: Default::default(),
             items,
             users,
         })

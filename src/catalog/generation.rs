@@ -7,6 +7,7 @@ use half::f16;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::catalog::array::Array;
+use crate::catalog::conditions::FilterCache;
 use crate::catalog::text::TextIndex;
 use crate::index::{BruteForce, Kernel, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
@@ -50,6 +51,8 @@ pub struct Generation {
     pub roles: Roles,
     /// See [`Generation::index`].
     pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
+    /// See [`Generation::filters`].
+    pub(super) shared_filters: OnceLock<FilterCache>,
 }
 
 impl Generation {
@@ -59,6 +62,16 @@ impl Generation {
             Arc::new(BruteForce::new(matrix.clone(), self.metric, Kernel::detect())) as Arc<dyn VectorIndex>
         };
         self.shared_index.get_or_init(|| self.item_embeddings.as_ref().map(make)).clone()
+    }
+
+    /// The bitmaps of filters, which all workers share; the first that asks says how many bytes they may take.
+    pub fn filters(&self, capacity_bytes: u64) -> &FilterCache {
+        self.shared_filters.get_or_init(|| FilterCache::new(capacity_bytes, self.items.len()))
+    }
+
+    /// Memory of those bitmaps, bytes, about.
+    pub fn filter_bytes(&self) -> u64 {
+        self.shared_filters.get().map_or(0, FilterCache::bytes)
     }
 }
 
@@ -436,6 +449,7 @@ pub mod testing {
             rankers: Vec::new(),
             roles: Roles::default(),
             shared_index: OnceLock::new(),
+            shared_filters: OnceLock::new(),
         }
     }
 
@@ -446,11 +460,28 @@ pub mod testing {
         generation
     }
 
+    /// The values "c0", "c1", … up to the highest of `codes`.
+    fn vocabulary<'a>(codes: impl Iterator<Item = &'a u32>) -> Arc<IdTable> {
+        let n = codes.filter(|code| **code != NO_CODE).max().map_or(0, |max| max + 1);
+        let names: Vec<String> = (0..n).map(|code| format!("c{code}")).collect();
+        Arc::new(IdTable::build(names.iter(), false).unwrap())
+    }
+
+    /// Adds a column of lists of the values "c0", "c1", ….
+    pub fn add_tags(generation: &mut Generation, name: &str, lists: &[Vec<u32>]) {
+        let ends = lists.iter().scan(0, |end, list| {
+            *end += list.len() as u64;
+            Some(*end)
+        });
+        let offsets: Vec<u64> = std::iter::once(0).chain(ends).collect();
+        let vocabulary = vocabulary(lists.iter().flatten());
+        let data = ColumnData::Tags { offsets: offsets.into(), codes: lists.concat().into(), vocabulary };
+        generation.items.columns.push(Column { name: name.into(), data });
+    }
+
     /// Adds a category column of values "c0", "c1", … and gives it the category role if it is the first.
     pub fn add_category(generation: &mut Generation, name: &str, codes: &[u32]) {
-        let n = codes.iter().max().map_or(0, |max| max + 1);
-        let names: Vec<String> = (0..n).map(|code| format!("c{code}")).collect();
-        let vocabulary = Arc::new(IdTable::build(names.iter(), false).unwrap());
+        let vocabulary = vocabulary(codes.iter());
         let data = ColumnData::Category { codes: codes.to_vec().into(), vocabulary };
         generation.items.columns.push(Column { name: name.into(), data });
         generation.roles.category.get_or_insert(generation.items.columns.len() - 1);

@@ -3,6 +3,7 @@
 pub mod array;
 pub mod build;
 pub mod bundle;
+pub mod conditions;
 pub mod cooccurrence;
 pub mod dataset;
 pub mod generation;

@@ -11,9 +11,11 @@ use std::time::Instant;
 
 use crate::api::Ticket;
 use crate::candidates::{Candidates, Scored, Source};
+use crate::catalog::conditions::Test;
 use crate::catalog::generation::{Generation, Interaction};
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
+use crate::index::SearchParams;
 use crate::rerank::HardFilter;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
@@ -74,6 +76,8 @@ pub struct Job {
     pub context: Context,
     /// Text query, empty for none.
     pub query: String,
+    /// What a search starts from and may return.
+    pub search: PlannedSearch,
     /// What must not be retrieved, beside what the user has seen.
     pub filter: HardFilter,
     /// Result: best first (recommend, search) or as asked (rank).
@@ -100,6 +104,7 @@ impl Job {
             user: PlannedUser::default(),
             context: Context::default(),
             query: String::new(),
+            search: PlannedSearch::default(),
             filter: HardFilter::default(),
             ranked: Ranked::default(),
             failure: None,
@@ -115,6 +120,7 @@ impl Job {
         self.user.history.clear();
         self.user.seen.clear();
         self.query.clear();
+        self.search.clear();
         self.filter = HardFilter::default();
         self.ranked.clear();
         self.failure = None;
@@ -133,14 +139,12 @@ pub enum Task {
         /// Also fill [`Ranked::candidates`] for an explanation.
         explain: bool,
     },
-    /// Nearest items to `vector` (then `query` is empty) or to the words of `query`.
+    /// Nearest items to the vectors of [`Job::search`] (then [`Job::query`] is empty) or to the words of the query.
     Search {
-        /// Number of items.
+        /// Number of items, of each query.
         k: u32,
-        /// f32, `[dim]`.
-        vector: Vec<f32>,
-        /// An item not to return, [`crate::catalog::generation::NO_ROW`] for none.
-        exclude: u32,
+        /// As many vectors, answered with [`Ranked::result_lengths`]; `None`: one vector, or words, answered without.
+        n_queries: Option<u32>,
     },
     /// Score given items.
     Rank {
@@ -171,6 +175,70 @@ pub struct PlannedUser {
     pub history: Vec<Interaction>,
     /// Everything already seen, ascending; never recommended.
     pub seen: Vec<u32>,
+}
+
+/// A search, resolved as far as a shard has time for.
+#[derive(Clone, Debug, Default)]
+pub struct PlannedSearch {
+    /// f32 `[n_queries, dim]`, row-major; empty for words.
+    pub vectors: Vec<f32>,
+    /// Conditions that all must hold, with the positions of their item columns.
+    pub tests: Vec<(u32, Test)>,
+    /// An item not to return: the one that the search starts from.
+    pub exclude: Option<u32>,
+    /// Ids of further items not to return; the device finds their rows.
+    pub exclude_ids: Strings,
+    /// For the index.
+    pub params: SearchParams,
+}
+
+impl PlannedSearch {
+    fn clear(&mut self) {
+        self.vectors.clear();
+        self.tests.clear();
+        self.exclude = None;
+        self.exclude_ids.clear();
+        self.params = SearchParams::default();
+    }
+}
+
+/// Strings in one buffer.
+#[derive(Clone, Debug, Default)]
+pub struct Strings {
+    text: String,
+    ends: Vec<u32>,
+}
+
+impl Strings {
+    /// Empties it and keeps its memory.
+    pub fn clear(&mut self) {
+        self.text.clear();
+        self.ends.clear();
+    }
+
+    /// Appends one.
+    ///
+    /// # Panics
+    /// Beyond 4 GiB in all.
+    pub fn push(&mut self, string: &str) {
+        self.text.push_str(string);
+        self.ends.push(u32::try_from(self.text.len()).expect("strings of less than 4 GiB"));
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// All, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &str> {
+        let mut start = 0;
+        self.ends.iter().map(move |&end| {
+            let string = &self.text[start..end as usize];
+            start = end as usize;
+            string
+        })
+    }
 }
 
 /// Canonical request context: keys ascending and unique, all text in one buffer.
@@ -222,6 +290,8 @@ pub struct Ranked {
     pub scores: Vec<f32>,
     /// Jobs of the batch that this one was the first of; 0 for the others.
     pub batch_size: u16,
+    /// Search of several vectors: how many of `items` belong to each, in order.
+    pub result_lengths: Vec<u32>,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
     /// Proposals per source, after each source's own filter; for metrics.
@@ -242,6 +312,7 @@ impl Ranked {
         self.items.clear();
         self.scores.clear();
         self.batch_size = 0;
+        self.result_lengths.clear();
         self.n_candidates = 0;
         self.n_by_source = [0; Source::COUNT];
         self.candidates.clear();

@@ -51,18 +51,21 @@ impl Device for SimDevice {
             while Instant::now() < until {
                 std::hint::spin_loop();
             }
-            let n = match &job.task {
-                Task::Recommend { top_m, .. } => *top_m as usize,
-                Task::Search { k, .. } => *k as usize,
-                Task::Rank { rows, .. } => rows.len(),
+            let (n, n_queries) = match &job.task {
+                Task::Recommend { top_m, .. } => (*top_m as usize, None),
+                Task::Search { k, n_queries } => (*k as usize, *n_queries),
+                Task::Rank { rows, .. } => (rows.len(), None),
                 Task::Infer { n, .. } => {
                     job.ranked.scores.resize(*n as usize, 0.5);
-                    0
+                    (0, None)
                 }
             };
             let n = n.min(job.generation.items.len());
             let item = |row: u32| RankedItem { row, score: 1.0 / (1.0 + row as f32), sources: Default::default() };
-            job.ranked.items.extend((0..n as u32).map(item));
+            for _ in 0..n_queries.unwrap_or(1) {
+                job.ranked.items.extend((0..n as u32).map(item));
+            }
+            job.ranked.result_lengths.resize(n_queries.unwrap_or(0) as usize, n as u32);
             job.ranked.n_candidates = n as u32;
         }
         Ok(())

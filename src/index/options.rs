@@ -156,4 +156,21 @@ impl SearchParams {
             ef_search: self.ef_search.or(others.ef_search),
         }
     }
+
+    /// Checks ranges, whatever the kind; what an index has less of it uses all of.
+    ///
+    /// # Errors
+    /// The name, the value and the range.
+    pub fn validate(&self) -> Result<(), String> {
+        let whole = [("n_probes", self.n_probes), ("ef_search", self.ef_search)];
+        if let Some((name, Some(value))) = whole.iter().find(|(_, v)| v.is_some_and(|v| !(1..=65_536).contains(&v))) {
+            return Err(format!("{name} is {value}, expected 1 to 65536"));
+        }
+        match self.refine_ratio {
+            Some(ratio) if !(1.0..=100.0).contains(&ratio) => {
+                Err(format!("refine_ratio is {ratio}, expected 1 to 100"))
+            }
+            _ => Ok(()),
+        }
+    }
 }

@@ -39,6 +39,8 @@ pub struct PipelineConfig {
     pub max_n_items: u32,
     /// What the best text match adds to the ranker's score, in units of the score range of the request. Default 1.
     pub search_weight: f32,
+    /// Memory for the bitmaps of search filters, shared by all workers. 64 KiB to 1 TiB, default 64 MiB.
+    pub filter_cache_bytes: u64,
     /// Weights of rankers by name; empty: the bundle's first one alone.
     pub rankers: BTreeMap<String, f32>,
 }
@@ -54,6 +56,7 @@ impl Default for PipelineConfig {
             default_n_items: 10,
             max_n_items: 500,
             search_weight: 1.0,
+            filter_cache_bytes: 64 << 20,
             rankers: BTreeMap::new(),
         }
     }
@@ -81,6 +84,10 @@ impl PipelineConfig {
         }
         if !(self.search_weight.is_finite() && self.search_weight >= 0.0) {
             return Err(format!("pipeline.search_weight is {}, expected 0 or more", self.search_weight));
+        }
+        if !(64 << 10..=1 << 40).contains(&self.filter_cache_bytes) {
+            let bytes = self.filter_cache_bytes;
+            return Err(format!("pipeline.filter_cache_bytes is {bytes}, expected 65536 to 1099511627776"));
         }
         match self.rankers.iter().find(|(_, weight)| !(weight.is_finite() && **weight >= 0.0)) {
             Some((name, weight)) => Err(format!("pipeline.rankers.{name} is {weight}, expected 0 or more")),
@@ -181,6 +188,7 @@ pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
     Ok(ScoredItems {
         generation: job.generation.clone(),
         items: job.ranked.items.iter().map(|i| Scored { row: i.row, score: i.score }).collect(),
+        result_lengths: job.ranked.result_lengths.clone(),
         ranker,
         degraded: job.degraded.to_vec(),
         timings: job.timings,

@@ -4,15 +4,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::PipelineConfig;
-use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall};
+use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use crate::catalog::conditions::{self, Test, UnknownValue};
 use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Deadline, Stage};
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
 use crate::rerank::Reranker;
+use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
 pub const MAX_K: usize = 10_000;
+/// Items that all queries of one search may ask for together, 64 x 512: a shard encodes them in one go, in some 2 ms.
+pub const MAX_RESULTS: usize = 32_768;
 /// Time for a call in process that names no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
@@ -55,58 +59,109 @@ pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error>
 /// Plans a search.
 ///
 /// # Errors
-/// An unknown item or user, a vector of another dimension, k out of range, a catalogue without what is asked for.
+/// An unknown item, user or item column, a vector of another dimension, a condition that does not fit its column, a number out
+/// of its range, a catalogue without what is asked for.
 pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) -> Result<(), Error> {
+    let wrong = |message: String| Err(Error::new(Code::BadRequest, message));
     if call.k == 0 || call.k as usize > MAX_K {
-        return Err(Error::new(Code::BadRequest, format!("k is {}, expected 1 to {MAX_K}", call.k)));
+        return wrong(format!("k is {}, expected 1 to {MAX_K}", call.k));
     }
+    call.params.validate().map_err(|message| Error::new(Code::BadRequest, message))?;
     begin(job, generation, call.deadline, now);
     job.context.assign(&[]);
-    let (mut vector, mut exclude) = (Vec::new(), NO_ROW);
-    let Some(items) = &generation.item_embeddings else {
-        return match call.by {
-            SearchBy::Text(words) => text_search(words, call.k, job),
-            _ => Err(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
-        };
+    job.search.params = call.params;
+    let n_queries = match call.by {
+        SearchBy::Vectors { n, .. } => Some(n),
+        _ => None,
     };
+    job.task = Task::Search { k: call.k, n_queries };
     match call.by {
-        SearchBy::Text(words) => return text_search(words, call.k, job),
+        SearchBy::Text(words) => {
+            job.query.push_str(words.trim());
+            if job.query.is_empty() {
+                return Err(Error::fixed(Code::BadRequest, "the query is empty"));
+            }
+        }
+        by => start(by, call, generation, job)?,
+    }
+    restrict(&call.filter, matches!(call.by, SearchBy::User(_)), generation, job)?;
+    job.enqueued = job.timings.lap(Stage::Plan, now);
+    Ok(())
+}
+
+/// The vectors that a search starts from.
+fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: &mut Job) -> Result<(), Error> {
+    let Some(items) = &generation.item_embeddings else {
+        return Err(Error::fixed(Code::BadRequest, "the catalogue has no embeddings"));
+    };
+    let vectors = &mut job.search.vectors;
+    match by {
         SearchBy::Vector(values) => {
             if values.len() != items.dim {
                 let message = format!("the vector has {} values, the catalogue's have {}", values.len(), items.dim);
                 return Err(Error::new(Code::BadRequest, message));
             }
-            if !values.iter().all(|v| v.is_finite()) {
-                return Err(Error::fixed(Code::BadRequest, "the vector holds a value that is not finite"));
+            vectors.extend_from_slice(values);
+        }
+        SearchBy::Vectors { values, n } => {
+            let (k, n) = (call.k as usize, n as usize);
+            if !(1..=LIMITS.vectors).contains(&n) {
+                return Err(Error::new(Code::BadRequest, format!("{n} vectors, expected 1 to {}", LIMITS.vectors)));
             }
-            vector.extend_from_slice(values);
+            if k * n > MAX_RESULTS {
+                let message = format!("{n} vectors of k {k} each are {} items, expected at most {MAX_RESULTS}", k * n);
+                return Err(Error::new(Code::BadRequest, message));
+            }
+            if values.len() != n * items.dim {
+                let (all, dim) = (values.len(), items.dim);
+                let message = format!("{n} vectors have {all} values, the catalogue's have {dim} each");
+                return Err(Error::new(Code::BadRequest, message));
+            }
+            vectors.extend_from_slice(values);
         }
         SearchBy::Item(id) => {
-            exclude = generation.items.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such item"))?;
-            items.extend_row(exclude, &mut vector);
+            let row = generation.items.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such item"))?;
+            items.extend_row(row, vectors);
+            job.search.exclude = Some(row);
         }
         SearchBy::User(id) => {
             let row = generation.users.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such user"))?;
             let users = generation.user_embeddings.as_ref();
             users
                 .ok_or(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings"))?
-                .extend_row(row, &mut vector);
+                .extend_row(row, vectors);
             job.user.row = Some(row);
+        }
+        SearchBy::Text(_) => {}
+    }
+    match vectors.iter().all(|value| value.is_finite()) {
+        true => Ok(()),
+        false => Err(Error::fixed(Code::BadRequest, "the vector holds a value that is not finite")),
+    }
+}
+
+/// What a search may return.
+fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, job: &mut Job) -> Result<(), Error> {
+    let items = &generation.items;
+    for (name, demand) in filter.conditions {
+        let wrong = |reason| Error::new(Code::BadRequest, format!("filter.{name}: {reason}"));
+        let at = conditions::column(items, name).map_err(wrong)?;
+        let test = Test::resolve(&items.columns[at].data, demand, UnknownValue::Ignore).map_err(wrong)?;
+        job.search.tests.push((at as u32, test));
+    }
+    // Thousands of ids would take a shard too long to look up.
+    filter.exclude.iter().for_each(|id| job.search.exclude_ids.push(id));
+    match (filter.exclude_seen, by_user) {
+        (Some(_), false) => {
+            return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
+        }
+        (None | Some(true), true) => {
+            let row = job.user.row.unwrap_or(NO_ROW);
             job.user.seen.extend(generation.histories.of(row).map(|i| i.row));
             job.user.seen.sort_unstable();
         }
+        _ => {}
     }
-    job.task = Task::Search { k: call.k, vector, exclude };
-    job.enqueued = job.timings.lap(Stage::Plan, now);
-    Ok(())
-}
-
-fn text_search(words: &str, k: u32, job: &mut Job) -> Result<(), Error> {
-    job.query.push_str(words.trim());
-    if job.query.is_empty() {
-        return Err(Error::fixed(Code::BadRequest, "the query is empty"));
-    }
-    job.task = Task::Search { k, vector: Vec::new(), exclude: NO_ROW };
     Ok(())
 }
 

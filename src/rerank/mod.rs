@@ -10,12 +10,13 @@ use smallvec::SmallVec;
 
 use crate::api::{Explanation, SlateItem};
 use crate::candidates::{Scored, SourceSet};
+use crate::catalog::conditions::Bitmap;
 use crate::catalog::generation::Generation;
 use crate::device::{Context, RankedItem};
 use caps::Counts;
 use diversity::{Diversity, DiversityScratch};
-use rules::{Bitmap, Rules, RulesScratch};
 pub use rules::{HardFilter, RuleConfig, RuleError};
+use rules::{Rules, RulesScratch};
 
 /// `[rerank]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

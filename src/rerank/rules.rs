@@ -13,8 +13,8 @@ use super::RerankInput;
 use super::caps::{Cap, Counts};
 use crate::api::{Explanation, SlateItem};
 use crate::candidates::SourceSet;
-use crate::catalog::generation::{ColumnData, Generation};
-use crate::context::nearest;
+use crate::catalog::conditions::{self, Bitmap, Condition, Demand, OneOrMany, Test, UnknownValue};
+use crate::catalog::generation::Generation;
 use crate::device::{Context, RankedItem};
 
 /// One `[[rerank.rules]]`.
@@ -63,57 +63,6 @@ pub enum Action {
     Cap,
 }
 
-/// A value or several.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum OneOrMany {
-    /// This one.
-    One(String),
-    /// Any of these.
-    Many(Vec<String>),
-}
-
-impl OneOrMany {
-    fn values(&self) -> &[String] {
-        match self {
-            OneOrMany::One(one) => std::slice::from_ref(one),
-            OneOrMany::Many(many) => many,
-        }
-    }
-
-    fn holds(&self, value: Option<&str>) -> bool {
-        value.is_some_and(|value| self.values().iter().any(|v| v == "*" || v == value))
-    }
-}
-
-/// A condition over one item column.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Condition {
-    /// Number columns: equal.
-    Number(f64),
-    /// Category and list columns: has the value, or any of them.
-    Values(OneOrMany),
-    /// Comparisons, all must hold.
-    Compare(Compare),
-}
-
-/// Comparisons over a number column; `missing` over any.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Compare {
-    /// Below.
-    pub lt: Option<f64>,
-    /// At most.
-    pub le: Option<f64>,
-    /// Above.
-    pub gt: Option<f64>,
-    /// At least.
-    pub ge: Option<f64>,
-    /// Whether the value is missing.
-    pub missing: Option<bool>,
-}
-
 /// Why a rule was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("rerank.rules[{index}] `{name}`: {field}: {reason}")]
@@ -126,25 +75,6 @@ pub struct RuleError {
     pub field: String,
     /// What is wrong.
     pub reason: String,
-}
-
-/// One bit per item.
-#[derive(Debug)]
-pub struct Bitmap(Vec<u64>);
-
-impl Bitmap {
-    fn of(n: usize, holds: impl Fn(u32) -> bool) -> Self {
-        let mut words = vec![0u64; n.div_ceil(64)];
-        for row in (0..n as u32).filter(|&row| holds(row)) {
-            words[row as usize / 64] |= 1 << (row % 64);
-        }
-        Bitmap(words)
-    }
-
-    /// Whether `row` is in it.
-    pub fn has(&self, row: u32) -> bool {
-        self.0.get(row as usize / 64).is_some_and(|word| word >> (row % 64) & 1 == 1)
-    }
 }
 
 /// The exclude and require rules that are active for one request.
@@ -224,8 +154,8 @@ impl Rules {
     }
 
     fn active<'a>(&'a self, context: &'a Context) -> impl Iterator<Item = (usize, &'a Rule)> {
-        let holds = move |rule: &Rule| rule.when.iter().all(|(key, wanted)| wanted.holds(context.get(key)));
-        self.rules.iter().enumerate().filter(move |(_, rule)| holds(rule))
+        let active = move |rule: &Rule| rule.when.iter().all(|(key, wanted)| holds(wanted, context.get(key)));
+        self.rules.iter().enumerate().filter(move |(_, rule)| active(rule))
     }
 
     /// See [`super::Reranker::hard_filter`].
@@ -333,23 +263,33 @@ impl Rules {
     }
 }
 
+fn holds(wanted: &OneOrMany, value: Option<&str>) -> bool {
+    value.is_some_and(|value| wanted.values().iter().any(|v| v == "*" || v == value))
+}
+
 fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result<Rule, RuleError> {
     let wrong =
         |field: &str, reason: String| RuleError { index, name: config.name.clone(), field: field.to_owned(), reason };
-    let column = |field: &str, name: &str| {
-        generation.items.column_index(name).ok_or_else(|| {
-            let hint = nearest(name, generation.items.columns.iter().map(|c| c.name.as_str()));
-            let hint = hint.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
-            wrong(field, format!("no item column `{name}`{hint}"))
-        })
-    };
-    let mut tests: Vec<Box<dyn Fn(u32) -> bool + '_>> = Vec::new();
+    let column =
+        |field: &str, name: &str| conditions::column(&generation.items, name).map_err(|reason| wrong(field, reason));
+    let n = generation.items.len();
+    let mut matches = Bitmap::of(n, |_| true);
     for (name, condition) in &config.conditions {
         let field = format!("where.{name}");
         let data = &generation.items.columns[column(&field, name)?].data;
-        tests.push(test(data, condition).map_err(|reason| wrong(&field, reason))?);
+        let values: Vec<&str>;
+        let demand = match condition {
+            Condition::Number(number) => Demand::Number(*number),
+            Condition::Values(some) => {
+                values = some.values().iter().map(String::as_str).collect();
+                Demand::Values(&values)
+            }
+            Condition::Compare(compare) => Demand::Compare(*compare),
+        };
+        let test = Test::resolve(data, &demand, UnknownValue::Refuse).map_err(|reason| wrong(&field, reason))?;
+        matches.intersect(&test.rows(data, n));
     }
-    let matches = Arc::new(Bitmap::of(generation.items.len(), |row| tests.iter().all(|test| test(row))));
+    let matches = Arc::new(matches);
     let unused = |field: &str, given: bool, wanted: bool| match (given, wanted) {
         (true, false) => Err(wrong(field, format!("has no meaning with action {:?}", config.action))),
         (false, true) => Err(wrong(field, format!("is missing; action {:?} needs it", config.action))),
@@ -396,58 +336,6 @@ fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result
         }
     };
     Ok(Rule { name: config.name.clone(), when: config.when.clone(), matches, effect })
-}
-
-/// A test over the rows of one column.
-fn test<'a>(data: &'a ColumnData, condition: &'a Condition) -> Result<Box<dyn Fn(u32) -> bool + 'a>, String> {
-    let missing = |row: u32| match data {
-        ColumnData::Number { values, .. } => values[row as usize].is_nan(),
-        _ => data.codes(row).is_empty(),
-    };
-    match (condition, data) {
-        (Condition::Number(want), ColumnData::Number { values, .. }) => {
-            Ok(Box::new(move |row| values[row as usize] == *want as f32))
-        }
-        (Condition::Number(_), _) => Err("is a number, but the column holds strings".into()),
-        (Condition::Values(_), ColumnData::Number { .. }) => {
-            Err("is a string, but the column holds numbers; compare as in { ge = 4 }".into())
-        }
-        (Condition::Values(want), _) => {
-            let vocabulary = data.vocabulary().ok_or("the column has no values")?;
-            let mut codes = Vec::new();
-            for value in want.values() {
-                codes.push(vocabulary.row(value).ok_or_else(|| {
-                    let known = (0..vocabulary.len() as u32).map(|code| vocabulary.id(code));
-                    let hint = nearest(value, known).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default();
-                    format!("no item has the value `{value}`{hint}")
-                })?);
-            }
-            Ok(Box::new(move |row| data.codes(row).iter().any(|code| codes.contains(code))))
-        }
-        (Condition::Compare(Compare { lt, le, gt, ge, missing: want_missing }), _) => {
-            let compares = [lt, le, gt, ge].iter().any(|bound| bound.is_some());
-            if compares && !matches!(data, ColumnData::Number { .. }) {
-                return Err("compares numbers, but the column holds strings".into());
-            }
-            if !compares && want_missing.is_none() {
-                return Err("is empty; expected lt, le, gt, ge or missing".into());
-            }
-            Ok(Box::new(move |row| {
-                let value = match data {
-                    ColumnData::Number { values, .. } => values[row as usize],
-                    _ => f32::NAN,
-                };
-                // Columns hold f32: a bound means the f32 nearest to it, as the value next to it does.
-                let holds =
-                    |bound: &Option<f64>, test: fn(&f32, &f32) -> bool| bound.is_none_or(|b| test(&value, &(b as f32)));
-                want_missing.is_none_or(|want| missing(row) == want)
-                    && holds(lt, f32::lt)
-                    && holds(le, f32::le)
-                    && holds(gt, f32::gt)
-                    && holds(ge, f32::ge)
-            }))
-        }
-    }
 }
 
 #[cfg(test)]

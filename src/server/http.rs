@@ -20,11 +20,13 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response};
 
-use super::json::{self, RankBody, RecommendBody, SearchBody};
+use super::json::{self, ConditionBody, RankBody, RecommendBody, SearchBody, VectorBody};
 use super::service::Service;
 use super::{tensors, v2};
-use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, Ticket};
+use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket};
+use crate::catalog::conditions::Demand;
 use crate::error::{Code, Error};
+use crate::index::SearchParams;
 use crate::telemetry::metrics::{Endpoint, Gauges};
 use crate::wire::LIMITS;
 
@@ -423,16 +425,18 @@ async fn recommend(body: &[u8], state: &HttpState) -> Answer {
 
 async fn search(body: &[u8], state: &HttpState) -> Answer {
     let body: SearchBody<'_> = json::parse(body)?;
-    let by = match (&body.vector, &body.item_id, &body.user_id, &body.text) {
-        (Some(vector), None, None, None) => SearchBy::Vector(vector),
-        (None, Some(item), None, None) => SearchBy::Item(&item.0),
-        (None, None, Some(user), None) => SearchBy::User(&user.0),
-        (None, None, None, Some(text)) if text.len() <= LIMITS.query_bytes => SearchBy::Text(text),
-        (None, None, None, Some(_)) => {
+    let mut flat = Vec::new();
+    let by = match (&body.vector, &body.vectors, &body.item_id, &body.user_id, &body.text) {
+        (Some(vector), None, None, None, None) => SearchBy::Vector(&vector.0),
+        (None, Some(vectors), None, None, None) => several(&vectors.0, &mut flat)?,
+        (None, None, Some(item), None, None) => SearchBy::Item(&item.0),
+        (None, None, None, Some(user), None) => SearchBy::User(&user.0),
+        (None, None, None, None, Some(text)) if text.len() <= LIMITS.query_bytes => SearchBy::Text(text),
+        (None, None, None, None, Some(_)) => {
             return Err(Error::fixed(Code::TooLarge, "text is longer than 1024 bytes").into());
         }
         _ => {
-            let message = "a search takes exactly one of vector, item_id, user_id, text";
+            let message = "a search takes exactly one of vector, vectors, item_id, user_id, text";
             return Err(Error::fixed(Code::BadRequest, message).into());
         }
     };
@@ -440,26 +444,87 @@ async fn search(body: &[u8], state: &HttpState) -> Answer {
         SearchBy::Item(id) => check_id(id, "item_id")?,
         SearchBy::User(id) => check_id(id, "user_id")?,
         SearchBy::Vector(values) if values.len() > LIMITS.vector_values => {
-            return Err(Error::fixed(Code::TooLarge, "vector has more than 8192 values").into());
+            return Err(Error::fixed(Code::TooLarge, "a vector has more than 8192 values").into());
         }
-        SearchBy::Vector(_) | SearchBy::Text(_) => {}
+        SearchBy::Vector(_) | SearchBy::Vectors { .. } | SearchBy::Text(_) => {}
     }
-    let deadline = body.deadline_ms.map(Duration::from_millis);
-    match state.call(&Call::Search(SearchCall { by, k: body.k.unwrap_or(10), deadline })).await {
+    let exclude = item_ids(&body.exclude_item_ids.0)?;
+    let filter = &body.filter.0;
+    if filter.len() > LIMITS.conditions {
+        return Err(Error::fixed(Code::TooLarge, "more than 32 conditions").into());
+    }
+    let mut values: Vec<&str> = Vec::new();
+    for (column, condition) in filter {
+        check_id(&column.0, "a condition's column")?;
+        if let ConditionBody::Values(words) = condition {
+            values.extend(words.0.iter().map(|word| &*word.0));
+        }
+    }
+    if values.len() > LIMITS.condition_values {
+        return Err(Error::fixed(Code::TooLarge, "conditions have more than 256 values").into());
+    }
+    let mut rest = &values[..];
+    let conditions: Vec<(&str, Demand<'_>)> = filter
+        .iter()
+        .map(|(column, condition)| {
+            let demand = match condition {
+                ConditionBody::Number(number) => Demand::Number(*number),
+                ConditionBody::Values(words) => {
+                    let (own, others) = rest.split_at(words.0.len());
+                    rest = others;
+                    Demand::Values(own)
+                }
+                ConditionBody::Compare(compare) => Demand::Compare(*compare),
+            };
+            (&*column.0, demand)
+        })
+        .collect();
+    let call = SearchCall {
+        by,
+        k: body.k.unwrap_or(10),
+        filter: SearchFilter { conditions: &conditions, exclude: &exclude, exclude_seen: body.exclude_seen },
+        params: SearchParams { n_probes: body.n_probes, refine_ratio: body.refine_ratio, ef_search: body.ef_search },
+        deadline: body.deadline_ms.map(Duration::from_millis),
+    };
+    match state.call(&Call::Search(call)).await {
         Outcome::Scored(scored) => Ok(respond(200, "application/json", json::scored(&scored))),
         other => unexpected(other),
     }
+}
+
+/// Puts vectors one after another.
+fn several<'a>(vectors: &[VectorBody], flat: &'a mut Vec<f32>) -> Result<SearchBy<'a>, Error> {
+    if vectors.len() > LIMITS.vectors {
+        return Err(Error::fixed(Code::TooLarge, "more than 64 vectors"));
+    }
+    let dim = vectors.first().map_or(0, |first| first.0.len());
+    for (at, vector) in vectors.iter().enumerate() {
+        if vector.0.len() > LIMITS.vector_values {
+            return Err(Error::fixed(Code::TooLarge, "a vector has more than 8192 values"));
+        }
+        if vector.0.len() != dim {
+            let message = format!("vectors[{at}] has {} values, the first one has {dim}", vector.0.len());
+            return Err(Error::new(Code::BadRequest, message));
+        }
+        flat.extend_from_slice(&vector.0);
+    }
+    Ok(SearchBy::Vectors { values: flat, n: vectors.len() as u32 })
+}
+
+fn item_ids<'a>(ids: &'a [json::Text<'_>]) -> Result<Vec<&'a str>, Error> {
+    if ids.len() > LIMITS.items {
+        return Err(Error::fixed(Code::TooLarge, "more than 10000 items"));
+    }
+    let ids: Vec<&str> = ids.iter().map(|id| &*id.0).collect();
+    ids.iter().try_for_each(|id| check_id(id, "an item id"))?;
+    Ok(ids)
 }
 
 async fn rank(body: &[u8], state: &HttpState) -> Answer {
     let body: RankBody<'_> = json::parse(body)?;
     check_id(&body.user_id.0, "user_id")?;
     let context = context(&body.context)?;
-    if body.item_ids.len() > LIMITS.items {
-        return Err(Error::fixed(Code::TooLarge, "more than 10000 items").into());
-    }
-    let item_ids: Vec<&str> = body.item_ids.iter().map(|id| &*id.0).collect();
-    item_ids.iter().try_for_each(|id| check_id(id, "an item id"))?;
+    let item_ids = item_ids(&body.item_ids.0)?;
     let call = RankCall {
         user_id: &body.user_id.0,
         context: &context,
@@ -517,6 +582,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 queue_depth: shared.jobs.len(),
                 cache_bytes: shared.cache.as_ref().map_or(0, |c| c.bytes()),
                 cache_entries: shared.cache.as_ref().map_or(0, |c| c.len()),
+                filter_cache_bytes: shared.generation.filter_bytes(),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

@@ -8,10 +8,12 @@ use serde::ser::{SerializeMap, SerializeSeq, Serializer};
 use serde::{Deserialize, Serialize};
 
 use crate::api::{CacheStatus, Explanation, ScoredItems, Slate};
-use crate::candidates::Source;
+use crate::candidates::{Scored, Source};
+use crate::catalog::conditions::Compare;
 use crate::catalog::generation::{IdTable, NO_ROW};
 use crate::context::{Degradation, Stage, StageTimings};
 use crate::error::{Code, Error};
+use crate::wire::LIMITS;
 
 /// A string, or a number or boolean as its text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +50,125 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     }
 }
 
+/// A list of which at most `N + 1` elements are kept: enough to see that it is too long.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bounded<T, const N: usize>(pub Vec<T>);
+
+impl<T, const N: usize> Default for Bounded<T, N> {
+    fn default() -> Self {
+        Bounded(Vec::new())
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Bounded<T, N> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor<T, const N: usize>(std::marker::PhantomData<T>);
+        impl<'de, T: Deserialize<'de>, const N: usize> de::Visitor<'de> for Visitor<T, N> {
+            type Value = Bounded<T, N>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a list")
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut kept = Vec::new();
+                while kept.len() <= N {
+                    match list.next_element()? {
+                        Some(element) => kept.push(element),
+                        None => return Ok(Bounded(kept)),
+                    }
+                }
+                while list.next_element::<de::IgnoredAny>()?.is_some() {}
+                Ok(Bounded(kept))
+            }
+        }
+        deserializer.deserialize_seq(Visitor(std::marker::PhantomData))
+    }
+}
+
+/// A condition over an item column, as a rule's `where` has it.
+#[derive(Debug)]
+pub enum ConditionBody<'a> {
+    /// A number, or a boolean as 1 or 0.
+    Number(f64),
+    /// A string, or a list of them.
+    Values(Bounded<Word<'a>, { LIMITS.condition_values }>),
+    /// Comparisons.
+    Compare(Compare),
+}
+
+/// A string and nothing else.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Word<'a>(#[serde(borrow)] pub Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for ConditionBody<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = ConditionBody<'de>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a number, a string, a list of strings, or comparisons as in {\"ge\": 4}")
+            }
+            fn visit_borrowed_str<E: de::Error>(self, v: &'de str) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Values(Bounded(vec![Word(Cow::Borrowed(v))])))
+            }
+            fn visit_str<E: de::Error>(self, v: &str) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Values(Bounded(vec![Word(Cow::Owned(v.to_owned()))])))
+            }
+            fn visit_i64<E: de::Error>(self, v: i64) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Number(v as f64))
+            }
+            fn visit_u64<E: de::Error>(self, v: u64) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Number(v as f64))
+            }
+            fn visit_f64<E: de::Error>(self, v: f64) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Number(v))
+            }
+            fn visit_bool<E: de::Error>(self, v: bool) -> Result<Self::Value, E> {
+                Ok(ConditionBody::Number(f64::from(u8::from(v))))
+            }
+            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+                Bounded::deserialize(de::value::SeqAccessDeserializer::new(list)).map(ConditionBody::Values)
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                Compare::deserialize(de::value::MapAccessDeserializer::new(map)).map(ConditionBody::Compare)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// Item columns and their conditions, of which one more is kept than allowed.
+#[derive(Debug, Default)]
+pub struct FilterBody<'a>(pub Vec<(Text<'a>, ConditionBody<'a>)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for FilterBody<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = FilterBody<'de>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("item columns and their conditions")
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut kept = Vec::new();
+                while kept.len() <= LIMITS.conditions {
+                    let Some(column) = map.next_key::<Text<'de>>()? else { return Ok(FilterBody(kept)) };
+                    let condition = map.next_value().map_err(|e| {
+                        // The place is added again to whatever leaves here.
+                        let reason = e.to_string();
+                        let reason = reason.split(" at line ").next().unwrap_or_default();
+                        let column: String = column.0.chars().take(LIMITS.id_bytes).collect();
+                        de::Error::custom(format!("filter.{column}: {reason}"))
+                    })?;
+                    kept.push((column, condition));
+                }
+                while map.next_entry::<de::IgnoredAny, de::IgnoredAny>()?.is_some() {}
+                Ok(FilterBody(kept))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
 /// `POST /v1/recommend`
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -70,12 +191,17 @@ pub struct RecommendBody<'a> {
     pub deadline_ms: Option<u64>,
 }
 
-/// `POST /v1/search`; exactly one of vector, item_id, user_id, text.
+/// A vector to search by.
+pub type VectorBody = Bounded<f32, { LIMITS.vector_values }>;
+
+/// `POST /v1/search`; exactly one of vector, vectors, item_id, user_id, text.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SearchBody<'a> {
     #[serde(default)]
-    pub vector: Option<Vec<f32>>,
+    pub vector: Option<VectorBody>,
+    #[serde(default)]
+    pub vectors: Option<Bounded<VectorBody, { LIMITS.vectors }>>,
     #[serde(default, borrow)]
     pub item_id: Option<Text<'a>>,
     #[serde(default, borrow)]
@@ -84,6 +210,18 @@ pub struct SearchBody<'a> {
     pub text: Option<Cow<'a, str>>,
     #[serde(default)]
     pub k: Option<u32>,
+    #[serde(default, borrow)]
+    pub filter: FilterBody<'a>,
+    #[serde(default, borrow)]
+    pub exclude_item_ids: Bounded<Text<'a>, { LIMITS.items }>,
+    #[serde(default)]
+    pub exclude_seen: Option<bool>,
+    #[serde(default)]
+    pub n_probes: Option<u32>,
+    #[serde(default)]
+    pub refine_ratio: Option<f32>,
+    #[serde(default)]
+    pub ef_search: Option<u32>,
     #[serde(default)]
     pub deadline_ms: Option<u64>,
 }
@@ -97,7 +235,7 @@ pub struct RankBody<'a> {
     #[serde(default, borrow)]
     pub context: BTreeMap<Cow<'a, str>, Text<'a>>,
     #[serde(borrow)]
-    pub item_ids: Vec<Text<'a>>,
+    pub item_ids: Bounded<Text<'a>, { LIMITS.items }>,
     #[serde(default, borrow)]
     pub ranker: Option<Cow<'a, str>>,
     #[serde(default)]
@@ -243,7 +381,7 @@ pub fn slate(slate: &Slate, cache: CacheStatus, timings: bool) -> Vec<u8> {
     out
 }
 
-struct ScoredJson<'a>(&'a ScoredItems);
+struct ScoredJson<'a>(&'a IdTable, &'a [Scored]);
 
 impl Serialize for ScoredJson<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -252,30 +390,52 @@ impl Serialize for ScoredJson<'_> {
             item_id: Id<'a>,
             score: f32,
         }
-        serializer.collect_seq(self.0.items.iter().map(|item| {
+        serializer.collect_seq(self.1.iter().map(|item| {
             let known = item.row != NO_ROW;
-            known.then(|| Item { item_id: Id(&self.0.generation.items.ids, item.row), score: item.score })
+            known.then_some(Item { item_id: Id(self.0, item.row), score: item.score })
         }))
     }
 }
 
-/// The body that answers a search or a rank. Of a rank, an unknown item is `null`.
+struct ResultsJson<'a>(&'a ScoredItems);
+
+impl Serialize for ResultsJson<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct OneResult<'a> {
+            items: ScoredJson<'a>,
+        }
+        let ids = &self.0.generation.items.ids;
+        serializer.collect_seq(self.0.results().map(|items| OneResult { items: ScoredJson(ids, items) }))
+    }
+}
+
+/// The body that answers a search or a rank: `results` for a search of several vectors, else `items`. Of a rank, an unknown item
+/// is `null`.
 pub fn scored(scored: &ScoredItems) -> Vec<u8> {
     #[derive(Serialize)]
     struct Body<'a> {
-        items: ScoredJson<'a>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        items: Option<ScoredJson<'a>>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        results: Option<ResultsJson<'a>>,
         model_version: &'a str,
         #[serde(skip_serializing_if = "str::is_empty")]
         ranker: &'a str,
         degraded: DegradedJson<'a>,
     }
+    let several = !scored.result_lengths.is_empty();
     let body = Body {
-        items: ScoredJson(scored),
+        items: (!several).then(|| ScoredJson(&scored.generation.items.ids, &scored.items)),
+        results: several.then_some(ResultsJson(scored)),
         model_version: &scored.generation.version,
         ranker: &scored.ranker,
         degraded: DegradedJson(&scored.degraded),
     };
-    serde_json::to_vec(&body).unwrap_or_default()
+    let mut out = Vec::with_capacity(128 + scored.items.len() * 48);
+    // As in `slate`.
+    let _ = serde_json::to_writer(&mut out, &body);
+    out
 }
 
 /// The body of an error.

@@ -285,6 +285,8 @@ pub struct Gauges<'a> {
     pub cache_bytes: u64,
     /// Result cache, entries.
     pub cache_entries: usize,
+    /// Memory of the bitmaps of search filters.
+    pub filter_cache_bytes: u64,
     /// The bundle.
     pub generation: &'a str,
 }
@@ -379,7 +381,7 @@ impl Metrics {
                 }
             }
         }
-        let plain: [(&str, &str, &str, u64); 12] = [
+        let plain: [(&str, &str, &str, u64); 13] = [
             (
                 "tastemaker_cache_misses_total",
                 "counter",
@@ -411,6 +413,7 @@ impl Metrics {
             ("tastemaker_queue_depth", "gauge", "Jobs waiting for a worker", gauges.queue_depth as u64),
             ("tastemaker_cache_bytes", "gauge", "Memory of the result cache", gauges.cache_bytes),
             ("tastemaker_cache_entries", "gauge", "Results in the cache", gauges.cache_entries as u64),
+            ("tastemaker_filter_cache_bytes", "gauge", "Memory of search filters", gauges.filter_cache_bytes),
             (
                 "tastemaker_watchdog_kicks_total",
                 "counter",

@@ -10,7 +10,7 @@ use flatbuffers::FlatBufferBuilder;
 use super::frame::{self, Split};
 use super::request::{Request, encode};
 use super::{schema, verifier};
-use crate::api::{Call, RecommendCall};
+use crate::api::{Call, RecommendCall, SearchCall};
 
 /// Largest answer accepted, bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -45,6 +45,8 @@ pub enum Answer {
     Slate(SlateAnswer),
     /// To Search and Rank: id, score, whether the item is known.
     Scored(Vec<(String, f32, bool)>),
+    /// To Search of several vectors: the items of each query, as in `Scored`.
+    Results(Vec<Vec<(String, f32, bool)>>),
     /// To Health.
     Health {
         /// Whether calls are taken.
@@ -200,11 +202,29 @@ impl Client {
     pub fn recommend(&mut self, call: &RecommendCall<'_>) -> Result<SlateAnswer, ClientError> {
         match self.call(&Request::Call(Call::Recommend(*call)))? {
             Answer::Slate(slate) => Ok(slate),
-            Answer::Error { code, name, message, retryable } => {
-                Err(ClientError::Server { code, name, message, retryable })
-            }
-            other => Err(ClientError::Malformed(format!("{other:?}"))),
+            other => Err(unexpected(other)),
         }
+    }
+
+    /// The items and scores of each query, best first; one list, unless the call has several vectors.
+    ///
+    /// # Errors
+    /// As [`Self::call`], or the server's own.
+    pub fn search(&mut self, call: &SearchCall<'_>) -> Result<Vec<Vec<(String, f32)>>, ClientError> {
+        let results = match self.call(&Request::Call(Call::Search(*call)))? {
+            Answer::Scored(items) => vec![items],
+            Answer::Results(results) => results,
+            other => return Err(unexpected(other)),
+        };
+        let scored = |items: Vec<(String, f32, bool)>| items.into_iter().map(|(id, score, _)| (id, score)).collect();
+        Ok(results.into_iter().map(scored).collect())
+    }
+}
+
+fn unexpected(answer: Answer) -> ClientError {
+    match answer {
+        Answer::Error { code, name, message, retryable } => ClientError::Server { code, name, message, retryable },
+        other => ClientError::Malformed(format!("{other:?}")),
     }
 }
 
@@ -240,7 +260,16 @@ pub fn decode(message: &[u8]) -> Result<(u64, Answer), ClientError> {
             known_user: slate.known_user(),
         })
     } else if let Some(scored) = message.body_as_scored_items() {
-        Answer::Scored(scored.items().iter().map(|i| (i.item_id().to_owned(), i.score(), i.known())).collect())
+        let mut items = scored.items().iter().map(|i| (i.item_id().to_owned(), i.score(), i.known()));
+        match scored.result_lengths() {
+            None => Answer::Scored(items.collect()),
+            Some(lengths) => {
+                if lengths.iter().map(u64::from).sum::<u64>() != scored.items().len() as u64 {
+                    return Err(ClientError::Malformed("result_lengths are not those of the items".into()));
+                }
+                Answer::Results(lengths.iter().map(|n| items.by_ref().take(n as usize).collect()).collect())
+            }
+        }
     } else if let Some(health) = message.body_as_health_status() {
         Answer::Health { ready: health.ready(), model_version: health.model_version().unwrap_or_default().to_owned() }
     } else if let Some(error) = message.body_as_error() {

@@ -555,6 +555,228 @@ impl ::core::fmt::Debug for Recommend<'_> {
       ds.finish()
   }
 }
+pub enum ConditionOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A condition over an item column. It takes one of three forms: `values`, `eq`, or comparisons (lt to missing), of which all
+/// that are given must hold.
+pub struct Condition<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Condition<'a> {
+  type Inner = Condition<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Condition<'a> {
+  pub const VT_COLUMN: ::flatbuffers::VOffsetT = 4;
+  pub const VT_VALUES: ::flatbuffers::VOffsetT = 6;
+  pub const VT_EQ: ::flatbuffers::VOffsetT = 8;
+  pub const VT_LT: ::flatbuffers::VOffsetT = 10;
+  pub const VT_LE: ::flatbuffers::VOffsetT = 12;
+  pub const VT_GT: ::flatbuffers::VOffsetT = 14;
+  pub const VT_GE: ::flatbuffers::VOffsetT = 16;
+  pub const VT_MISSING: ::flatbuffers::VOffsetT = 18;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Condition { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ConditionArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Condition<'bldr>> {
+    let mut builder = ConditionBuilder::new(_fbb);
+    if let Some(x) = args.ge { builder.add_ge(x); }
+    if let Some(x) = args.gt { builder.add_gt(x); }
+    if let Some(x) = args.le { builder.add_le(x); }
+    if let Some(x) = args.lt { builder.add_lt(x); }
+    if let Some(x) = args.eq { builder.add_eq(x); }
+    if let Some(x) = args.values { builder.add_values(x); }
+    if let Some(x) = args.column { builder.add_column(x); }
+    if let Some(x) = args.missing { builder.add_missing(x); }
+    builder.finish()
+  }
+
+
+  /// 1 to 256 bytes.
+  #[inline]
+  pub fn column(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Condition::VT_COLUMN, None).unwrap()}
+  }
+  /// Category and list columns: the item has any of these.
+  #[inline]
+  pub fn values(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(Condition::VT_VALUES, None)}
+  }
+  /// Number columns.
+  #[inline]
+  pub fn eq(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(Condition::VT_EQ, None)}
+  }
+  #[inline]
+  pub fn lt(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(Condition::VT_LT, None)}
+  }
+  #[inline]
+  pub fn le(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(Condition::VT_LE, None)}
+  }
+  #[inline]
+  pub fn gt(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(Condition::VT_GT, None)}
+  }
+  #[inline]
+  pub fn ge(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(Condition::VT_GE, None)}
+  }
+  /// Any column: whether the item has no value.
+  #[inline]
+  pub fn missing(&self) -> Option<bool> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Condition::VT_MISSING, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Condition<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("column", Self::VT_COLUMN, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("values", Self::VT_VALUES, false)?
+     .visit_field::<f64>("eq", Self::VT_EQ, false)?
+     .visit_field::<f64>("lt", Self::VT_LT, false)?
+     .visit_field::<f64>("le", Self::VT_LE, false)?
+     .visit_field::<f64>("gt", Self::VT_GT, false)?
+     .visit_field::<f64>("ge", Self::VT_GE, false)?
+     .visit_field::<bool>("missing", Self::VT_MISSING, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ConditionArgs<'a> {
+    pub column: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub values: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub eq: Option<f64>,
+    pub lt: Option<f64>,
+    pub le: Option<f64>,
+    pub gt: Option<f64>,
+    pub ge: Option<f64>,
+    pub missing: Option<bool>,
+}
+impl<'a> Default for ConditionArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ConditionArgs {
+      column: None, // required field
+      values: None,
+      eq: None,
+      lt: None,
+      le: None,
+      gt: None,
+      ge: None,
+      missing: None,
+    }
+  }
+}
+
+pub struct ConditionBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ConditionBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_column(&mut self, column: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Condition::VT_COLUMN, column);
+  }
+  #[inline]
+  pub fn add_values(&mut self, values: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Condition::VT_VALUES, values);
+  }
+  #[inline]
+  pub fn add_eq(&mut self, eq: f64) {
+    self.fbb_.push_slot_always::<f64>(Condition::VT_EQ, eq);
+  }
+  #[inline]
+  pub fn add_lt(&mut self, lt: f64) {
+    self.fbb_.push_slot_always::<f64>(Condition::VT_LT, lt);
+  }
+  #[inline]
+  pub fn add_le(&mut self, le: f64) {
+    self.fbb_.push_slot_always::<f64>(Condition::VT_LE, le);
+  }
+  #[inline]
+  pub fn add_gt(&mut self, gt: f64) {
+    self.fbb_.push_slot_always::<f64>(Condition::VT_GT, gt);
+  }
+  #[inline]
+  pub fn add_ge(&mut self, ge: f64) {
+    self.fbb_.push_slot_always::<f64>(Condition::VT_GE, ge);
+  }
+  #[inline]
+  pub fn add_missing(&mut self, missing: bool) {
+    self.fbb_.push_slot_always::<bool>(Condition::VT_MISSING, missing);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ConditionBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ConditionBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Condition<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, Condition::VT_COLUMN,"column");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Condition<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Condition");
+      ds.field("column", &self.column());
+      ds.field("values", &self.values());
+      ds.field("eq", &self.eq());
+      ds.field("lt", &self.lt());
+      ds.field("le", &self.le());
+      ds.field("gt", &self.gt());
+      ds.field("ge", &self.ge());
+      ds.field("missing", &self.missing());
+      ds.finish()
+  }
+}
 pub enum SearchOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
@@ -578,6 +800,13 @@ impl<'a> Search<'a> {
   pub const VT_TEXT: ::flatbuffers::VOffsetT = 10;
   pub const VT_K: ::flatbuffers::VOffsetT = 12;
   pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 14;
+  pub const VT_FILTER: ::flatbuffers::VOffsetT = 16;
+  pub const VT_EXCLUDE_ITEM_IDS: ::flatbuffers::VOffsetT = 18;
+  pub const VT_EXCLUDE_SEEN: ::flatbuffers::VOffsetT = 20;
+  pub const VT_N_PROBES: ::flatbuffers::VOffsetT = 22;
+  pub const VT_REFINE_RATIO: ::flatbuffers::VOffsetT = 24;
+  pub const VT_EF_SEARCH: ::flatbuffers::VOffsetT = 26;
+  pub const VT_N_VECTORS: ::flatbuffers::VOffsetT = 28;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -589,16 +818,24 @@ impl<'a> Search<'a> {
     args: &'args SearchArgs<'args>
   ) -> ::flatbuffers::WIPOffset<Search<'bldr>> {
     let mut builder = SearchBuilder::new(_fbb);
+    builder.add_n_vectors(args.n_vectors);
+    builder.add_ef_search(args.ef_search);
+    builder.add_refine_ratio(args.refine_ratio);
+    builder.add_n_probes(args.n_probes);
+    if let Some(x) = args.exclude_item_ids { builder.add_exclude_item_ids(x); }
+    if let Some(x) = args.filter { builder.add_filter(x); }
     builder.add_deadline_us(args.deadline_us);
     builder.add_k(args.k);
     if let Some(x) = args.text { builder.add_text(x); }
     if let Some(x) = args.user_id { builder.add_user_id(x); }
     if let Some(x) = args.item_id { builder.add_item_id(x); }
     if let Some(x) = args.vector { builder.add_vector(x); }
+    if let Some(x) = args.exclude_seen { builder.add_exclude_seen(x); }
     builder.finish()
   }
 
 
+  /// As many values as the embeddings have, for each of n_vectors queries.
   #[inline]
   pub fn vector(&self) -> Option<::flatbuffers::Vector<'a, f32>> {
     // Safety:
@@ -642,6 +879,62 @@ impl<'a> Search<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<u32>(Search::VT_DEADLINE_US, Some(0)).unwrap()}
   }
+  /// Conditions that all must hold; at most 32, with 256 values in all.
+  #[inline]
+  pub fn filter(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Condition<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Condition>>>>(Search::VT_FILTER, None)}
+  }
+  /// Items not to return, at most 10000; unknown ones are ignored.
+  #[inline]
+  pub fn exclude_item_ids(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(Search::VT_EXCLUDE_ITEM_IDS, None)}
+  }
+  /// With user_id: whether what the user has seen stays away; it does by default.
+  #[inline]
+  pub fn exclude_seen(&self) -> Option<bool> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Search::VT_EXCLUDE_SEEN, None)}
+  }
+  /// IVF indexes: lists that are scanned, 1 to 65536; 0: the index's default.
+  #[inline]
+  pub fn n_probes(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(Search::VT_N_PROBES, Some(0)).unwrap()}
+  }
+  /// IVF indexes with codes: candidates that are refined, as a multiple of k, 1 to 100; 0: the index's default.
+  #[inline]
+  pub fn refine_ratio(&self) -> f32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f32>(Search::VT_REFINE_RATIO, Some(0.0)).unwrap()}
+  }
+  /// HNSW indexes: length of the list of candidates, 1 to 65536; 0: the index's default.
+  #[inline]
+  pub fn ef_search(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(Search::VT_EF_SEARCH, Some(0)).unwrap()}
+  }
+  /// Queries in vector, 1 to 64, answered with result_lengths; 0: one query, answered without. k times this is at most 32768.
+  #[inline]
+  pub fn n_vectors(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(Search::VT_N_VECTORS, Some(0)).unwrap()}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Search<'_> {
@@ -656,6 +949,13 @@ impl ::flatbuffers::Verifiable for Search<'_> {
      .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("text", Self::VT_TEXT, false)?
      .visit_field::<u32>("k", Self::VT_K, false)?
      .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Condition>>>>("filter", Self::VT_FILTER, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("exclude_item_ids", Self::VT_EXCLUDE_ITEM_IDS, false)?
+     .visit_field::<bool>("exclude_seen", Self::VT_EXCLUDE_SEEN, false)?
+     .visit_field::<u32>("n_probes", Self::VT_N_PROBES, false)?
+     .visit_field::<f32>("refine_ratio", Self::VT_REFINE_RATIO, false)?
+     .visit_field::<u32>("ef_search", Self::VT_EF_SEARCH, false)?
+     .visit_field::<u32>("n_vectors", Self::VT_N_VECTORS, false)?
      .finish();
     Ok(())
   }
@@ -667,6 +967,13 @@ pub struct SearchArgs<'a> {
     pub text: Option<::flatbuffers::WIPOffset<&'a str>>,
     pub k: u32,
     pub deadline_us: u32,
+    pub filter: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Condition<'a>>>>>,
+    pub exclude_item_ids: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub exclude_seen: Option<bool>,
+    pub n_probes: u32,
+    pub refine_ratio: f32,
+    pub ef_search: u32,
+    pub n_vectors: u32,
 }
 impl<'a> Default for SearchArgs<'a> {
   #[inline]
@@ -678,6 +985,13 @@ impl<'a> Default for SearchArgs<'a> {
       text: None,
       k: 10,
       deadline_us: 0,
+      filter: None,
+      exclude_item_ids: None,
+      exclude_seen: None,
+      n_probes: 0,
+      refine_ratio: 0.0,
+      ef_search: 0,
+      n_vectors: 0,
     }
   }
 }
@@ -712,6 +1026,34 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SearchBuilder<'a, 'b, A> {
     self.fbb_.push_slot::<u32>(Search::VT_DEADLINE_US, deadline_us, 0);
   }
   #[inline]
+  pub fn add_filter(&mut self, filter: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Condition<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Search::VT_FILTER, filter);
+  }
+  #[inline]
+  pub fn add_exclude_item_ids(&mut self, exclude_item_ids: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Search::VT_EXCLUDE_ITEM_IDS, exclude_item_ids);
+  }
+  #[inline]
+  pub fn add_exclude_seen(&mut self, exclude_seen: bool) {
+    self.fbb_.push_slot_always::<bool>(Search::VT_EXCLUDE_SEEN, exclude_seen);
+  }
+  #[inline]
+  pub fn add_n_probes(&mut self, n_probes: u32) {
+    self.fbb_.push_slot::<u32>(Search::VT_N_PROBES, n_probes, 0);
+  }
+  #[inline]
+  pub fn add_refine_ratio(&mut self, refine_ratio: f32) {
+    self.fbb_.push_slot::<f32>(Search::VT_REFINE_RATIO, refine_ratio, 0.0);
+  }
+  #[inline]
+  pub fn add_ef_search(&mut self, ef_search: u32) {
+    self.fbb_.push_slot::<u32>(Search::VT_EF_SEARCH, ef_search, 0);
+  }
+  #[inline]
+  pub fn add_n_vectors(&mut self, n_vectors: u32) {
+    self.fbb_.push_slot::<u32>(Search::VT_N_VECTORS, n_vectors, 0);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SearchBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     SearchBuilder {
@@ -735,6 +1077,13 @@ impl ::core::fmt::Debug for Search<'_> {
       ds.field("text", &self.text());
       ds.field("k", &self.k());
       ds.field("deadline_us", &self.deadline_us());
+      ds.field("filter", &self.filter());
+      ds.field("exclude_item_ids", &self.exclude_item_ids());
+      ds.field("exclude_seen", &self.exclude_seen());
+      ds.field("n_probes", &self.n_probes());
+      ds.field("refine_ratio", &self.refine_ratio());
+      ds.field("ef_search", &self.ef_search());
+      ds.field("n_vectors", &self.n_vectors());
       ds.finish()
   }
 }
@@ -2011,6 +2360,7 @@ impl<'a> ScoredItems<'a> {
   pub const VT_MODEL_VERSION: ::flatbuffers::VOffsetT = 6;
   pub const VT_RANKER: ::flatbuffers::VOffsetT = 8;
   pub const VT_DEGRADED: ::flatbuffers::VOffsetT = 10;
+  pub const VT_RESULT_LENGTHS: ::flatbuffers::VOffsetT = 12;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -2022,6 +2372,7 @@ impl<'a> ScoredItems<'a> {
     args: &'args ScoredItemsArgs<'args>
   ) -> ::flatbuffers::WIPOffset<ScoredItems<'bldr>> {
     let mut builder = ScoredItemsBuilder::new(_fbb);
+    if let Some(x) = args.result_lengths { builder.add_result_lengths(x); }
     if let Some(x) = args.degraded { builder.add_degraded(x); }
     if let Some(x) = args.ranker { builder.add_ranker(x); }
     if let Some(x) = args.model_version { builder.add_model_version(x); }
@@ -2058,6 +2409,14 @@ impl<'a> ScoredItems<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Degraded>>>>(ScoredItems::VT_DEGRADED, None)}
   }
+  /// Of a Search with n_vectors: how many of the items belong to each query, in order; the sum is the number of items.
+  #[inline]
+  pub fn result_lengths(&self) -> Option<::flatbuffers::Vector<'a, u32>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u32>>>(ScoredItems::VT_RESULT_LENGTHS, None)}
+  }
 }
 
 impl ::flatbuffers::Verifiable for ScoredItems<'_> {
@@ -2070,6 +2429,7 @@ impl ::flatbuffers::Verifiable for ScoredItems<'_> {
      .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("model_version", Self::VT_MODEL_VERSION, true)?
      .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("ranker", Self::VT_RANKER, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Degraded>>>>("degraded", Self::VT_DEGRADED, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u32>>>("result_lengths", Self::VT_RESULT_LENGTHS, false)?
      .finish();
     Ok(())
   }
@@ -2079,6 +2439,7 @@ pub struct ScoredItemsArgs<'a> {
     pub model_version: Option<::flatbuffers::WIPOffset<&'a str>>,
     pub ranker: Option<::flatbuffers::WIPOffset<&'a str>>,
     pub degraded: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Degraded<'a>>>>>,
+    pub result_lengths: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u32>>>,
 }
 impl<'a> Default for ScoredItemsArgs<'a> {
   #[inline]
@@ -2088,6 +2449,7 @@ impl<'a> Default for ScoredItemsArgs<'a> {
       model_version: None, // required field
       ranker: None,
       degraded: None,
+      result_lengths: None,
     }
   }
 }
@@ -2114,6 +2476,10 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ScoredItemsBuilder<'a, 'b, A>
     self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ScoredItems::VT_DEGRADED, degraded);
   }
   #[inline]
+  pub fn add_result_lengths(&mut self, result_lengths: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , u32>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ScoredItems::VT_RESULT_LENGTHS, result_lengths);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ScoredItemsBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     ScoredItemsBuilder {
@@ -2137,6 +2503,7 @@ impl ::core::fmt::Debug for ScoredItems<'_> {
       ds.field("model_version", &self.model_version());
       ds.field("ranker", &self.ranker());
       ds.field("degraded", &self.degraded());
+      ds.field("result_lengths", &self.result_lengths());
       ds.finish()
   }
 }

@@ -25,7 +25,13 @@ pub struct Limits {
     pub query_bytes: usize,
     /// Values of a search vector.
     pub vector_values: usize,
-    /// Items of a rank.
+    /// Vectors of a search.
+    pub vectors: usize,
+    /// Conditions of a search.
+    pub conditions: usize,
+    /// Values of all conditions of a search.
+    pub condition_values: usize,
+    /// Items of a rank, and items that a search leaves out.
     pub items: usize,
 }
 
@@ -36,6 +42,9 @@ pub const LIMITS: Limits = Limits {
     context_bytes: 4096,
     query_bytes: 1024,
     vector_values: 8192,
+    vectors: 64,
+    conditions: 32,
+    condition_values: 256,
     items: 10_000,
 };
 

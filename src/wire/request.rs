@@ -7,8 +7,10 @@ use smallvec::SmallVec;
 
 use super::schema::{self, Body};
 use super::{LIMITS, verifier};
-use crate::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall};
+use crate::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use crate::catalog::conditions::{Compare, Demand};
 use crate::error::{Code, Error};
+use crate::index::SearchParams;
 
 /// What a frame asks.
 #[derive(Clone, Copy, Debug)]
@@ -73,12 +75,22 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
             let message = "a search takes exactly one of vector, item_id, user_id, text";
             return Err(wrong(Error::fixed(Code::BadRequest, message)));
         }
+        let n_vectors = search.n_vectors();
+        if n_vectors as usize > LIMITS.vectors {
+            return Err(wrong(Error::fixed(Code::TooLarge, "more than 64 vectors")));
+        }
+        if n_vectors > 0 && search.vector().is_none() {
+            return Err(wrong(Error::fixed(Code::BadRequest, "n_vectors goes with vector only")));
+        }
         let by = if let Some(vector) = search.vector() {
-            if vector.len() > LIMITS.vector_values {
-                return Err(wrong(Error::fixed(Code::TooLarge, "vector has more than 8192 values")));
+            if vector.len() > LIMITS.vector_values * n_vectors.max(1) as usize {
+                return Err(wrong(Error::fixed(Code::TooLarge, "a vector has more than 8192 values")));
             }
             values.extend(vector.iter());
-            SearchBy::Vector(&values)
+            match n_vectors {
+                0 => SearchBy::Vector(&values),
+                n => SearchBy::Vectors { values: &values, n },
+            }
         } else if let Some(item) = search.item_id() {
             SearchBy::Item(id(item, "item_id is empty or longer than 256 bytes").map_err(wrong)?)
         } else if let Some(user) = search.user_id() {
@@ -86,19 +98,26 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
         } else {
             SearchBy::Text(query(search.text()).map_err(wrong)?.unwrap_or_default())
         };
-        let call = SearchCall { by, k: search.k(), deadline: budget(search.deadline_us()) };
+        let mut values: SmallVec<[&str; 16]> = SmallVec::new();
+        condition_values(search.filter(), &mut values).map_err(wrong)?;
+        let conditions = conditions(search.filter(), &values).map_err(wrong)?;
+        let exclude = item_ids(search.exclude_item_ids()).map_err(wrong)?;
+        let call = SearchCall {
+            by,
+            k: search.k(),
+            filter: SearchFilter { conditions: &conditions, exclude: &exclude, exclude_seen: search.exclude_seen() },
+            params: SearchParams {
+                n_probes: Some(search.n_probes()).filter(|n| *n != 0),
+                refine_ratio: Some(search.refine_ratio()).filter(|ratio| *ratio != 0.0),
+                ef_search: Some(search.ef_search()).filter(|n| *n != 0),
+            },
+            deadline: budget(search.deadline_us()),
+        };
         return Ok(then(request_id, Request::Call(Call::Search(call))));
     }
     if let Some(rank) = message.body_as_rank() {
         let context = pairs(rank.context()).map_err(wrong)?;
-        let items = rank.item_ids();
-        if items.len() > LIMITS.items {
-            return Err(wrong(Error::fixed(Code::TooLarge, "more than 10000 items")));
-        }
-        let mut item_ids: SmallVec<[&str; 64]> = SmallVec::with_capacity(items.len());
-        for item in items.iter() {
-            item_ids.push(id(item, "an item id is empty or longer than 256 bytes").map_err(wrong)?);
-        }
+        let item_ids = item_ids(Some(rank.item_ids())).map_err(wrong)?;
         let call = RankCall {
             user_id: id(rank.user_id(), "user_id is empty or longer than 256 bytes").map_err(wrong)?,
             context: &context,
@@ -119,6 +138,64 @@ fn id<'a>(id: &'a str, otherwise: &'static str) -> Result<&'a str, Error> {
         true => Ok(id),
         false => Err(Error::fixed(Code::BadRequest, otherwise)),
     }
+}
+
+fn item_ids<'a>(ids: Option<Vector<'a, ForwardsUOffset<&'a str>>>) -> Result<SmallVec<[&'a str; 64]>, Error> {
+    let Some(ids) = ids else { return Ok(SmallVec::new()) };
+    if ids.len() > LIMITS.items {
+        return Err(Error::fixed(Code::TooLarge, "more than 10000 items"));
+    }
+    let mut out = SmallVec::with_capacity(ids.len());
+    for item in ids {
+        out.push(id(item, "an item id is empty or longer than 256 bytes")?);
+    }
+    Ok(out)
+}
+
+/// Conditions of a search.
+type Conditions<'a> = Vector<'a, ForwardsUOffset<schema::Condition<'a>>>;
+
+/// The values of all conditions, one after another.
+fn condition_values<'a>(filter: Option<Conditions<'a>>, out: &mut SmallVec<[&'a str; 16]>) -> Result<(), Error> {
+    let Some(filter) = filter else { return Ok(()) };
+    if filter.len() > LIMITS.conditions {
+        return Err(Error::fixed(Code::TooLarge, "more than 32 conditions"));
+    }
+    for values in filter.iter().filter_map(|condition| condition.values()) {
+        if out.len() + values.len() > LIMITS.condition_values {
+            return Err(Error::fixed(Code::TooLarge, "conditions have more than 256 values"));
+        }
+        out.extend(values);
+    }
+    Ok(())
+}
+
+/// `values` are those of all conditions.
+fn conditions<'a>(
+    filter: Option<Conditions<'a>>,
+    values: &'a [&'a str],
+) -> Result<SmallVec<[(&'a str, Demand<'a>); 8]>, Error> {
+    let (mut out, mut rest) = (SmallVec::new(), values);
+    for condition in filter.into_iter().flatten() {
+        let column = id(condition.column(), "a condition's column is empty or longer than 256 bytes")?;
+        let (lt, le, gt, ge) = (condition.lt(), condition.le(), condition.gt(), condition.ge());
+        let compare = Compare { lt, le, gt, ge, missing: condition.missing() };
+        let demand = match (condition.values(), condition.eq(), compare.is_empty()) {
+            (Some(values), None, true) => {
+                let (own, others) = rest.split_at(values.len());
+                rest = others;
+                Demand::Values(own)
+            }
+            (None, Some(number), true) => Demand::Number(number),
+            (None, None, _) => Demand::Compare(compare),
+            _ => {
+                let message = "a condition takes one of values, eq, and comparisons";
+                return Err(Error::new(Code::BadRequest, format!("filter.{column}: {message}")));
+            }
+        };
+        out.push((column, demand));
+    }
+    Ok(out)
 }
 
 fn query(query: Option<&str>) -> Result<Option<&str>, Error> {
@@ -172,9 +249,24 @@ pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, 
             (Body::Recommend, schema::Recommend::create(builder, &args).as_union_value())
         }
         Request::Call(Call::Search(call)) => {
-            let mut args = schema::SearchArgs { k: call.k, deadline_us: us(call.deadline), ..Default::default() };
+            let SearchFilter { conditions, exclude, exclude_seen } = call.filter;
+            let mut args = schema::SearchArgs {
+                k: call.k,
+                deadline_us: us(call.deadline),
+                filter: filter_offset(builder, conditions),
+                exclude_item_ids: strings_offset(builder, exclude),
+                exclude_seen,
+                n_probes: call.params.n_probes.unwrap_or(0),
+                refine_ratio: call.params.refine_ratio.unwrap_or(0.0),
+                ef_search: call.params.ef_search.unwrap_or(0),
+                ..Default::default()
+            };
             match call.by {
                 SearchBy::Vector(values) => args.vector = Some(builder.create_vector(values)),
+                SearchBy::Vectors { values, n } => {
+                    args.vector = Some(builder.create_vector(values));
+                    args.n_vectors = n;
+                }
                 SearchBy::Item(id) => args.item_id = Some(builder.create_string(id)),
                 SearchBy::User(id) => args.user_id = Some(builder.create_string(id)),
                 SearchBy::Text(text) => args.text = Some(builder.create_string(text)),
@@ -211,6 +303,42 @@ fn context_offset<'a>(builder: &mut FlatBufferBuilder<'a>, context: &[(&str, &st
     Some(builder.create_vector(&pairs))
 }
 
+fn strings_offset<'a>(
+    builder: &mut FlatBufferBuilder<'a>,
+    strings: &[&str],
+) -> Option<WIPOffset<Vector<'a, ForwardsUOffset<&'a str>>>> {
+    if strings.is_empty() {
+        return None;
+    }
+    let strings: Vec<_> = strings.iter().map(|string| builder.create_string(string)).collect();
+    Some(builder.create_vector(&strings))
+}
+
+fn filter_offset<'a>(
+    builder: &mut FlatBufferBuilder<'a>,
+    conditions: &[(&str, Demand<'_>)],
+) -> Option<WIPOffset<Conditions<'a>>> {
+    if conditions.is_empty() {
+        return None;
+    }
+    let mut out: SmallVec<[_; 8]> = SmallVec::new();
+    for (column, demand) in conditions {
+        let mut args = schema::ConditionArgs { column: Some(builder.create_string(column)), ..Default::default() };
+        match demand {
+            Demand::Number(number) => args.eq = Some(*number),
+            Demand::Values(values) => {
+                let values: Vec<_> = values.iter().map(|value| builder.create_string(value)).collect();
+                args.values = Some(builder.create_vector(&values));
+            }
+            Demand::Compare(Compare { lt, le, gt, ge, missing }) => {
+                (args.lt, args.le, args.gt, args.ge, args.missing) = (*lt, *le, *gt, *ge, *missing);
+            }
+        }
+        out.push(schema::Condition::create(builder, &args));
+    }
+    Some(builder.create_vector(&out))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -226,19 +354,42 @@ mod tests {
             id in any::<u64>(), user in "[a-z0-9]{1,20}", n in any::<u32>(), query in prop::option::of("\\PC{0,20}"),
             context in prop::collection::vec(("[a-z]{0,5}", "\\PC{0,5}"), 0..10), flags in any::<[bool; 3]>(),
             vector in prop::collection::vec(-1f32..1.0, 0..20), items in prop::collection::vec("[a-z]{1,5}", 0..20),
+            bounds in prop::collection::vec(prop::option::of(any::<f64>()), 4), params in (1u32..9, 1f32..9.0, 1u32..9),
         ) {
             let mut builder = FlatBufferBuilder::new();
             let context: Vec<(&str, &str)> = context.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
             let items: Vec<&str> = items.iter().map(String::as_str).collect();
             let deadline = flags[0].then(|| Duration::from_micros(77));
+            let compare = Compare {
+                lt: bounds[0], le: bounds[1], gt: bounds[2], ge: bounds[3], missing: flags[1].then_some(flags[2]),
+            };
+            let conditions = [
+                ("year", Demand::Compare(compare)), ("tags", Demand::Values(&items)), ("price", Demand::Number(0.0)),
+                ("category", Demand::Values(&items[items.len() / 2..])), ("none", Demand::Values(&[])),
+            ];
+            let filter = SearchFilter {
+                conditions: &conditions, exclude: &items, exclude_seen: flags[1].then_some(flags[0]),
+            };
+            let params = match flags[2] {
+                true => SearchParams {
+                    n_probes: Some(params.0), refine_ratio: Some(params.1), ef_search: Some(params.2),
+                },
+                false => SearchParams::default(),
+            };
+            let batch: Vec<f32> = vector.repeat(3);
             let calls = [
                 Request::Health,
                 Request::Call(Call::Recommend(RecommendCall {
                     user_id: &user, context: &context, n_items: n, query: query.as_deref(),
                     explain: flags[0], timings: flags[1], no_cache: flags[2], deadline,
                 })),
-                Request::Call(Call::Search(SearchCall { by: SearchBy::Vector(&vector), k: n, deadline })),
-                Request::Call(Call::Search(SearchCall { by: SearchBy::User(&user), k: n, deadline })),
+                Request::Call(Call::Search(SearchCall { deadline, ..SearchCall::new(SearchBy::Vector(&vector), n) })),
+                Request::Call(Call::Search(SearchCall {
+                    filter, params, deadline, ..SearchCall::new(SearchBy::User(&user), n)
+                })),
+                Request::Call(Call::Search(SearchCall {
+                    filter, deadline, ..SearchCall::new(SearchBy::Vectors { values: &batch, n: 3 }, n)
+                })),
                 Request::Call(Call::Rank(RankCall {
                     user_id: &user, context: &context, item_ids: &items, ranker: None, deadline,
                 })),
@@ -290,9 +441,22 @@ mod tests {
         let call = RecommendCall { context: &many, ..RecommendCall::new("u", 1) };
         assert!(error(Call::Recommend(call)).contains("more than 64 pairs"));
         let vector = vec![0.0; 9000];
-        assert!(
-            error(Call::Search(SearchCall { by: SearchBy::Vector(&vector), k: 1, deadline: None })).contains("vector")
-        );
+        let by = |by| Call::Search(SearchCall::new(by, 1));
+        assert!(error(by(SearchBy::Vector(&vector))).contains("vector"));
+        assert!(error(by(SearchBy::Vectors { values: &vector, n: 65 })).contains("more than 64 vectors"));
+        let filtered = |filter| Call::Search(SearchCall { filter, ..SearchCall::new(SearchBy::User("u"), 1) });
+        let conditions = [("a", Demand::Number(1.0)); 33];
+        let filter = SearchFilter { conditions: &conditions, ..SearchFilter::default() };
+        assert!(error(filtered(filter)).contains("more than 32 conditions"));
+        let values = ["x"; 129];
+        let conditions = [("a", Demand::Values(&values)), ("b", Demand::Values(&values))];
+        let filter = SearchFilter { conditions: &conditions, ..SearchFilter::default() };
+        assert!(error(filtered(filter)).contains("more than 256 values"));
+        let conditions = [("", Demand::Number(1.0))];
+        let filter = SearchFilter { conditions: &conditions, ..SearchFilter::default() };
+        assert!(error(filtered(filter)).contains("column is empty"));
+        let filter = SearchFilter { exclude: &["x"; 10_001], ..SearchFilter::default() };
+        assert!(error(filtered(filter)).contains("more than 10000 items"));
     }
 
     #[test]

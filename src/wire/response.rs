@@ -141,6 +141,10 @@ fn encode_scored<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u6
         model_version: Some(builder.create_string(&scored.generation.version)),
         ranker: Some(builder.create_string(&scored.ranker)),
         degraded: degraded(builder, &scored.degraded),
+        result_lengths: match &scored.result_lengths[..] {
+            [] => None,
+            lengths => Some(builder.create_vector(lengths)),
+        },
     };
     let body = schema::ScoredItems::create(builder, &args).as_union_value();
     finish(builder, request_id, Body::ScoredItems, body)

@@ -10,11 +10,12 @@ use rten::ThreadPool;
 use super::batcher::alike;
 use super::{Device, DeviceError, Job, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
+use crate::catalog::conditions::FilterScratch;
 use crate::catalog::generation::{Generation, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{Filter, SearchParams, SearchScratch, VectorIndex};
+use crate::index::{Filter, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::ranking::onnx::OnnxRanker;
@@ -59,6 +60,7 @@ struct Scratch {
     signals: Signals,
     lists: [Vec<Scored>; Source::COUNT],
     search: SearchScratch,
+    filter: FilterScratch,
     merge: MergeScratch,
     candidates: Candidates,
     features: FeatureScratch,
@@ -70,7 +72,8 @@ struct Scratch {
     rows: Vec<u32>,
     scores: Vec<f32>,
     mean: WeightedMean,
-    best: Vec<Scored>,
+    /// `[query]`, each best first.
+    results: Vec<Vec<Scored>>,
     order: Vec<Packed>,
 }
 
@@ -220,7 +223,7 @@ impl Loaded {
         }
         match job.task {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
-            Task::Search { .. } => self.search(scratch, job),
+            Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
         }
@@ -399,35 +402,55 @@ impl Loaded {
         job.ranked.backfill.extend(fresh.take(want).map(|row| Scored { row, score: 0.0 }));
     }
 
-    fn search(&self, scratch: &mut Scratch, job: &mut Job) {
-        let Scratch { seen, search, best, .. } = scratch;
-        let Task::Search { k, vector, exclude } = &job.task else { return };
-        let clock = Instant::now();
-        best.clear();
-        let allowed = |row: u32| row != *exclude && !seen.contains(row);
-        if !job.query.is_empty() {
-            match &self.generation.text {
-                Some(text) => {
-                    if let Err(error) = text.search(&job.query, *k as usize, &allowed, best) {
-                        tracing::warn!(%error, "text search failed");
-                        job.failure = Some(Error::fixed(Code::Internal, "text search failed"));
-                    }
-                }
-                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index")),
-            }
-            job.timings.lap(Stage::Search, clock);
-        } else {
-            match &self.index {
-                Some(index) => {
-                    let filter = Filter::predicate(&allowed);
-                    index.search(vector, *k as usize, filter, &SearchParams::default(), search, best);
-                }
-                None => job.failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
-            }
-            job.timings.lap(Stage::Ann, clock);
+    fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
+        let Scratch { seen, search, filter, results, .. } = scratch;
+        let items = &self.generation.items;
+        let Job { user, query, search: plan, ranked, failure, timings, .. } = job;
+        let mut clock = Instant::now();
+        for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
+            seen.insert(row);
         }
-        let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
-        job.ranked.items.extend(best.iter().map(item));
+        let unseen = |row: u32| !seen.contains(row);
+        // Without a predicate an index can count what a set admits.
+        let all_unseen = user.seen.is_empty() && plan.exclude_ids.is_empty() && plan.exclude.is_none();
+        let mut filtered = if all_unseen { Filter::ALL } else { Filter::predicate(&unseen) };
+        if !plan.tests.is_empty() {
+            if let Some(bits) = self.generation.filters(config.filter_cache_bytes).admitted(items, &plan.tests, filter)
+            {
+                filtered = filtered.within(bits);
+            }
+            clock = timings.lap(Stage::Merge, clock);
+        }
+        results.resize_with(results.len().max(n_queries.unwrap_or(1) as usize), Vec::new);
+        let results = &mut results[..n_queries.unwrap_or(1) as usize];
+        results.iter_mut().for_each(Vec::clear);
+        match (&mut *results, &self.generation.text, &self.index) {
+            ([found], Some(text), _) if !query.is_empty() => {
+                if let Err(error) = text.search(query, k, &|row| filtered.allows(row), found) {
+                    tracing::warn!(%error, "text search failed");
+                    *failure = Some(Error::fixed(Code::Internal, "text search failed"));
+                }
+                timings.lap(Stage::Search, clock);
+            }
+            (_, None, _) if !query.is_empty() => {
+                *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index"));
+            }
+            (results, _, Some(index)) => {
+                match results {
+                    [found] => index.search(&plan.vectors, k, filtered, &plan.params, search, found),
+                    all => index.search_batch(&plan.vectors, k, filtered, &plan.params, search, all),
+                }
+                timings.lap(Stage::Ann, clock);
+            }
+            _ => *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
+        }
+        for found in results.iter() {
+            let item = |s: &Scored| RankedItem { row: s.row, score: s.score, sources: Default::default() };
+            ranked.items.extend(found.iter().map(item));
+            if n_queries.is_some() {
+                ranked.result_lengths.push(found.len() as u32);
+            }
+        }
     }
 
     fn infer(&mut self, job: &mut Job) {
@@ -659,5 +682,90 @@ mod tests {
         assert_eq!(run(&[&[1.0, 2.0], &[3.0]]), good());
         assert_eq!(run(&[&[13.0]]), [Err(Code::Internal)]);
         assert_eq!(run(&[&[4.0]]), [Ok(vec![4.0])]);
+    }
+}
+
+#[cfg(test)]
+mod search_tests {
+    use super::*;
+    use crate::api::{SearchBy, SearchCall, SearchFilter};
+    use crate::catalog::conditions::Demand;
+    use crate::catalog::generation::testing;
+    use crate::index::{IndexKind, SearchParams};
+    use crate::pipeline::plan;
+    use parking_lot::Mutex;
+
+    /// A query, k, the rows that the filter admits, and the parameters.
+    type Question = (Vec<f32>, usize, Vec<u32>, SearchParams);
+
+    /// An index that tells what it was asked.
+    #[derive(Debug, Default)]
+    struct Asked(Mutex<Vec<Question>>);
+
+    impl VectorIndex for Asked {
+        fn kind(&self) -> IndexKind {
+            IndexKind::BruteForce
+        }
+
+        fn dim(&self) -> usize {
+            2
+        }
+
+        fn bytes(&self) -> usize {
+            0
+        }
+
+        fn search(
+            &self,
+            query: &[f32],
+            k: usize,
+            filter: Filter<'_>,
+            params: &SearchParams,
+            _: &mut SearchScratch,
+            out: &mut Vec<Scored>,
+        ) {
+            let mut admitted = Vec::new();
+            filter.each(6, |row| admitted.push(row));
+            out.extend(admitted.iter().map(|&row| Scored { row, score: query[0] }));
+            self.0.lock().push((query.to_vec(), k, admitted, *params));
+        }
+
+        fn scores(&self, _: &[f32], rows: &[u32], _: &mut SearchScratch, out: &mut Vec<f32>) {
+            out.resize(out.len() + rows.len(), 0.0);
+        }
+    }
+
+    #[test]
+    fn the_index_is_asked_what_the_call_says() {
+        let mut generation = testing::with_embeddings((0..12).map(|at| at as f32).collect(), 2);
+        testing::add_category(&mut generation, "category", &[0, 1, 0, 1, 0, 1]);
+        let (generation, asked) = (Arc::new(generation), Arc::new(Asked::default()));
+        let config = Arc::new(PipelineConfig::default());
+        let mut device = CpuDevice::new(config, Arc::new(ThreadPool::with_num_threads(1)));
+        let index: Arc<dyn VectorIndex> = asked.clone();
+        device.loaded.push_front(Loaded { generation: generation.clone(), index: Some(index), rankers: Vec::new() });
+        let params = SearchParams { n_probes: Some(3), refine_ratio: Some(2.5), ef_search: Some(40) };
+        let conditions = [("category", Demand::Values(&["c0"]))];
+        let filter = SearchFilter { conditions: &conditions, exclude: &["2", "?"], exclude_seen: None };
+        let mut job = [Box::new(Job::new(generation.clone()))];
+        let mut ask = |by, filter, params| {
+            let call = SearchCall { filter, params, ..SearchCall::new(by, 4) };
+            plan::search(&call, &generation, Instant::now(), &mut job[0]).unwrap();
+            device.execute(&mut job).unwrap();
+            assert_eq!(job[0].failure, None);
+            let rows: Vec<u32> = job[0].ranked.items.iter().map(|item| item.row).collect();
+            (std::mem::take(&mut *asked.0.lock()), rows, job[0].ranked.result_lengths.clone())
+        };
+        let values = [1.0, 2.0, 3.0, 4.0];
+        let (seen, rows, lengths) = ask(SearchBy::Vectors { values: &values, n: 2 }, filter, params);
+        let of = |query: &[f32]| (query.to_vec(), 4, vec![0, 4], params);
+        assert_eq!(seen, [of(&values[..2]), of(&values[2..])]);
+        assert_eq!((rows, lengths), (vec![0, 4, 0, 4], vec![2, 2]));
+        // Nothing of that is left for the next call on the same job.
+        let (seen, rows, lengths) = ask(SearchBy::Item("1"), SearchFilter::default(), SearchParams::default());
+        assert_eq!(seen, [(vec![2.0, 3.0], 4, vec![0, 2, 3, 4, 5], SearchParams::default())]);
+        assert_eq!((rows, lengths), (vec![0, 2, 3, 4, 5], vec![]));
+        let (seen, ..) = ask(SearchBy::Vector(&values[..2]), SearchFilter::default(), SearchParams::default());
+        assert_eq!(seen[0].2, [0, 1, 2, 3, 4, 5]);
     }
 }
