@@ -48,7 +48,8 @@ fn unsafe_is_fenced() {
         "src/index/coarse.rs",
         "src/index/distance.rs",
         "src/memory.rs",
-        "src/ranking/mlp.rs",
+        "src/ranking/dense/elementwise.rs",
+        "src/ranking/dense/kernels.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

@@ -609,6 +609,7 @@ impl Reader {
             rankers: self.rankers()?,
             roles,
             shared_index: OnceLock::new(),
+            shared_rankers: OnceLock::new(),
             items,
             users,
         })

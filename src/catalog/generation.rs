@@ -1,5 +1,6 @@
 //! One loaded bundle: everything immutable that a request reads.
 
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -50,6 +51,8 @@ pub struct Generation {
     pub roles: Roles,
     /// See [`Generation::index`].
     pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
+    /// What a kind of device made of the rankers once, for all its workers.
+    pub(crate) shared_rankers: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Generation {
@@ -436,6 +439,7 @@ pub mod testing {
             rankers: Vec::new(),
             roles: Roles::default(),
             shared_index: OnceLock::new(),
+            shared_rankers: OnceLock::new(),
         }
     }
 

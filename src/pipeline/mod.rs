@@ -40,6 +40,9 @@ pub struct PipelineConfig {
     pub search_weight: f32,
     /// Weights of rankers by name; empty: the bundle's first one alone.
     pub rankers: BTreeMap<String, f32>,
+    /// Memory for what a ranker computes of each item ahead, per ranker and shared by all workers; one that needs more computes
+    /// it for every candidate. 0: none does. Default 2 GiB.
+    pub item_table_bytes: u64,
 }
 
 impl Default for PipelineConfig {
@@ -54,6 +57,7 @@ impl Default for PipelineConfig {
             max_n_items: 500,
             search_weight: 1.0,
             rankers: BTreeMap::new(),
+            item_table_bytes: 2 << 30,
         }
     }
 }
