@@ -175,10 +175,12 @@ pub struct Layer {
     weights: Vec<Line>,
     /// f32 `[panels, n_lanes]`; narrow: one value per output.
     bias: Vec<Line>,
-    /// f32 `[panels, n_lanes]`: what an int8 sum is worth; empty for other precisions.
+    /// f32, as long as `bias`: what an int8 sum is worth; not used in other precisions.
     worth: Vec<Line>,
     /// Registers' worth of columns in a panel; 0: narrow.
     n_lanes: usize,
+    /// Sums are in steps of the 8-bit values that are written.
+    steps: bool,
 }
 
 impl Layer {
@@ -205,6 +207,7 @@ impl Layer {
             bias: Vec::new(),
             worth: Vec::new(),
             n_lanes,
+            steps: false,
         };
         let units = layer.n_units();
         let per_unit = precision.per_unit();
@@ -215,9 +218,7 @@ impl Layer {
         };
         layer.weights = vec![Line::default(); if n_lanes == 0 { n_outputs * across } else { panels * units * n_lanes }];
         layer.bias = vec![Line::default(); panels * n_lanes.max(1)];
-        if precision == Precision::Int8 {
-            layer.worth = layer.bias.clone();
-        }
+        layer.worth = layer.bias.clone();
         for output in 0..n_outputs {
             let scaled = |input: usize| f64::from(weights[input * n_outputs + output]) * scale.at(input).1;
             let largest = (0..n_inputs).map(|input| scaled(input).abs()).fold(0.0, f64::max);
@@ -259,11 +260,22 @@ impl Layer {
                 _ => (output / LANES, output % LANES),
             };
             layer.bias[line].0[lane] = (offset as f32).to_bits();
-            if let Some(line) = layer.worth.get_mut(line) {
-                line.0[lane] = (worth as f32).to_bits();
-            }
+            layer.worth[line].0[lane] = (worth as f32).to_bits();
         }
         layer
+    }
+
+    /// The same for 8-bit results in one format only, rectified or not, and no base: the step is folded into what sums are worth.
+    /// Other layers are left as they are.
+    pub fn folded(mut self, format: Format) -> Self {
+        if let (Format::U8 { low, per_unit }, Precision::Int8) = (format, self.precision) {
+            let scaled =
+                |line: &mut Line, of: &dyn Fn(f32) -> f32| line.0 = line.0.map(|v| of(f32::from_bits(v)).to_bits());
+            self.worth.iter_mut().for_each(|line| scaled(line, &|v| v * per_unit));
+            self.bias.iter_mut().for_each(|line| scaled(line, &|v| (v - low) * per_unit));
+            self.steps = true;
+        }
+        self
     }
 
     /// Columns of the result.
@@ -289,7 +301,7 @@ impl Layer {
         2 * self.n_inputs * self.n_outputs
     }
 
-    /// `rows · weights` + the layer's bias, or + a row of `base` (f32, as wide as the result) where that is given, into `out`.
+    /// `rows · weights` + the layer's bias, + a row of `base` (f32, as wide as the result) where that is given, into `out`.
     ///
     /// # Panics
     /// If rows or `out` are too short. A narrow layer writes f32 whatever the format.
@@ -301,6 +313,7 @@ impl Layer {
         let per_row = self.padded_outputs() / if self.n_lanes == 0 { 1 } else { out.format.precision().per_unit() };
         assert!(rows.units.len() >= last * rows.stride + self.n_units(), "rows that are too short");
         assert!(out.units.len() >= last * out.stride + per_row, "a result that does not fit");
+        assert!(!self.steps || (base.is_none() && matches!(out.format, Format::U8 { .. })), "what it was folded for");
         if let Some(base) = base {
             assert!(base.units.len() >= last * base.stride + self.padded_outputs(), "a base that is too short");
         }
@@ -338,6 +351,8 @@ trait Vector: Copy {
     /// To the nearest of 0 to 255, ties to even; NaN becomes 0.
     unsafe fn store_u8(self, out: &mut [u8; LANES]);
     unsafe fn load_bf16(lanes: &[u16; LANES]) -> Self;
+    /// Of all lanes: halves added until one is left, the same in every implementation.
+    unsafe fn sum(self) -> f32;
 }
 
 impl Vector for [f32; LANES] {
@@ -386,6 +401,16 @@ impl Vector for [f32; LANES] {
     unsafe fn load_bf16(lanes: &[u16; LANES]) -> Self {
         lanes.map(|bits| f32::from_bits(u32::from(bits) << 16))
     }
+
+    #[inline(always)]
+    unsafe fn sum(mut self) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for lane in 0..half {
+                self[lane] += self[lane + half];
+            }
+        }
+        self[0]
+    }
 }
 
 /// A precision's products of one unit with a register of weights.
@@ -397,8 +422,9 @@ trait Product<V: Vector> {
     unsafe fn zero() -> Self::Sums;
     unsafe fn weights(line: &Line) -> Self::Weights;
     unsafe fn add(sums: Self::Sums, unit: u32, weights: Self::Weights) -> Self::Sums;
-    /// The sums' worth plus `base`.
-    unsafe fn finish(sums: Self::Sums, worth: Option<&Line>, base: V) -> V;
+    /// Whether sums are integers, worth something else.
+    const WORTH: bool;
+    unsafe fn floats(sums: Self::Sums) -> V;
 }
 
 struct F32;
@@ -424,9 +450,11 @@ impl<V: Vector> Product<V> for F32 {
         unsafe { V::splat(f32::from_bits(unit)).mul_add(weights, sums) }
     }
 
+    const WORTH: bool = false;
+
     #[inline(always)]
-    unsafe fn finish(sums: V, _: Option<&Line>, base: V) -> V {
-        unsafe { sums.add(base) }
+    unsafe fn floats(sums: V) -> V {
+        sums
     }
 }
 
@@ -454,9 +482,11 @@ impl Product<[f32; LANES]> for Bf16 {
         })
     }
 
+    const WORTH: bool = false;
+
     #[inline(always)]
-    unsafe fn finish(sums: Self::Sums, _: Option<&Line>, base: [f32; LANES]) -> [f32; LANES] {
-        std::array::from_fn(|at| sums[at] + base[at])
+    unsafe fn floats(sums: Self::Sums) -> [f32; LANES] {
+        sums
     }
 }
 
@@ -484,35 +514,72 @@ impl Product<[f32; LANES]> for Int8 {
         })
     }
 
+    const WORTH: bool = true;
+
     #[inline(always)]
-    unsafe fn finish(sums: Self::Sums, worth: Option<&Line>, base: [f32; LANES]) -> [f32; LANES] {
-        let worth = worth.map_or(&[1.0; LANES], Line::floats);
-        std::array::from_fn(|at| (sums[at] as f32).mul_add(worth[at], base[at]))
+    unsafe fn floats(sums: Self::Sums) -> [f32; LANES] {
+        sums.map(|sum| sum as f32)
     }
 }
 
-/// Writes 16 values from column `column` of row `row`.
+/// How a register is written; a constant, so that the choice is made once for a whole tile.
+mod to {
+    pub const F32: u8 = 0;
+    pub const F32_RELU: u8 = 1;
+    pub const BF16: u8 = 2;
+    pub const BF16_RELU: u8 = 3;
+    pub const U8: u8 = 4;
+    pub const U8_RELU: u8 = 5;
+    /// Values that are steps already.
+    pub const STEPS: u8 = 6;
+}
+
+/// Calls a function for the constant that a target asks for: `with_target!(out, steps, function::<A, B>(arguments))`.
+macro_rules! with_target {
+    ($out:expr, $steps:expr, $function:ident::<$($generic:tt),*>($($argument:expr),*)) => {
+        match ($out.format, $out.relu) {
+            (Format::F32, false) => $function::<$($generic,)* { to::F32 }>($($argument),*),
+            (Format::F32, true) => $function::<$($generic,)* { to::F32_RELU }>($($argument),*),
+            (Format::Bf16, false) => $function::<$($generic,)* { to::BF16 }>($($argument),*),
+            (Format::Bf16, true) => $function::<$($generic,)* { to::BF16_RELU }>($($argument),*),
+            (Format::U8 { .. }, _) if $steps => $function::<$($generic,)* { to::STEPS }>($($argument),*),
+            (Format::U8 { .. }, false) => $function::<$($generic,)* { to::U8 }>($($argument),*),
+            (Format::U8 { .. }, true) => $function::<$($generic,)* { to::U8_RELU }>($($argument),*),
+        }
+    };
+}
+
+/// What 8-bit values are multiplied by, and what is added then.
+#[inline(always)]
+unsafe fn steps<V: Vector>(format: Format) -> [V; 2] {
+    let (low, per_unit) = match format {
+        Format::U8 { low, per_unit } => (low, per_unit),
+        _ => (0.0, 1.0),
+    };
+    // SAFETY: by contract.
+    unsafe { [V::splat(per_unit), V::splat(-low * per_unit)] }
+}
+
+/// Writes 16 values from column `column` of the row that begins at `place`.
 ///
 /// # Safety
-/// As for [`Vector`], and `out` has room there; so with the callers.
+/// As for [`Vector`], and there is room; so with the callers.
 #[inline(always)]
-unsafe fn store<V: Vector>(value: V, out: &mut Target<'_>, row: usize, column: usize) {
+unsafe fn store<V: Vector, const TO: u8>(value: V, place: *mut u32, column: usize, [scale, shift]: [V; 2]) {
     // SAFETY: by contract. Units may be read and written as any numbers.
     unsafe {
-        let value = if out.relu { value.relu() } else { value };
-        let place = out.units.as_mut_ptr().add(row * out.stride);
-        match out.format {
-            Format::F32 => value.store(&mut *place.add(column).cast()),
-            Format::Bf16 => value.store_bf16(&mut *place.add(column / 2).cast()),
-            Format::U8 { low, per_unit } => {
-                let scale = V::splat(per_unit);
-                value.mul_add(scale, V::splat(-low * per_unit)).store_u8(&mut *place.add(column / 4).cast());
-            }
+        let value = if matches!(TO, to::F32_RELU | to::BF16_RELU | to::U8_RELU) { value.relu() } else { value };
+        match TO {
+            to::F32 | to::F32_RELU => value.store(&mut *place.add(column).cast()),
+            to::BF16 | to::BF16_RELU => value.store_bf16(&mut *place.add(column / 2).cast()),
+            to::STEPS => value.store_u8(&mut *place.add(column / 4).cast()),
+            _ => value.mul_add(scale, shift).store_u8(&mut *place.add(column / 4).cast()),
         }
     }
 }
 
-/// `R` rows by one panel of `N` registers: the sums stay in registers.
+/// `R` rows by one panel of `N` registers: the sums stay in registers until they are put into `kept`, from where they are finished.
+/// Finished right away, in loops too long to unroll, they would live in memory from the beginning.
 ///
 /// # Safety
 /// As for [`Vector`]; rows, base and `out` are as long as [`Layer::run`] demands. So with the callers.
@@ -524,6 +591,7 @@ unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
     base: Option<Rows<'_>>,
     out: &mut Target<'_>,
     row: usize,
+    kept: &mut [[[f32; LANES]; N]; R],
 ) {
     // SAFETY: by contract.
     unsafe {
@@ -540,17 +608,46 @@ unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
                 }
             }
         }
-        for (r, sums) in sums.iter().enumerate() {
-            for (lane, sums) in sums.iter().enumerate() {
-                let line = panel * N + lane;
-                let under = match base {
-                    Some(base) => {
-                        &*base.units.as_ptr().add((row + r) * base.stride + line * LANES).cast::<[f32; LANES]>()
-                    }
-                    None => layer.bias.get_unchecked(line).floats(),
-                };
-                let value = P::finish(*sums, layer.worth.get(line), V::load(under));
-                store(value, out, row + r, line * LANES);
+        for r in 0..R {
+            for lane in 0..N {
+                P::floats(sums[r][lane]).store(&mut kept[r][lane]);
+            }
+        }
+        match base {
+            Some(base) => {
+                let base = Some((base.units.as_ptr().add(row * base.stride).cast::<f32>(), base.stride));
+                with_target!(out, layer.steps, finish::<V, P, R, N>(layer, panel, kept, base, out, row));
+            }
+            None => with_target!(out, layer.steps, finish::<V, P, R, N>(layer, panel, kept, None, out, row)),
+        }
+    }
+}
+
+/// Adds the bias, and the base where there is one, to the sums of a tile and writes them.
+#[inline(always)]
+unsafe fn finish<V: Vector, P: Product<V>, const R: usize, const N: usize, const TO: u8>(
+    layer: &Layer,
+    panel: usize,
+    sums: &[[[f32; LANES]; N]; R],
+    base: Option<(*const f32, usize)>,
+    out: &mut Target<'_>,
+    row: usize,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let scale = steps::<V>(out.format);
+        let place = out.units.as_mut_ptr().add(row * out.stride);
+        for lane in 0..N {
+            let line = panel * N + lane;
+            let (bias, worth) = (layer.bias.get_unchecked(line), layer.worth.get_unchecked(line));
+            let (bias, worth) = (V::load(bias.floats()), V::load(worth.floats()));
+            for (r, sums) in sums.iter().enumerate() {
+                let sum = V::load(&sums[lane]);
+                let mut value = if P::WORTH { sum.mul_add(worth, bias) } else { sum.add(bias) };
+                if let Some((base, stride)) = base {
+                    value = value.add(V::load(&*base.add(r * stride + line * LANES).cast()));
+                }
+                store::<V, TO>(value, place.add(r * out.stride), line * LANES, scale);
             }
         }
     }
@@ -564,16 +661,17 @@ unsafe fn panels<V: Vector, P: Product<V>, const R: usize, const N: usize>(
     base: Option<Rows<'_>>,
     out: &mut Target<'_>,
 ) {
+    let (mut many, mut one) = ([[[0f32; LANES]; N]; R], [[[0f32; LANES]; N]; 1]);
     for panel in 0..layer.bias.len() / N {
         let mut row = 0;
         // SAFETY: by contract.
         unsafe {
             while row + R <= rows.n {
-                tile::<V, P, R, N>(layer, panel, rows, base, out, row);
+                tile::<V, P, R, N>(layer, panel, rows, base, out, row, &mut many);
                 row += R;
             }
             while row < rows.n {
-                tile::<V, P, 1, N>(layer, panel, rows, base, out, row);
+                tile::<V, P, 1, N>(layer, panel, rows, base, out, row, &mut one);
                 row += 1;
             }
         }
@@ -590,26 +688,17 @@ unsafe fn dots<V: Vector>(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>,
         last[..rest.len()].copy_from_slice(rest);
         for output in 0..layer.n_outputs {
             let weights = &layer.weights[output * across..(output + 1) * across];
-            let mut lanes = [0f32; LANES];
             // SAFETY: by contract.
-            unsafe {
+            let sum = unsafe {
                 let mut sums = V::splat(0.0);
                 let values = whole.iter().chain((!rest.is_empty()).then_some(&last));
                 for (values, weights) in values.zip(weights) {
                     sums = V::load(values).mul_add(V::load(weights.floats()), sums);
                 }
-                sums.store(&mut lanes);
-            }
-            for half in [8, 4, 2, 1] {
-                for lane in 0..half {
-                    lanes[lane] += lanes[lane + half];
-                }
-            }
-            let under = match base {
-                Some(base) => base.floats(at, layer.n_outputs)[output],
-                None => layer.bias[output].floats()[0],
+                sums.sum()
             };
-            let sum = lanes[0] + under;
+            let under = base.map_or(0.0, |base| base.floats(at, layer.n_outputs)[output]);
+            let sum = sum + layer.bias[output].floats()[0] + under;
             out.units[at * out.stride + output] = if out.relu && sum < 0.0 { 0.0 } else { sum }.to_bits();
         }
     }
@@ -627,7 +716,8 @@ unsafe fn small<V: Vector, P: Product<V>>(layer: &Layer, rows: Rows<'_>, base: O
     }
 }
 
-/// f32 rows into another format: `(v - low[column]) * per_unit[column]`, both `[ceil(width / 16)]`, then rounded.
+/// f32 rows into another format: `v * per_unit[column] + low[column]`, both `[ceil(width / 16)]`, then rounded; `per_unit` is for 8 bits
+/// only.
 ///
 /// # Panics
 /// If the shapes do not agree.
@@ -652,6 +742,24 @@ pub fn convert(kernel: Kernel, rows: Rows<'_>, width: usize, low: &[Line], per_u
 
 #[inline(always)]
 unsafe fn convert_with<V: Vector>(rows: Rows<'_>, width: usize, low: &[Line], per_unit: &[Line], out: &mut Target<'_>) {
+    // SAFETY: by contract.
+    unsafe {
+        match out.format {
+            Format::U8 { .. } => convert_to::<V, { to::STEPS }>(rows, width, low, per_unit, out),
+            Format::Bf16 => convert_to::<V, { to::BF16 }>(rows, width, low, per_unit, out),
+            Format::F32 => convert_to::<V, { to::F32 }>(rows, width, low, per_unit, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn convert_to<V: Vector, const TO: u8>(
+    rows: Rows<'_>,
+    width: usize,
+    low: &[Line],
+    per_unit: &[Line],
+    out: &mut Target<'_>,
+) {
     for at in 0..rows.n {
         let (whole, rest) = rows.floats(at, width).as_chunks::<LANES>();
         let mut last = [0f32; LANES];
@@ -660,10 +768,11 @@ unsafe fn convert_with<V: Vector>(rows: Rows<'_>, width: usize, low: &[Line], pe
         for ((chunk, values), (low, per_unit)) in values.enumerate().zip(low.iter().zip(per_unit)) {
             // SAFETY: by contract.
             unsafe {
-                // Subtracted before it is scaled: the columns of years and prices lie far from 0.
-                let moved = V::load(values).add(V::load(low.floats()));
-                let scaled = moved.mul_add(V::load(per_unit.floats()), V::splat(0.0));
-                store(scaled, out, at, chunk * LANES);
+                let value = match TO {
+                    to::STEPS => V::load(values).mul_add(V::load(per_unit.floats()), V::load(low.floats())),
+                    _ => V::load(values).add(V::load(low.floats())),
+                };
+                store::<V, TO>(value, out.units.as_mut_ptr().add(at * out.stride), chunk * LANES, steps(out.format));
             }
         }
     }
@@ -786,33 +895,89 @@ unsafe fn gather_with<V: Vector>(
     width: usize,
     out: &mut Target<'_>,
 ) {
-    let shared = shared.map_or(&[][..], |shared| shared.as_chunks::<LANES>().0);
+    let shared = shared.map(|shared| &shared.as_chunks::<LANES>().0[..width / LANES]);
+    // SAFETY: by contract.
+    unsafe {
+        match (table, shared) {
+            (Some(table), Some(shared)) => with_target!(out, false, sum_rows::<V>(table, shared, n, out)),
+            (Some(table), None) => {
+                let nothing = [[0f32; LANES]; MOST_NOTHING];
+                let mut from = 0;
+                while from < width {
+                    let some = (width - from).min(MOST_NOTHING * LANES);
+                    let (of, column, rows) = table;
+                    let mut part = Target { units: &mut *out.units, ..*out };
+                    part.units = &mut part.units[from / out.format.precision().per_unit()..];
+                    let table = (of, column + from, rows);
+                    let nothing = &nothing[..some / LANES];
+                    with_target!(part, false, sum_rows::<V>(table, nothing, n, &mut part));
+                    from += some;
+                }
+            }
+            (None, Some(shared)) => with_target!(out, false, repeat_row::<V>(shared, n, out)),
+            (None, None) => {}
+        }
+    }
+}
+
+/// Registers of zeros that stand for a shared row that is absent.
+const MOST_NOTHING: usize = 32;
+
+#[inline(always)]
+unsafe fn repeat_row<V: Vector, const TO: u8>(shared: &[[f32; LANES]], n: usize, out: &mut Target<'_>) {
     for at in 0..n {
+        for (chunk, shared) in shared.iter().enumerate() {
+            // SAFETY: by contract.
+            unsafe {
+                let place = out.units.as_mut_ptr().add(at * out.stride);
+                store::<V, TO>(V::load(shared), place, chunk * LANES, steps(out.format));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sum_rows<V: Vector, const TO: u8>(
+    (table, column, rows): (&Table, usize, &[u32]),
+    shared: &[[f32; LANES]],
+    n: usize,
+    out: &mut Target<'_>,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        match table.precision {
+            Precision::Bf16 => sum_rows_of::<V, TO, true>((table, column / 2, rows), shared, n, out),
+            _ => sum_rows_of::<V, TO, false>((table, column, rows), shared, n, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sum_rows_of<V: Vector, const TO: u8, const HALF: bool>(
+    (table, start, rows): (&Table, usize, &[u32]),
+    shared: &[[f32; LANES]],
+    n: usize,
+    out: &mut Target<'_>,
+) {
+    let units: &[u32] = bytemuck::cast_slice(&table.units);
+    let (stride, lines) = (table.stride * LANES, if HALF { shared.len().div_ceil(2) } else { shared.len() });
+    for at in 0..n {
+        if let Some(&later) = rows.get(at + AHEAD) {
+            let place = later as usize * stride + start;
+            for line in 0..lines {
+                crate::memory::prefetch(units, place + line * LANES);
+            }
+        }
         // SAFETY: by contract.
         unsafe {
-            let Some((table, column, rows)) = table else {
-                for (chunk, shared) in shared.iter().take(width / LANES).enumerate() {
-                    store(V::load(shared), out, at, chunk * LANES);
-                }
-                continue;
-            };
-            let per_unit = table.precision.per_unit();
-            let place = |row: u32| row as usize * table.stride * LANES + column / per_unit;
-            if let Some(&later) = rows.get(at + AHEAD) {
-                let units: &[u32] = bytemuck::cast_slice(&table.units);
-                crate::memory::prefetch_range(units, place(later)..place(later) + width / per_unit);
-            }
-            let row = table.units.as_ptr().cast::<u32>().add(place(rows[at]));
-            for chunk in 0..width / LANES {
-                let value = match table.precision {
-                    Precision::Bf16 => V::load_bf16(&*row.add(chunk * LANES / 2).cast()),
-                    _ => V::load(&*row.add(chunk * LANES).cast()),
+            let row = units.as_ptr().add(*rows.get_unchecked(at) as usize * stride + start);
+            let place = out.units.as_mut_ptr().add(at * out.stride);
+            for (chunk, shared) in shared.iter().enumerate() {
+                let value = match HALF {
+                    true => V::load_bf16(&*row.add(chunk * LANES / 2).cast()),
+                    false => V::load(&*row.add(chunk * LANES).cast()),
                 };
-                let value = match shared.get(chunk) {
-                    Some(shared) => value.add(V::load(shared)),
-                    None => value,
-                };
-                store(value, out, at, chunk * LANES);
+                store::<V, TO>(value.add(V::load(shared)), place, chunk * LANES, steps(out.format));
             }
         }
     }
@@ -863,28 +1028,22 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_bf16(self, out: &mut [u16; LANES]) {
             unsafe {
-                let rounded: __m256i = match NATIVE {
-                    true => std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0)),
-                    false => {
-                        let bits = _mm512_castps_si512(self.0);
-                        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                        let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
-                        let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(up, nan, quiet)))
-                    }
-                };
-                _mm256_storeu_si256(out.as_mut_ptr().cast(), rounded);
+                if NATIVE {
+                    let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+                    return _mm256_storeu_si256(out.as_mut_ptr().cast(), rounded);
+                }
+                let mut lanes = [0f32; LANES];
+                self.store(&mut lanes);
+                rounded_to_bf16(&lanes, out);
             }
         }
 
         #[inline(always)]
         unsafe fn store_u8(self, out: &mut [u8; LANES]) {
             unsafe {
-                // The second operand is the result where the first is NaN.
+                // The second operand is the result where the first is NaN. What is too large becomes 2^31, which saturates.
                 let least = _mm512_max_ps(self.0, _mm512_setzero_ps());
-                let most = _mm512_min_ps(least, _mm512_set1_ps(255.0));
-                _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(most)));
+                _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(least)));
             }
         }
 
@@ -895,6 +1054,23 @@ mod x86 {
                 Wide(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
             }
         }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+    }
+
+    /// Apart from the tiles, whose sums leave their registers where too much is inlined.
+    #[inline(never)]
+    fn rounded_to_bf16(lanes: &[f32; LANES], out: &mut [u16; LANES]) {
+        // SAFETY: arrays need no features; so below.
+        unsafe { lanes.store_bf16(out) }
+    }
+
+    #[inline(never)]
+    fn rounded_to_u8(lanes: &[f32; LANES], out: &mut [u8; LANES]) {
+        unsafe { lanes.store_u8(out) }
     }
 
     #[inline(always)]
@@ -925,9 +1101,11 @@ mod x86 {
             }
         }
 
+        const WORTH: bool = false;
+
         #[inline(always)]
-        unsafe fn finish(sums: __m512, _: Option<&Line>, base: Wide<NATIVE>) -> Wide<NATIVE> {
-            unsafe { Wide(sums).add(base) }
+        unsafe fn floats(sums: __m512) -> Wide<NATIVE> {
+            Wide(sums)
         }
     }
 
@@ -950,15 +1128,11 @@ mod x86 {
             unsafe { _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(unit as i32), weights) }
         }
 
+        const WORTH: bool = true;
+
         #[inline(always)]
-        unsafe fn finish(sums: __m512i, worth: Option<&Line>, base: Wide<NATIVE>) -> Wide<NATIVE> {
-            unsafe {
-                let sums = Wide(_mm512_cvtepi32_ps(sums));
-                match worth {
-                    Some(worth) => sums.mul_add(Wide::load(worth.floats()), base),
-                    None => sums.add(base),
-                }
-            }
+        unsafe fn floats(sums: __m512i) -> Wide<NATIVE> {
+            Wide(unsafe { _mm512_cvtepi32_ps(sums) })
         }
     }
 
@@ -1004,7 +1178,7 @@ mod x86 {
             let mut lanes = [0f32; LANES];
             unsafe {
                 self.store(&mut lanes);
-                lanes.store_bf16(out);
+                rounded_to_bf16(&lanes, out);
             }
         }
 
@@ -1013,13 +1187,22 @@ mod x86 {
             let mut lanes = [0f32; LANES];
             unsafe {
                 self.store(&mut lanes);
-                lanes.store_u8(out);
+                rounded_to_u8(&lanes, out);
             }
         }
 
         #[inline(always)]
         unsafe fn load_bf16(lanes: &[u16; LANES]) -> Self {
             unsafe { Self::load(&<[f32; LANES]>::load_bf16(lanes)) }
+        }
+
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            let mut lanes = [0f32; LANES];
+            unsafe {
+                self.store(&mut lanes);
+                lanes.sum()
+            }
         }
     }
 
@@ -1042,7 +1225,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,fma")]
-    pub unsafe fn f32_plain(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+    unsafe fn f32_plain(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
         unsafe { wide::<false, F32>(layer, rows, base, out) }
     }
 
@@ -1056,7 +1239,7 @@ mod x86 {
     pub unsafe fn f32_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
         // SAFETY: by contract; the second after detection.
         unsafe {
-            match out.format == Format::Bf16 && Precision::Bf16.is_native() {
+            match Precision::Bf16.is_native() {
                 true => f32_bf(layer, rows, base, out),
                 false => f32_plain(layer, rows, base, out),
             }
@@ -1069,8 +1252,22 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,fma,avx512vnni")]
-    pub unsafe fn int8_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+    unsafe fn int8_plain(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
         unsafe { wide::<false, Int8>(layer, rows, base, out) }
+    }
+
+    #[target_feature(enable = "avx512f,fma,avx512vnni,avx512bw,avx512vl,avx512bf16")]
+    unsafe fn int8_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+        unsafe { wide::<true, Int8>(layer, rows, base, out) }
+    }
+
+    pub unsafe fn int8_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+        unsafe {
+            match Precision::Bf16.is_native() {
+                true => int8_bf(layer, rows, base, out),
+                false => int8_plain(layer, rows, base, out),
+            }
+        }
     }
 
     /// 2 sums, a weight and a value in pairs of the 16 registers, six rows at a time.

@@ -64,7 +64,7 @@ pub enum Op {
     Input(usize),
     /// A piece of an item's row in a table, plus a piece of what is the same for all rows; either may be absent. First columns.
     Given { item: Option<usize>, shared: Option<usize> },
-    /// `x · weights + bias`, or `+ base` in place of the bias; `weights` is `[width of x / repeat, width / repeat]`, row-major.
+    /// `x · weights + bias`, `+ base` where there is one; `weights` is `[width of x / repeat, width / repeat]`, row-major.
     Dense { x: Id, weights: Arc<Vec<f32>>, bias: Arc<Vec<f32>>, base: Option<Id>, repeat: usize },
     /// Value by value.
     Unary(Unary, Id),

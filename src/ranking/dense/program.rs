@@ -599,6 +599,7 @@ impl Compiler<'_> {
         let (stored, relu) = self.stored(at);
         let format = if repeat == 1 { self.format(stored) } else { Format::F32 };
         let format = if layer.n_outputs() <= NARROW { Format::F32 } else { format };
+        let layer = if base.is_none() { layer.folded(format) } else { layer };
         let stride = layer.padded_outputs().div_ceil(format.precision().per_unit());
         let width = layer.n_outputs();
         let out = Slot { place: self.buffer(stride * repeat), stride, width };
@@ -630,7 +631,7 @@ impl Compiler<'_> {
         let width = from.width;
         let of = |values: &[f32], at: usize| values[if values.len() == 1 { 0 } else { at }];
         let kind = Kind::Convert {
-            low: lines((0..width).map(|at| -of(low, at))),
+            low: lines((0..width).map(|at| -of(low, at) * of(per_unit, at))),
             per_unit: lines((0..width).map(|at| of(per_unit, at))),
             format,
         };

@@ -91,8 +91,13 @@ proptest! {
                 let (low, per_unit) = (-1.0, 40.0);
                 let rounded = run(&layer, &units, n, Format::Bf16, relu);
                 let rounded: &[u16] = bytemuck::cast_slice(&rounded);
-                let bytes = run(&layer, &units, n, Format::U8 { low, per_unit }, relu);
+                let format = Format::U8 { low, per_unit };
+                let bytes = run(&layer, &units, n, format, relu);
                 let bytes: &[u8] = bytemuck::cast_slice(&bytes);
+                // What is rectified has a range that does not begin below 0.
+                let folded_format = Format::U8 { low: if relu { 0.0 } else { low }, per_unit };
+                let folded = run(&layer.folded(folded_format), &units, n, folded_format, relu);
+                let folded: &[u8] = bytemuck::cast_slice(&folded);
                 for (row, column) in (0..n).flat_map(|row| (0..m).map(move |column| (row, column))) {
                     let exact = f32::from_bits(got[row * stride + column]);
                     let near = half::bf16::from_f32(exact).to_bits();
@@ -101,6 +106,10 @@ proptest! {
                     let wide = ((f64::from(exact) - f64::from(low)) * f64::from(per_unit)).clamp(0.0, 255.0);
                     let off = (f64::from(bytes[row * stride * 4 + column]) - wide).abs();
                     prop_assert!(off <= 0.5001, "{exact} {wide} {off}");
+                    let least = if relu { 0.0 } else { f64::from(low) };
+                    let wide = ((f64::from(exact) - least) * f64::from(per_unit)).clamp(0.0, 255.0);
+                    let off = (f64::from(folded[row * stride * 4 + column]) - wide).abs();
+                    prop_assert!(off <= 0.502, "{exact} {wide} {off}");
                 }
             }
         }
@@ -180,7 +189,9 @@ fn crossed(widths: &[usize], seed: u64) -> Graph {
     let width = graph.width(all);
     let (gain, add) = (Arc::new(vec![1.0; width]), Arc::new(vec![0.1; width]));
     let normed = graph.push(Op::LayerNorm { x: all, gain, add, epsilon: 1e-5 });
-    let hidden = dense(&mut graph, normed, 70, &mut next);
+    // An operand of computed and of raw columns: a rounded product with a base.
+    let mixed = graph.push(Op::Concat(vec![normed, ids[1]]));
+    let hidden = dense(&mut graph, mixed, 70, &mut next);
     let hidden = graph.push(Op::Unary(Unary::Silu, hidden));
     let score = dense(&mut graph, hidden, 1, &mut next);
     graph.outputs = vec![score];
