@@ -275,3 +275,75 @@ pub fn reports(config: PipelineConfig, generation: &Arc<Generation>) -> Result<V
     });
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::CpuDevice;
+    use super::*;
+    use crate::catalog::generation::testing;
+    use crate::device::Device;
+
+    /// 300 items with vectors and popularity, and the demo's ranker, `precision` as asked for.
+    fn generation(precision: Wanted) -> Arc<Generation> {
+        let mut next = crate::testing::noise(3);
+        let mut generation = testing::with_embeddings((0..300 * 8).map(|_| next()).collect(), 8);
+        generation.popularity = (0..300).map(|_| next() + 0.5).collect::<Vec<f32>>().into();
+        generation.trending.rows = (0..300).collect::<Vec<u32>>().into();
+        generation.trending.scores = (0..300).map(|at| 300.0 - at as f32).collect::<Vec<f32>>().into();
+        let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+        let manifest = std::fs::read_to_string(engines.join("demo.toml")).unwrap();
+        let mut manifest: ranking::manifest::RankerManifest = toml::from_str(&manifest).unwrap();
+        manifest.calibration.precision = precision;
+        generation.rankers = vec![RankerModel { name: "main".into(), manifest, onnx: engines.join("demo.onnx") }];
+        Arc::new(generation)
+    }
+
+    #[test]
+    fn a_ranker_in_parts_scores_as_the_whole() {
+        for bytes in [1 << 20, 0] {
+            let generation = generation(Wanted::Auto);
+            let config = Arc::new(PipelineConfig { item_table_bytes: bytes, ..PipelineConfig::default() });
+            let mut device = CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+            device.load(&generation).unwrap();
+            let model = &generation.rankers[0];
+            let report = device.loaded[0].rankers[0].ranker.report();
+            assert!(report.split && (report.table_bytes > 0) == (bytes > 0), "{report}");
+            let mut batch: Vec<Box<Job>> = jobs(&config, &generation, 5).collect();
+            device.execute(&mut batch).unwrap();
+            for job in batch {
+                // The candidates of the last job are the device's; each is run again to become the last.
+                let mut again = vec![job];
+                device.execute(&mut again).unwrap();
+                let job = &again[0];
+                assert!(job.degraded.is_empty() && job.ranked.n_candidates > 100);
+                let columns = &model.manifest.inputs[0].columns;
+                let (features, width) = device.features(job, columns).unwrap();
+                let layouts = layouts(model, &generation).unwrap();
+                let mut whole = general(model, &layouts, &device.pool).unwrap();
+                let mut scores = Vec::new();
+                whole.score(&[features.clone()], features.len() / width, &mut scores).unwrap();
+                let rows = &device.scratch.candidates.rows;
+                for item in &job.ranked.items {
+                    let want = scores[rows.binary_search(&item.row).unwrap()];
+                    assert!((item.score - want).abs() <= 1e-3 * want.abs().max(1.0), "{} {want}", item.score);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn precision_is_measured_on_requests_that_nobody_made() {
+        let generation = generation(Wanted::Bf16);
+        let [(name, report)] = &reports(PipelineConfig::default(), &generation).unwrap()[..] else {
+            panic!("one ranker")
+        };
+        assert_eq!((name.as_str(), report.engine, report.samples.0), ("main", "dense", SAMPLE_USERS));
+        let native = crate::ranking::precision::Precision::Bf16.is_native();
+        assert!(!native || report.tried.len() == 1, "{report}");
+        // Once for all workers.
+        let shared = generation.shared_rankers.get().unwrap().downcast_ref::<Shared>().unwrap();
+        assert_eq!(shared.as_ref().unwrap()[0].as_ref().map(Arc::strong_count), Some(1));
+    }
+}

@@ -255,8 +255,8 @@ fn each(x: &[f32], out: &mut [f32], of: impl Fn(f32) -> f32) {
 fn exp(v: f32) -> f32 {
     let kept = if v < -87.3 {
         -87.3
-    } else if v > 88.7 {
-        88.7
+    } else if v > 88.8 {
+        88.8
     } else {
         v
     };
