@@ -323,7 +323,7 @@ mod tests {
                 let layouts = layouts(model, &generation).unwrap();
                 let mut whole = general(model, &layouts, &device.pool).unwrap();
                 let mut scores = Vec::new();
-                whole.score(&[features.clone()], features.len() / width, &mut scores).unwrap();
+                whole.score(std::slice::from_ref(&features), features.len() / width, &mut scores).unwrap();
                 let rows = &device.scratch.candidates.rows;
                 for item in &job.ranked.items {
                     let want = scores[rows.binary_search(&item.row).unwrap()];

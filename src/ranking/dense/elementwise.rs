@@ -253,13 +253,7 @@ fn each(x: &[f32], out: &mut [f32], of: impl Fn(f32) -> f32) {
 /// (Cephes' expf). Beyond what f32 holds: 0 and infinity; NaN stays.
 #[inline(always)]
 fn exp(v: f32) -> f32 {
-    let kept = if v < -87.3 {
-        -87.3
-    } else if v > 88.8 {
-        88.8
-    } else {
-        v
-    };
+    let kept = v.clamp(-87.3, 88.8);
     // Adding 1.5 * 2^23 leaves the nearest whole number in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let shifted = kept * std::f32::consts::LOG2_E + ROUND;
@@ -309,7 +303,7 @@ mod tests {
             apply(Unary::Tanh, &[v], &mut tanh);
             assert!((f64::from(tanh[0]) - wide.tanh()).abs() <= 6e-7, "{v}: {}", tanh[0]);
         }
-        for (v, want) in [(0.0, 0.0), (0.5, 0.520_499_88), (-1.0, -0.842_700_8), (3.0, 0.999_977_9)] {
+        for (v, want) in [(0.0, 0.0), (0.5, 0.520_499_9), (-1.0, -0.842_700_8), (3.0, 0.999_977_9)] {
             assert!((erf(v) - want).abs() < 4e-7, "{v}: {}", erf(v));
         }
         assert!(exp(f32::NAN).is_nan() && exp(f32::INFINITY) == f32::INFINITY && exp(f32::NEG_INFINITY) == 0.0);

@@ -601,6 +601,7 @@ unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
         let mut sums = [[P::zero(); N]; R];
         for unit in 0..units {
             let weights: [P::Weights; N] = std::array::from_fn(|lane| P::weights(&*weights.add(unit * N + lane)));
+            #[expect(clippy::needless_range_loop, reason = "constant places, or the sums would have one in memory")]
             for r in 0..R {
                 let value = *values.add(r * rows.stride + unit);
                 for lane in 0..N {
@@ -809,7 +810,7 @@ impl Table {
     }
 
     /// Number of rows.
-    pub fn len(&self) -> usize {
+    pub fn n_rows(&self) -> usize {
         self.units.len().checked_div(self.stride).unwrap_or(0)
     }
 
@@ -875,7 +876,7 @@ pub fn gather(
     if let Some((table, column, rows)) = table {
         let lines = (column + width) / table.precision.per_unit();
         assert!(rows.len() == n && lines <= table.stride * LANES, "a row that is too short");
-        assert!(rows.iter().all(|&row| (row as usize) < table.len()), "an item that the table does not have");
+        assert!(rows.iter().all(|&row| (row as usize) < table.n_rows()), "an item that the table does not have");
     }
     match kernel {
         #[cfg(target_arch = "x86_64")]

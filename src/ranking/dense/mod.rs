@@ -432,9 +432,9 @@ impl DenseRanker {
             return Err(wrong(format!("{} and {} values for {one} and {n} x {each}", got.0, got.1)));
         }
         if let Some(table) = &split.table
-            && let Some(row) = rows.iter().find(|row| **row as usize >= table.len())
+            && let Some(row) = rows.iter().find(|row| **row as usize >= table.n_rows())
         {
-            return Err(wrong(format!("no item {row} in a table of {}", table.len())));
+            return Err(wrong(format!("no item {row} in a table of {}", table.n_rows())));
         }
         let scratch = (&mut self.request, &mut self.candidate, &mut self.shared);
         split.score(scratch, request, rows, candidates, scores);

@@ -159,7 +159,7 @@ impl Graph {
     }
 
     /// How many values there are.
-    pub fn len(&self) -> usize {
+    pub fn n_values(&self) -> usize {
         self.nodes.len()
     }
 
@@ -203,7 +203,7 @@ impl Graph {
 
     /// How often each value is read, results included.
     pub fn uses(&self) -> Vec<usize> {
-        let mut uses = vec![0; self.len()];
+        let mut uses = vec![0; self.n_values()];
         for at in self.needed() {
             self.op(at).operands().into_iter().for_each(|x| uses[x] += 1);
         }
@@ -213,14 +213,14 @@ impl Graph {
 
     /// What the results depend on, operands first.
     pub fn needed(&self) -> Vec<Id> {
-        let mut needed = vec![false; self.len()];
+        let mut needed = vec![false; self.n_values()];
         self.outputs.iter().for_each(|&x| needed[x] = true);
-        for at in (0..self.len()).rev() {
+        for at in (0..self.n_values()).rev() {
             if needed[at] {
                 self.op(at).operands().into_iter().for_each(|x| needed[x] = true);
             }
         }
-        (0..self.len()).filter(|&at| needed[at]).collect()
+        (0..self.n_values()).filter(|&at| needed[at]).collect()
     }
 
     /// The same with affine maps folded into the products before and behind them, and gates recognised.
@@ -232,7 +232,7 @@ impl Graph {
             ..Graph::default()
         };
         let uses = self.uses();
-        let mut place = vec![0; self.len()];
+        let mut place = vec![0; self.n_values()];
         for at in self.needed() {
             let op = self.op(at).of(|x| place[x]);
             place[at] = match &op {

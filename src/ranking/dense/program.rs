@@ -152,7 +152,7 @@ struct Compiler<'a> {
 impl Program {
     /// Makes the steps.
     pub fn compile(graph: &Graph, plan: Plan<'_>) -> Self {
-        let mut readers = vec![Vec::new(); graph.len()];
+        let mut readers = vec![Vec::new(); graph.n_values()];
         let needed = graph.needed();
         for &at in &needed {
             graph.op(at).operands().into_iter().for_each(|x| readers[x].push(at));
