@@ -60,7 +60,7 @@ pub fn fastest(mut general: OnnxRanker, onnx: &Path, manifest: &RankerManifest) 
         Ok(graph) => Box::new(DenseRanker::new(Arc::new(Model::plain(general.name(), &graph, Kernel::detect())))),
         Err(reason) => {
             tracing::info!(ranker = general.name(), reason, "runs on the general ONNX runtime");
-            Box::new(general)
+            Box::new(general.because(reason))
         }
     }
 }
@@ -119,6 +119,30 @@ mod tests {
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
         assert!(recognise(&mut general, &onnx, &other).is_err());
-        assert_eq!(fastest(general, &onnx, &manifest).name(), "demo");
+        let refused = fastest(general, &onnx, &other).report();
+        assert!(refused.engine == "onnx" && refused.reason.is_some(), "{refused}");
+        let load = |manifest: &RankerManifest| {
+            OnnxRanker::load("demo", &onnx, manifest, &widths, Arc::new(ThreadPool::with_num_threads(1)))
+        };
+        assert_eq!(fastest(load(&manifest).unwrap(), &onnx, &manifest).report().engine, "dense");
+        // The score as an expression, in both engines; `recognise` compares them.
+        let mut combined = manifest.clone();
+        combined.output =
+            manifest::RankerOutput { name: String::new(), score: "sigmoid(score) * 2 - score / 3".into() };
+        let mut general = load(&combined).unwrap();
+        recognise(&mut general, &onnx, &combined).unwrap();
+        let (features, mut plain, mut scores) = (trial_rows(&widths, 9), Vec::new(), Vec::new());
+        load(&manifest).unwrap().score(&features, 9, &mut plain).unwrap();
+        general.score(&features, 9, &mut scores).unwrap();
+        let want = |v: f32| 2.0 / (1.0 + (-v).exp()) - v / 3.0;
+        assert!(plain.iter().zip(&scores).all(|(&v, got)| (want(v) - got).abs() <= 1e-5 * v.abs().max(1.0)));
+        let refused = |output: manifest::RankerOutput| {
+            load(&RankerManifest { output, ..manifest.clone() }).err().unwrap().to_string()
+        };
+        let output = |name: &str, score: &str| manifest::RankerOutput { name: name.into(), score: score.into() };
+        assert!(refused(output("", "score + click")).contains("no output `click`; the model has score"));
+        assert!(refused(output("", "score +")).contains("output.score `score +`: at character 8"));
+        assert!(refused(output("score", "score")).contains("both a `name` and a `score`"));
+        assert!(refused(output("", "")).contains("needs a `name` or a `score`"));
     }
 }

@@ -9,6 +9,7 @@ use rten_tensor::{NdTensorView, Tensor};
 
 use super::expression::Expression;
 use super::manifest::RankerManifest;
+use super::precision::Report;
 use super::{RankError, Ranker};
 
 /// An ONNX model on the CPU, one thread.
@@ -20,6 +21,8 @@ pub struct OnnxRanker {
     /// What makes one score of them.
     score: Expression,
     options: RunOptions,
+    /// What keeps the model from a faster engine.
+    reason: Option<String>,
 }
 
 impl OnnxRanker {
@@ -66,13 +69,18 @@ impl OnnxRanker {
         };
         let outputs = names.iter().map(place).collect::<Result<Vec<_>, _>>()?;
         let options = RunOptions::default().with_thread_pool(Some(pool));
-        let mut ranker = OnnxRanker { name: name.to_owned(), model, inputs, outputs, score, options };
+        let mut ranker = OnnxRanker { name: name.to_owned(), model, inputs, outputs, score, options, reason: None };
         // One row and many: a graph exported with a fixed batch fails here and not at the first request.
         for n in [1, 7, 900] {
             let features: Vec<Vec<f32>> = widths.iter().map(|width| vec![0.0; n * width]).collect();
             ranker.score(&features, n, &mut Vec::new())?;
         }
         Ok(ranker)
+    }
+
+    /// The same, with what keeps the model from a faster engine for its report.
+    pub fn because(self, reason: String) -> Self {
+        OnnxRanker { reason: Some(reason), ..self }
     }
 
     /// Values of a row, for each input of the manifest.
@@ -117,5 +125,9 @@ impl Ranker for OnnxRanker {
             }
         }
         Ok(())
+    }
+
+    fn report(&self) -> Report {
+        Report::other("onnx", self.reason.clone())
     }
 }
