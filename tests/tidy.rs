@@ -50,6 +50,7 @@ fn unsafe_is_fenced() {
         "src/memory.rs",
         "src/ranking/dense/elementwise.rs",
         "src/ranking/dense/kernels.rs",
+        "src/ranking/dense/kernels/x86.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];
