@@ -31,6 +31,22 @@ impl Source {
     }
 }
 
+/// What a feature column depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dependence {
+    /// The same for all candidates of a request: user, context.
+    Request,
+    /// The same in every request: what is known of the item.
+    Item,
+    /// Both: what sources say of the candidate, or of the history and the item together.
+    Candidate,
+}
+
+impl Dependence {
+    /// All, in the order of their numbers.
+    pub const ALL: [Dependence; 3] = [Dependence::Request, Dependence::Item, Dependence::Candidate];
+}
+
 /// A set of [`Source`]s, one bit each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SourceSet(pub u8);

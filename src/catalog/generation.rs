@@ -1,5 +1,6 @@
 //! One loaded bundle: everything immutable that a request reads.
 
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -53,6 +54,8 @@ pub struct Generation {
     pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
     /// See [`Generation::filters`].
     pub(super) shared_filters: OnceLock<FilterCache>,
+    /// What a kind of device made of the rankers once, for all its workers.
+    pub(crate) shared_rankers: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Generation {
@@ -450,6 +453,7 @@ pub mod testing {
             roles: Roles::default(),
             shared_index: OnceLock::new(),
             shared_filters: OnceLock::new(),
+            shared_rankers: OnceLock::new(),
         }
     }
 

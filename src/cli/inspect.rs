@@ -1,8 +1,12 @@
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 
 use crate::catalog::bundle;
+use crate::device::cpu;
+use crate::pipeline::PipelineConfig;
 
 /// `tastemaker inspect`
 #[derive(Debug, Args)]
@@ -17,10 +21,25 @@ pub struct Inspect {
 impl Inspect {
     pub fn run(self) -> anyhow::Result<()> {
         let info = bundle::describe(&self.bundle)?;
+        // Loaded as a server would: what a ranker is computed in is measured, and not the same on every machine.
+        let reports = match info.rankers.is_empty() {
+            true => Ok(Vec::new()),
+            false => cpu::reports(PipelineConfig::default(), &Arc::new(bundle::open(&self.bundle)?)),
+        };
         if self.json {
+            let mut info = serde_json::to_value(&info)?;
+            info["computed"] = serde_json::to_value(reports?.into_iter().collect::<BTreeMap<_, _>>())?;
             say!("{}", serde_json::to_string_pretty(&info)?);
-        } else {
-            say!("{info}");
+            return Ok(());
+        }
+        say!("{info}");
+        match reports {
+            Ok(reports) => {
+                for (name, report) in reports {
+                    say!("computed      {name}: {report}");
+                }
+            }
+            Err(error) => say!("computed      {error}"),
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! A manifest's columns, compiled to writers, and the matrix that they fill.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::candidates::{Candidates, Source, SourceSet};
+use crate::candidates::{Candidates, Dependence, Source, SourceSet};
 use crate::catalog::generation::{ColumnData, Generation, Interaction};
 use crate::context::nearest;
 use crate::device::{Context, PlannedUser};
@@ -76,6 +77,16 @@ enum Op {
     Context(String),
 }
 
+impl Op {
+    fn dependence(&self) -> Dependence {
+        match self {
+            Op::UserEmbedding | Op::UserNumber(_) | Op::HistoryLength | Op::Context(_) => Dependence::Request,
+            Op::ItemEmbedding | Op::ItemNumber(_) | Op::Popularity => Dependence::Item,
+            _ => Dependence::Candidate,
+        }
+    }
+}
+
 /// The columns of one model input.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -95,6 +106,13 @@ struct Logs {
 }
 
 impl Logs {
+    fn new(popularity: &[f32]) -> Self {
+        Logs {
+            of_counts: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
+            of_popularity: popularity.iter().map(|p| p.ln_1p()).collect(),
+        }
+    }
+
     fn of(&self, n: u32) -> f32 {
         self.of_counts.get(n as usize).copied().unwrap_or_else(|| (n as f32).ln_1p())
     }
@@ -225,13 +243,8 @@ impl Layout {
         let dim = generation.item_embeddings.as_ref().map_or(0, |m| m.dim);
         let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
         let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
-        let logs = Arc::new(Logs {
-            of_counts: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
-            of_popularity: match asks(|op| matches!(op, Op::Popularity)) {
-                true => generation.popularity.iter().map(|p| p.ln_1p()).collect(),
-                false => Vec::new(),
-            },
-        });
+        let popularity = if asks(|op| matches!(op, Op::Popularity)) { &generation.popularity[..] } else { &[] };
+        let logs = Arc::new(Logs::new(popularity));
         Ok(Layout { ops, dim, width, logs })
     }
 
@@ -247,9 +260,56 @@ impl Layout {
         self.width
     }
 
+    /// What each value depends on, `[width]`.
+    pub fn dependences(&self) -> Vec<Dependence> {
+        self.ops.iter().flat_map(|op| vec![op.dependence(); Self::op_width(op, self.dim)]).collect()
+    }
+
+    /// The columns of several layouts that depend on what is `wanted`, side by side.
+    pub fn part(layouts: &[Layout], wanted: impl Fn(Dependence) -> bool) -> Layout {
+        let ops: Vec<Op> = layouts.iter().flat_map(|l| &l.ops).filter(|op| wanted(op.dependence())).cloned().collect();
+        let dim = layouts.first().map_or(0, |l| l.dim);
+        let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
+        let informed = layouts.iter().find(|l| !l.logs.of_popularity.is_empty()).or(layouts.first());
+        let logs = informed.map_or_else(|| Arc::new(Logs::new(&[])), |l| l.logs.clone());
+        Layout { ops, dim, width, logs }
+    }
+
     /// Fills `out` with `[candidates, width]`, row-major.
     pub fn fill(&self, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, out: &mut Vec<f32>) {
-        let rows = &inputs.candidates.rows[..];
+        self.fill_first(inputs.candidates.len(), inputs, scratch, out);
+    }
+
+    /// Fills `out` with `[rows, width]` of any items, for columns that depend on nothing else; others are as for nobody.
+    pub fn fill_items(
+        &self,
+        generation: &Generation,
+        rows: Range<u32>,
+        scratch: &mut FeatureScratch,
+        out: &mut Vec<f32>,
+    ) {
+        let n = rows.len();
+        let mut candidates = Candidates { rows: rows.collect(), ..Candidates::default() };
+        candidates.sources.resize(n, Default::default());
+        candidates.source_scores.iter_mut().for_each(|scores| scores.resize(n, 0.0));
+        candidates.source_ranks.iter_mut().for_each(|ranks| ranks.resize(n, 0));
+        let inputs = Inputs {
+            generation,
+            user: &PlannedUser::default(),
+            context: &Context::default(),
+            candidates: &candidates,
+            cooccurrence: &|rows, out| out.resize(out.len() + rows.len(), Default::default()),
+            dots: &|rows, _, out| out.resize(out.len() + rows.len(), 0.0),
+        };
+        self.fill(&inputs, scratch, out);
+    }
+
+    /// Fills `out` with the rows of the first `n` candidates: all, or one where the columns are the same for all.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn fill_first(&self, n: usize, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, out: &mut Vec<f32>) {
+        let rows = &inputs.candidates.rows[..n];
         out.clear();
         out.resize(rows.len() * self.width, 0.0);
         self.prepare(inputs, scratch);
@@ -617,6 +677,30 @@ mod tests {
         assert_eq!(get("context.place"), [0.0; 2]);
         let wide = matrix(&generation, &["user.embedding", "cross.dot", "item.embedding"], &user, &[1, 2]);
         assert_eq!(wide, [9.0, 8.0, 0.75, 3.0, 4.0, 9.0, 8.0, -2.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn parts_hold_the_columns_of_their_kind() {
+        let mut generation = testing::with_embeddings(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2);
+        testing::add_number(&mut generation, "price", &[7.0, 8.0, 9.0]);
+        generation.popularity = vec![0.0, 1.0, 2.0].into();
+        let layout = |columns: &[&str]| {
+            let columns: Vec<String> = columns.iter().map(|c| (*c).to_owned()).collect();
+            Layout::compile(&columns, &generation).unwrap()
+        };
+        let whole = [
+            layout(&["user.history_length", "item.embedding", "cross.dot", "context.hour"]),
+            layout(&["item.price", "candidate.ann.rank", "item.popularity", "user.embedding"]),
+        ];
+        use Dependence::{Candidate, Item, Request};
+        assert_eq!(whole[0].dependences(), [Request, Item, Item, Candidate, Request]);
+        assert_eq!(whole[1].dependences(), [Item, Candidate, Item, Request, Request]);
+        let width = |wanted: Dependence| Layout::part(&whole, |d| d == wanted).width();
+        assert_eq!((width(Request), width(Item), width(Candidate)), (4, 4, 2));
+        let mut out = Vec::new();
+        let items = Layout::part(&whole, |d| d == Item);
+        items.fill_items(&generation, 1..3, &mut FeatureScratch::default(), &mut out);
+        assert_eq!(out, [3.0, 4.0, 8.0, 1f32.ln_1p(), 5.0, 6.0, 9.0, 2f32.ln_1p()]);
     }
 
     #[test]

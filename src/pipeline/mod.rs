@@ -43,6 +43,9 @@ pub struct PipelineConfig {
     pub filter_cache_bytes: u64,
     /// Weights of rankers by name; empty: the bundle's first one alone.
     pub rankers: BTreeMap<String, f32>,
+    /// Memory for what a ranker computes of each item ahead, per ranker and shared by all workers; one that needs more computes
+    /// it for every candidate. 0: none does. Default 2 GiB.
+    pub item_table_bytes: u64,
 }
 
 impl Default for PipelineConfig {
@@ -58,6 +61,7 @@ impl Default for PipelineConfig {
             search_weight: 1.0,
             filter_cache_bytes: 64 << 20,
             rankers: BTreeMap::new(),
+            item_table_bytes: 2 << 30,
         }
     }
 }

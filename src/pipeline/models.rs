@@ -54,7 +54,11 @@ impl Model {
                     let datatype = spec.ok_or_else(|| of(format!("no input `{}`", input.name)))?.datatype;
                     inputs.push(ModelInput { name: input.name.clone(), datatype, width });
                 }
-                let name = ranker.manifest.output.name.clone();
+                // An expression over several outputs has no name of its own.
+                let name = match ranker.manifest.output.name.as_str() {
+                    "" => "score".to_owned(),
+                    name => name.to_owned(),
+                };
                 let flat = signature.outputs.iter().any(|spec| spec.name == name && spec.rank == 1);
                 Ok(Model { name: ranker.name.clone(), inputs, output: ModelOutput { name, flat } })
             })

@@ -1,23 +1,28 @@
 //! Models that score candidates.
 
+pub mod dense;
 pub mod ensemble;
+pub mod expression;
 pub mod graph;
 pub mod manifest;
-pub mod mlp;
 pub mod onnx;
+pub mod precision;
 pub mod signature;
 pub mod tree_model;
 mod tree_nodes;
 pub mod trees;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use rten_onnx::onnx::ModelProto;
 
 use crate::index::Kernel;
+use dense::ops::Graph;
+use dense::{DenseRanker, MOST_INPUTS, Model};
 use manifest::RankerManifest;
-use mlp::Mlp;
 use onnx::OnnxRanker;
+use precision::Report;
 
 /// Why a model can't be used or did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -45,63 +50,108 @@ pub trait Ranker: Send {
     fn rows_are_independent(&self) -> bool {
         false
     }
+
+    /// How it is computed.
+    fn report(&self) -> Report {
+        Report::other("onnx", None)
+    }
+
+    /// The same as a dense network, which may be scored in parts.
+    fn dense(&mut self) -> Option<&mut DenseRanker> {
+        None
+    }
 }
 
-/// The engine for perceptrons where the loaded model is one and scores there as it does in the general runtime, else the general
-/// runtime. `onnx` and `manifest` are what `general` was loaded from.
+/// The engine for dense networks, in f32, where the loaded model is one and scores there as it does in the general runtime, else the
+/// general runtime. `onnx` and `manifest` are what `general` was loaded from.
 pub fn fastest(mut general: OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Box<dyn Ranker> {
-    match perceptron(&mut general, onnx, manifest) {
-        Ok(mlp) => {
-            tracing::debug!(ranker = general.name(), "runs on the engine for perceptrons");
-            Box::new(mlp)
-        }
+    match recognise(&mut general, onnx, manifest) {
+        Ok(graph) => Box::new(DenseRanker::new(Arc::new(Model::plain(general.name(), &graph, Kernel::detect())))),
         Err(reason) => {
             tracing::info!(ranker = general.name(), reason, "runs on the general ONNX runtime");
-            Box::new(general)
+            Box::new(general.because(reason))
         }
     }
 }
 
-/// The model as a perceptron, held against the general runtime, which also refuses features of another width.
-fn perceptron(general: &mut OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Result<Mlp, String> {
-    let [input] = &manifest.inputs[..] else { return Err(format!("{} inputs", manifest.inputs.len())) };
+/// The model as a dense network, held against the general runtime.
+///
+/// # Errors
+/// What keeps it from being one, or that it scores otherwise.
+pub fn recognise(general: &mut OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Result<Graph, String> {
+    if manifest.inputs.len() > MOST_INPUTS {
+        return Err(format!("{} inputs", manifest.inputs.len()));
+    }
     let file = std::fs::File::open(onnx).map_err(|e| e.to_string())?;
     let model = ModelProto::parse_file(file).map_err(|e| e.to_string())?;
-    let layers = graph::chain(&model, &input.name, &manifest.output.name)?;
-    let mut mlp = Mlp::new(general.name(), &layers, Kernel::detect());
-    let width = mlp.n_inputs();
-    // Values of several magnitudes and both signs, the same at every load.
+    let inputs: Vec<(&str, usize)> = manifest.inputs.iter().map(|i| i.name.as_str()).zip(general.widths()).collect();
+    let (score, names) = manifest.output.expression()?;
+    let mut graph = graph::read(&model, &inputs, &names.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let outputs = std::mem::take(&mut graph.outputs);
+    graph.outputs = vec![score.add_to(&mut graph, &outputs)];
+    let graph = graph.simplified();
+    let mut dense = DenseRanker::new(Arc::new(Model::plain(general.name(), &graph, Kernel::detect())));
     let n = 64;
-    let value = |at: usize| ((at * 7919) % 2001) as f32 / 1000.0 - 1.0;
-    let features = [(0..n * width).map(|at| value(at) * 10f32.powi((at / width % 4) as i32 - 1)).collect()];
+    let features = trial_rows(&inputs.iter().map(|(_, width)| *width).collect::<Vec<_>>(), n);
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     general.score(&features, n, &mut theirs).map_err(|e| e.reason)?;
-    mlp.score(&features, n, &mut ours).map_err(|e| e.reason)?;
-    let size = theirs.iter().fold(1f32, |most, v| most.max(v.abs()));
-    match ours.iter().zip(&theirs).all(|(a, b)| (a - b).abs() <= 1e-4 * size) {
-        true => Ok(mlp),
-        false => Err("the engine for perceptrons scores it otherwise".to_owned()),
+    dense.score(&features, n, &mut ours).map_err(|e| e.reason)?;
+    let size = theirs.iter().filter(|v| v.is_finite()).fold(1f32, |most, v| most.max(v.abs()));
+    let same = |a: f32, b: f32| (a - b).abs() <= 1e-4 * size || (!a.is_finite() && !b.is_finite());
+    match ours.iter().zip(&theirs).all(|(&a, &b)| same(a, b)) && theirs.iter().any(|v| v.is_finite()) {
+        true => Ok(graph),
+        false => Err("the engine for dense networks scores it otherwise".to_owned()),
     }
+}
+
+/// Values of several magnitudes and both signs, the same at every load: `[n, width]` for each input.
+fn trial_rows(widths: &[usize], n: usize) -> Vec<Vec<f32>> {
+    let value = |at: usize| ((at * 7919) % 2001) as f32 / 1000.0 - 1.0;
+    let input = |width: &usize| (0..n * width).map(|at| value(at) * 10f32.powi((at / width % 4) as i32 - 1)).collect();
+    widths.iter().map(input).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use rten::ThreadPool;
-    use std::sync::Arc;
 
     #[test]
-    fn the_demo_ranker_is_a_perceptron() {
+    fn the_demo_ranker_is_a_dense_network() {
         let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
         let manifest: RankerManifest =
             toml::from_str(&std::fs::read_to_string(engines.join("demo.toml")).unwrap()).unwrap();
         let (onnx, widths) = (engines.join("demo.onnx"), [manifest.inputs[0].columns.len()]);
         let pool = Arc::new(ThreadPool::with_num_threads(1));
         let mut general = OnnxRanker::load("demo", &onnx, &manifest, &widths, pool).unwrap();
-        assert_eq!(perceptron(&mut general, &onnx, &manifest).unwrap().n_inputs(), widths[0]);
+        assert_eq!(recognise(&mut general, &onnx, &manifest).unwrap().inputs, widths);
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
-        assert!(perceptron(&mut general, &onnx, &other).is_err());
-        assert_eq!(fastest(general, &onnx, &manifest).name(), "demo");
+        assert!(recognise(&mut general, &onnx, &other).is_err());
+        let refused = fastest(general, &onnx, &other).report();
+        assert!(refused.engine == "onnx" && refused.reason.is_some(), "{refused}");
+        let load = |manifest: &RankerManifest| {
+            OnnxRanker::load("demo", &onnx, manifest, &widths, Arc::new(ThreadPool::with_num_threads(1)))
+        };
+        assert_eq!(fastest(load(&manifest).unwrap(), &onnx, &manifest).report().engine, "dense");
+        // The score as an expression, in both engines; `recognise` compares them.
+        let mut combined = manifest.clone();
+        combined.output =
+            manifest::RankerOutput { name: String::new(), score: "sigmoid(score) * 2 - score / 3".into() };
+        let mut general = load(&combined).unwrap();
+        recognise(&mut general, &onnx, &combined).unwrap();
+        let (features, mut plain, mut scores) = (trial_rows(&widths, 9), Vec::new(), Vec::new());
+        load(&manifest).unwrap().score(&features, 9, &mut plain).unwrap();
+        general.score(&features, 9, &mut scores).unwrap();
+        let want = |v: f32| 2.0 / (1.0 + (-v).exp()) - v / 3.0;
+        assert!(plain.iter().zip(&scores).all(|(&v, got)| (want(v) - got).abs() <= 1e-5 * v.abs().max(1.0)));
+        let refused = |output: manifest::RankerOutput| {
+            load(&RankerManifest { output, ..manifest.clone() }).err().unwrap().to_string()
+        };
+        let output = |name: &str, score: &str| manifest::RankerOutput { name: name.into(), score: score.into() };
+        assert!(refused(output("", "score + click")).contains("no output `click`; the model has score"));
+        assert!(refused(output("", "score +")).contains("output.score `score +`: at character 8"));
+        assert!(refused(output("score", "score")).contains("both a `name` and a `score`"));
+        assert!(refused(output("", "")).contains("needs a `name` or a `score`"));
     }
 }

@@ -1,5 +1,7 @@
 //! The CPU engine: complete, always there, and the oracle for every other device.
 
+mod rankers;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,11 +20,11 @@ use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch
 use crate::index::{Filter, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
-use crate::ranking::onnx::OnnxRanker;
-use crate::ranking::{self, Ranker, tree_model};
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
+use rankers::LoadedRanker;
+pub use rankers::reports;
 
 /// Generations kept ready: the one that serves and the one before it, for jobs still on their way.
 const KEPT: usize = 2;
@@ -44,13 +46,6 @@ struct Loaded {
     index: Option<Arc<dyn VectorIndex>>,
     /// By position in the generation's rankers.
     rankers: Vec<LoadedRanker>,
-}
-
-struct LoadedRanker {
-    layouts: Vec<Layout>,
-    ranker: Box<dyn Ranker>,
-    /// Share in the mean of a recommendation; 0: only by name, through Rank.
-    weight: f32,
 }
 
 #[derive(Default)]
@@ -90,7 +85,9 @@ pub fn with_device(config: Arc<PipelineConfig>, body: impl FnOnce(&mut CpuDevice
 /// What can't be loaded.
 pub fn try_rankers(config: PipelineConfig, generation: &Generation) -> Result<(), DeviceError> {
     let mut result = Ok(());
-    with_device(Arc::new(config), |device| result = device.rankers(generation).map(drop));
+    with_device(Arc::new(config), |device| {
+        result = rankers::load(&device.config, generation, &device.pool, None).map(drop);
+    });
     result
 }
 
@@ -109,57 +106,10 @@ impl CpuDevice {
         let loaded = self.loaded.iter().find(|l| Arc::ptr_eq(&l.generation, &job.generation));
         let index = loaded.and_then(|l| l.index.as_deref());
         let mut out = Vec::new();
-        fill(
-            &layout,
-            &job.generation,
-            index,
-            job,
-            &mut self.scratch.features,
-            &self.scratch.signals,
-            &self.scratch.candidates,
-            &mut out,
-        );
+        let Scratch { signals, candidates, features, .. } = &mut self.scratch;
+        let gathered = Gathered { generation: &job.generation, index, job, signals, candidates };
+        gathered.fill(&layout, candidates.len(), features, &mut out);
         Ok((out, layout.width()))
-    }
-
-    fn rankers(&self, generation: &Generation) -> Result<Vec<LoadedRanker>, DeviceError> {
-        let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
-        let mut rankers = Vec::new();
-        for (at, model) in generation.rankers.iter().enumerate() {
-            let mut layouts = Vec::new();
-            for input in &model.manifest.inputs {
-                let layout = Layout::compile(&input.columns, generation)
-                    .map_err(|e| wrong(format!("ranker `{}`: input `{}`: {e}", model.name, input.name)))?;
-                layouts.push(layout);
-            }
-            let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
-            let trees = tree_model::load(&model.name, &model.onnx, &model.manifest, &widths);
-            let ranker: Box<dyn Ranker> = match trees.map_err(|e| wrong(e.to_string()))? {
-                Some(trees) => Box::new(trees),
-                None => {
-                    let pool = self.pool.clone();
-                    let ranker = OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool)
-                        .map_err(|e| wrong(e.to_string()))?;
-                    ranking::fastest(ranker, &model.onnx, &model.manifest)
-                }
-            };
-            let weight = match &self.config.rankers {
-                weights if weights.is_empty() => {
-                    if at == 0 {
-                        1.0
-                    } else {
-                        0.0
-                    }
-                }
-                weights => weights.get(&model.name).copied().unwrap_or(0.0),
-            };
-            rankers.push(LoadedRanker { layouts, ranker, weight });
-        }
-        if let Some(name) = self.config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name))
-        {
-            return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
-        }
-        Ok(rankers)
     }
 }
 
@@ -170,9 +120,12 @@ impl Device for CpuDevice {
 
     fn load(&mut self, generation: &Arc<Generation>) -> Result<(), DeviceError> {
         if self.loaded.iter().all(|l| !Arc::ptr_eq(&l.generation, generation)) {
-            let rankers = self.rankers(generation)?;
-            let (generation, index) = (generation.clone(), generation.index());
-            self.loaded.push_front(Loaded { generation, index, rankers });
+            let bare = || Loaded { generation: generation.clone(), index: generation.index(), rankers: Vec::new() };
+            let requests = || rankers::requests(&self.config, &mut bare());
+            let rankers = rankers::load(&self.config, generation, &self.pool, Some(&requests))?;
+            let mut loaded = Loaded { rankers, ..bare() };
+            rankers::warm_up(&self.config, &mut loaded, &mut self.scratch);
+            self.loaded.push_front(loaded);
             self.loaded.truncate(KEPT);
         }
         Ok(())
@@ -346,21 +299,20 @@ impl Loaded {
                 continue;
             }
             let clock = Instant::now();
-            scratch.inputs.resize_with(loaded.layouts.len(), Vec::new);
-            for (layout, out) in loaded.layouts.iter().zip(&mut scratch.inputs) {
-                fill(
-                    layout,
-                    generation,
-                    index.as_deref(),
-                    job,
-                    &mut scratch.features,
-                    &scratch.signals,
-                    &scratch.candidates,
-                    out,
-                );
+            let Scratch { signals, candidates, features, inputs, scores, .. } = &mut *scratch;
+            let gathered = Gathered { generation, index: index.as_deref(), job, signals, candidates };
+            let layouts = loaded.parts.as_ref().map_or(&loaded.layouts[..], |parts| &parts[..]);
+            inputs.resize_with(layouts.len(), Vec::new);
+            for (part, (layout, out)) in layouts.iter().zip(&mut *inputs).enumerate() {
+                // Of the parts, the first is the request's.
+                let n = if loaded.parts.is_some() && part == 0 { 1 } else { n };
+                gathered.fill(layout, n, features, out);
             }
             let clock = job.timings.lap(Stage::Features, clock);
-            let result = loaded.ranker.score(&scratch.inputs, n, &mut scratch.scores);
+            let result = match (&loaded.parts, loaded.ranker.dense()) {
+                (Some(_), Some(dense)) => dense.score_split(&inputs[0], &candidates.rows, &inputs[1], scores),
+                _ => loaded.ranker.score(inputs, n, scores),
+            };
             let after = job.timings.lap(Stage::Rank, clock);
             job.ranked.inference[at] = after - clock;
             match result {
@@ -489,7 +441,9 @@ impl Loaded {
     /// Whether jobs like this one may share a call of its ranker.
     fn shareable(&self, job: &Job) -> bool {
         let (Task::Rank { ranker, .. } | Task::Infer { ranker, .. }) = job.task else { return false };
-        self.rankers.get(usize::from(ranker)).is_some_and(|loaded| loaded.ranker.rows_are_independent())
+        // A ranking is computed in parts where that can be: by itself it would then be rounded otherwise.
+        let whole = |loaded: &LoadedRanker| loaded.parts.is_none() || matches!(job.task, Task::Infer { .. });
+        self.rankers.get(usize::from(ranker)).is_some_and(|l| l.ranker.rows_are_independent() && whole(l))
     }
 
     /// Rankings or inferences by one ranker, in one call of it; what each gets is what it would get alone.
@@ -516,7 +470,8 @@ impl Loaded {
                 let clock = Instant::now();
                 let Scratch { inputs, features, signals, candidates, part, .. } = &mut *scratch;
                 for (layout, all) in loaded.layouts.iter().zip(inputs) {
-                    fill(layout, generation, index.as_deref(), job, features, signals, candidates, part);
+                    let gathered = Gathered { generation, index: index.as_deref(), job, signals, candidates };
+                    gathered.fill(layout, candidates.len(), features, part);
                     all.extend_from_slice(part);
                 }
                 job.timings.lap(Stage::Features, clock);
@@ -575,36 +530,37 @@ fn as_asked(job: &mut Job, rows: &[u32], scores: &[f32]) {
     }));
 }
 
-/// Fills the feature matrix of a job's candidates.
-#[expect(clippy::too_many_arguments, reason = "split borrows of the scratch")]
-fn fill(
-    layout: &Layout,
-    generation: &Generation,
-    index: Option<&dyn VectorIndex>,
-    job: &Job,
-    scratch: &mut FeatureScratch,
-    signals: &Signals,
-    candidates: &Candidates,
-    out: &mut Vec<f32>,
-) {
-    let vector = &job.user.vector;
-    let inputs = Inputs {
-        generation,
-        user: &job.user,
-        context: &job.context,
-        candidates,
-        cooccurrence: &|rows, out| {
-            signals.each(rows, |s| {
-                let top3 = s.largest.iter().sum();
-                out.push(CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3, count: s.count });
-            });
-        },
-        dots: &|rows, search, out| match index {
-            Some(index) if vector.len() == index.dim() => index.scores(vector, rows, search, out),
-            _ => out.resize(out.len() + rows.len(), 0.0),
-        },
-    };
-    layout.fill(&inputs, scratch, out);
+/// What the features of a job's candidates are made of.
+struct Gathered<'a> {
+    generation: &'a Generation,
+    index: Option<&'a dyn VectorIndex>,
+    job: &'a Job,
+    signals: &'a Signals,
+    candidates: &'a Candidates,
+}
+
+impl Gathered<'_> {
+    /// Fills the feature matrix of the first `n` candidates.
+    fn fill(&self, layout: &Layout, n: usize, scratch: &mut FeatureScratch, out: &mut Vec<f32>) {
+        let vector = &self.job.user.vector;
+        let inputs = Inputs {
+            generation: self.generation,
+            user: &self.job.user,
+            context: &self.job.context,
+            candidates: self.candidates,
+            cooccurrence: &|rows, out| {
+                self.signals.each(rows, |s| {
+                    let top3 = s.largest.iter().sum();
+                    out.push(CooccurrenceSignal { sum: s.sum, max: s.largest[0], top3, count: s.count });
+                });
+            },
+            dots: &|rows, search, out| match self.index {
+                Some(index) if vector.len() == index.dim() => index.scores(vector, rows, search, out),
+                _ => out.resize(out.len() + rows.len(), 0.0),
+            },
+        };
+        layout.fill_first(n, &inputs, scratch, out);
+    }
 }
 
 /// With a query, adds `weight` × the search score over the best search score: what was asked for comes before what
@@ -626,7 +582,7 @@ mod tests {
     use super::*;
     use crate::catalog::generation::testing;
     use crate::context::Deadline;
-    use crate::ranking::RankError;
+    use crate::ranking::{RankError, Ranker};
     use std::time::Duration;
 
     /// Sums a row up; fails at 13, panics at 14.
@@ -658,7 +614,7 @@ mod tests {
         let pool = Arc::new(ThreadPool::with_num_threads(1));
         let mut device = CpuDevice::new(Arc::new(PipelineConfig::default()), pool);
         let layouts = vec![Layout::compile(&["item.popularity".into()], &generation).unwrap()];
-        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), weight: 1.0 }];
+        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), parts: None, weight: 1.0 }];
         device.loaded.push_front(Loaded { generation: generation.clone(), index: None, rankers });
         let job = |rows: &[f32]| {
             let mut job = Box::new(Job::new(generation.clone()));

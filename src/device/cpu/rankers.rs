@@ -1,0 +1,363 @@
+//! A generation's rankers made ready: models once for all workers, buffers for each.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use rten::ThreadPool;
+
+use super::Loaded;
+use super::Scratch;
+use crate::candidates::{Candidates, Dependence};
+use crate::catalog::generation::{Generation, Interaction, RankerModel};
+use crate::device::{DeviceError, Job, Task};
+use crate::features::assemble::{FeatureScratch, Layout};
+use crate::index::{Kernel, VectorIndex};
+use crate::pipeline::PipelineConfig;
+use crate::ranking::dense::{DenseRanker, Items, Model, Sample, Setting};
+use crate::ranking::manifest::Calibration;
+use crate::ranking::onnx::OnnxRanker;
+use crate::ranking::precision::{Report, Wanted};
+use crate::ranking::tree_model::{self, TreeRanker};
+use crate::ranking::{self, Ranker};
+use crate::retrieval::merge::merge;
+
+/// Users whose requests a model is measured on.
+const SAMPLE_USERS: usize = 64;
+/// Feature values of all of them together, at most.
+const SAMPLE_VALUES: usize = 32 << 20;
+/// Requests that a worker answers to nobody before the first.
+const WARM_UPS: usize = 8;
+
+/// A ranker of one worker.
+pub struct LoadedRanker {
+    /// By input.
+    pub layouts: Vec<Layout>,
+    pub ranker: Box<dyn Ranker>,
+    /// The columns of a request and of candidates where the model is computed in parts.
+    pub parts: Option<[Layout; 2]>,
+    /// Share in the mean of a recommendation; 0: only by name, through Rank.
+    pub weight: f32,
+}
+
+/// What all workers share: by ranker, the model where the engine for dense networks computes it.
+type Shared = Result<Vec<Option<Arc<Model>>>, String>;
+
+/// Makes a generation's rankers ready for a worker. With `requests`, models are shared through the generation, measured on what
+/// they give and split; without, nothing is kept.
+pub fn load(
+    config: &PipelineConfig,
+    generation: &Generation,
+    pool: &Arc<ThreadPool>,
+    requests: Option<&dyn Fn() -> Vec<Request>>,
+) -> Result<Vec<LoadedRanker>, DeviceError> {
+    let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
+    if let Some(name) = config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name)) {
+        return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
+    }
+    let shared = match requests {
+        Some(requests) => {
+            let make = || Box::new(prepare(config, generation, pool, Some(requests))) as Box<_>;
+            let shared = generation.shared_rankers.get_or_init(make).downcast_ref::<Shared>();
+            shared.cloned().ok_or_else(|| wrong("another kind of device holds its rankers".to_owned()))?
+        }
+        None => prepare(config, generation, pool, None),
+    };
+    let mut rankers = Vec::new();
+    for ((at, model), dense) in generation.rankers.iter().enumerate().zip(shared.map_err(wrong)?) {
+        let layouts = layouts(model, generation).map_err(wrong)?;
+        let mut parts = None;
+        let ranker: Box<dyn Ranker> = match dense {
+            Some(dense) => {
+                parts = dense.columns().map(|columns| {
+                    let has_table = columns.iter().flatten().any(|c| *c == Dependence::Item);
+                    let request = Layout::part(&layouts, |d| d == Dependence::Request);
+                    let is_candidate = |d| d == Dependence::Candidate || (d == Dependence::Item && !has_table);
+                    [request, Layout::part(&layouts, is_candidate)]
+                });
+                Box::new(DenseRanker::new(dense))
+            }
+            None => match trees(model, &layouts).map_err(wrong)? {
+                Some(trees) => Box::new(trees),
+                None => ranking::fastest(general(model, &layouts, pool).map_err(wrong)?, &model.onnx, &model.manifest),
+            },
+        };
+        let weight = match config.rankers.get(&model.name) {
+            Some(weight) => *weight,
+            None if config.rankers.is_empty() && at == 0 => 1.0,
+            None => 0.0,
+        };
+        rankers.push(LoadedRanker { layouts, ranker, parts, weight });
+    }
+    Ok(rankers)
+}
+
+fn layouts(model: &RankerModel, generation: &Generation) -> Result<Vec<Layout>, String> {
+    let layout = |input: &ranking::manifest::RankerInput| {
+        let layout = Layout::compile(&input.columns, generation);
+        layout.map_err(|e| format!("ranker `{}`: input `{}`: {e}", model.name, input.name))
+    };
+    model.manifest.inputs.iter().map(layout).collect()
+}
+
+fn trees(model: &RankerModel, layouts: &[Layout]) -> Result<Option<TreeRanker>, String> {
+    let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
+    tree_model::load(&model.name, &model.onnx, &model.manifest, &widths).map_err(|e| e.to_string())
+}
+
+fn general(model: &RankerModel, layouts: &[Layout], pool: &Arc<ThreadPool>) -> Result<OnnxRanker, String> {
+    let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
+    OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool.clone()).map_err(|e| e.to_string())
+}
+
+/// Compiles what the engine for dense networks can compute.
+fn prepare(
+    config: &PipelineConfig,
+    generation: &Generation,
+    pool: &Arc<ThreadPool>,
+    requests: Option<&dyn Fn() -> Vec<Request>>,
+) -> Shared {
+    let mut made: Option<Vec<Request>> = None;
+    let mut models = Vec::new();
+    for model in &generation.rankers {
+        let layouts = layouts(model, generation)?;
+        // Tree ensembles are each worker's own, and not of the general runtime.
+        if trees(model, &layouts)?.is_some() {
+            models.push(None);
+            continue;
+        }
+        let mut general = general(model, &layouts, pool)?;
+        let Ok(graph) = ranking::recognise(&mut general, &model.onnx, &model.manifest) else {
+            models.push(None);
+            continue;
+        };
+        let kernel = Kernel::detect();
+        let Some(requests) = requests else {
+            models.push(Some(Arc::new(Model::plain(&model.name, &graph, kernel))));
+            continue;
+        };
+        let Calibration { precision, .. } = model.manifest.calibration;
+        let items = ItemColumns { layout: Layout::part(&layouts, |d| d == Dependence::Item), generation };
+        let width: usize = layouts.iter().map(Layout::width).sum();
+        let made = made.get_or_insert_with(requests);
+        let mut scratch = FeatureScratch::default();
+        let mut left = SAMPLE_VALUES;
+        let mut samples = Vec::new();
+        for request in made.iter() {
+            let values = request.candidates.len() * width;
+            if values > left {
+                break;
+            }
+            left -= values;
+            samples.push(request.sample(generation, &layouts, &mut scratch));
+        }
+        if precision != Wanted::F32 && samples.is_empty() {
+            tracing::warn!(ranker = model.name, "no requests to measure precisions on; f32 it is");
+        }
+        let setting = Setting {
+            columns: layouts.iter().map(Layout::dependences).collect(),
+            items: (items.layout.width() > 0).then_some(&items as &dyn Items),
+            table_bytes: usize::try_from(config.item_table_bytes).unwrap_or(usize::MAX),
+            samples,
+        };
+        let dense = Model::new(&model.name, &graph, &model.manifest.calibration, &setting, kernel);
+        tracing::info!(ranker = model.name, "{}", dense.report());
+        models.push(Some(Arc::new(dense)));
+    }
+    Ok(models)
+}
+
+/// The columns of items, from the generation.
+struct ItemColumns<'a> {
+    layout: Layout,
+    generation: &'a Generation,
+}
+
+impl Items for ItemColumns<'_> {
+    fn len(&self) -> usize {
+        self.generation.items.len()
+    }
+
+    fn fill(&self, rows: Range<u32>, out: &mut Vec<f32>) {
+        self.layout.fill_items(self.generation, rows, &mut FeatureScratch::default(), out);
+    }
+}
+
+/// A request with the candidates that the sources gave it.
+pub struct Request {
+    job: Box<Job>,
+    candidates: Candidates,
+    signals: crate::retrieval::collaborative::Signals,
+    index: Option<Arc<dyn VectorIndex>>,
+}
+
+impl Request {
+    fn sample(&self, generation: &Generation, layouts: &[Layout], scratch: &mut FeatureScratch) -> Sample {
+        let Request { job, candidates, signals, index } = self;
+        let fill = |layout: &Layout| {
+            let mut out = Vec::new();
+            let inputs = super::Gathered { generation, index: index.as_deref(), job, signals, candidates };
+            inputs.fill(layout, candidates.len(), scratch, &mut out);
+            out
+        };
+        Sample { inputs: layouts.iter().map(fill).collect(), rows: candidates.rows.clone() }
+    }
+}
+
+/// Requests of users spread over the bundle's, or, where it knows none, of nobody who likes some items; always the same.
+pub fn requests(config: &PipelineConfig, loaded: &mut Loaded) -> Vec<Request> {
+    let generation = loaded.generation.clone();
+    jobs(config, &generation, SAMPLE_USERS)
+        .map(|mut job| {
+            let mut scratch = Scratch::default();
+            scratch.seen.begin(generation.items.len());
+            for &row in &job.user.seen {
+                scratch.seen.insert(row);
+            }
+            loaded.retrieve(config, &mut scratch, &mut job);
+            let mut candidates = Candidates::default();
+            merge(&scratch.lists, generation.items.len(), &mut scratch.merge, &mut candidates);
+            Request { job, candidates, signals: scratch.signals, index: loaded.index.clone() }
+        })
+        .filter(|request| request.candidates.len() > 1)
+        .collect()
+}
+
+/// Jobs of up to `n` users.
+fn jobs<'a>(
+    config: &'a PipelineConfig,
+    generation: &'a Arc<Generation>,
+    n: usize,
+) -> impl Iterator<Item = Box<Job>> + use<'a> {
+    let (n_users, n_items) = (generation.users.len(), generation.items.len());
+    let known = n_users > 0 && !generation.histories.offsets.is_empty();
+    let n = if known {
+        n.min(n_users)
+    } else if n_items > 0 {
+        n
+    } else {
+        0
+    };
+    (0..n).map(move |at| {
+        let mut job = Box::new(Job::new(generation.clone()));
+        job.deadline = crate::context::Deadline::after(std::time::Duration::from_secs(3600));
+        job.task = Task::Recommend { top_m: config.top_m(config.default_n_items), explain: false };
+        job.context.assign(&[]);
+        let user = &mut job.user;
+        if known {
+            let row = (at * n_users / n) as u32;
+            user.row = Some(row);
+            let history = generation.histories.of(row);
+            let skip = history.len().saturating_sub(config.history_length as usize);
+            user.seen.extend(generation.histories.of(row).map(|entry| entry.row));
+            user.history.extend(history.skip(skip));
+            if let (Some(vectors), Some(_)) = (&generation.user_embeddings, &generation.item_embeddings) {
+                vectors.extend_row(row, &mut user.vector);
+            }
+        } else {
+            // A stride that is no divisor of usual sizes walks all over the catalogue.
+            let rows = (0..20).map(|entry| ((at * 20 + entry) * 7_919 % n_items) as u32);
+            user.history.extend(rows.map(|row| Interaction { row, weight: 1.0 }));
+            user.seen.extend(user.history.iter().map(|entry| entry.row));
+            if let (Some(vectors), Some(liked)) = (&generation.item_embeddings, user.history.first()) {
+                vectors.extend_row(liked.row, &mut user.vector);
+            }
+        }
+        user.seen.sort_unstable();
+        job
+    })
+}
+
+/// Answers some requests to nobody, so that the first to somebody finds memory and code where it wants them.
+pub fn warm_up(config: &PipelineConfig, loaded: &mut Loaded, scratch: &mut Scratch) {
+    let generation = loaded.generation.clone();
+    for mut job in jobs(config, &generation, WARM_UPS) {
+        loaded.execute(config, scratch, &mut job);
+    }
+}
+
+/// How each ranker of a generation is computed.
+///
+/// # Errors
+/// What can't be loaded.
+pub fn reports(config: PipelineConfig, generation: &Arc<Generation>) -> Result<Vec<(String, Report)>, DeviceError> {
+    let mut result = Ok(Vec::new());
+    super::with_device(Arc::new(config), |device| {
+        result = crate::device::Device::load(device, generation).map(|()| {
+            let loaded = device.loaded.front().into_iter().flat_map(|loaded| &loaded.rankers);
+            loaded.map(|r| (r.ranker.name().to_owned(), r.ranker.report())).collect()
+        });
+    });
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::CpuDevice;
+    use super::*;
+    use crate::catalog::generation::testing;
+    use crate::device::Device;
+
+    /// 300 items with vectors and popularity, and the demo's ranker, `precision` as asked for.
+    fn generation(precision: Wanted) -> Arc<Generation> {
+        let mut next = crate::testing::noise(3);
+        let mut generation = testing::with_embeddings((0..300 * 8).map(|_| next()).collect(), 8);
+        generation.popularity = (0..300).map(|_| next() + 0.5).collect::<Vec<f32>>().into();
+        generation.trending.rows = (0..300).collect::<Vec<u32>>().into();
+        generation.trending.scores = (0..300).map(|at| 300.0 - at as f32).collect::<Vec<f32>>().into();
+        let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+        let manifest = std::fs::read_to_string(engines.join("demo.toml")).unwrap();
+        let mut manifest: ranking::manifest::RankerManifest = toml::from_str(&manifest).unwrap();
+        manifest.calibration.precision = precision;
+        generation.rankers = vec![RankerModel { name: "main".into(), manifest, onnx: engines.join("demo.onnx") }];
+        Arc::new(generation)
+    }
+
+    #[test]
+    fn a_ranker_in_parts_scores_as_the_whole() {
+        for bytes in [1 << 20, 0] {
+            let generation = generation(Wanted::Auto);
+            let config = Arc::new(PipelineConfig { item_table_bytes: bytes, ..PipelineConfig::default() });
+            let mut device = CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+            device.load(&generation).unwrap();
+            let model = &generation.rankers[0];
+            let report = device.loaded[0].rankers[0].ranker.report();
+            assert!(report.split && (report.table_bytes > 0) == (bytes > 0), "{report}");
+            let mut batch: Vec<Box<Job>> = jobs(&config, &generation, 5).collect();
+            device.execute(&mut batch).unwrap();
+            for job in batch {
+                // The candidates of the last job are the device's; each is run again to become the last.
+                let mut again = vec![job];
+                device.execute(&mut again).unwrap();
+                let job = &again[0];
+                assert!(job.degraded.is_empty() && job.ranked.n_candidates > 100);
+                let columns = &model.manifest.inputs[0].columns;
+                let (features, width) = device.features(job, columns).unwrap();
+                let layouts = layouts(model, &generation).unwrap();
+                let mut whole = general(model, &layouts, &device.pool).unwrap();
+                let mut scores = Vec::new();
+                whole.score(std::slice::from_ref(&features), features.len() / width, &mut scores).unwrap();
+                let rows = &device.scratch.candidates.rows;
+                for item in &job.ranked.items {
+                    let want = scores[rows.binary_search(&item.row).unwrap()];
+                    assert!((item.score - want).abs() <= 1e-3 * want.abs().max(1.0), "{} {want}", item.score);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn precision_is_measured_on_requests_that_nobody_made() {
+        let generation = generation(Wanted::Bf16);
+        let [(name, report)] = &reports(PipelineConfig::default(), &generation).unwrap()[..] else {
+            panic!("one ranker")
+        };
+        assert_eq!((name.as_str(), report.engine, report.samples.0), ("main", "dense", SAMPLE_USERS));
+        let native = crate::ranking::precision::Precision::Bf16.is_native();
+        assert!(!native || report.tried.len() == 1, "{report}");
+        // Once for all workers.
+        let shared = generation.shared_rankers.get().unwrap().downcast_ref::<Shared>().unwrap();
+        assert_eq!(shared.as_ref().unwrap()[0].as_ref().map(Arc::strong_count), Some(1));
+    }
+}
