@@ -5,7 +5,7 @@ use super::simd::Simd;
 use crate::memory::prefetch;
 
 /// Codes ahead of their use that codes are asked for.
-const AHEAD: usize = 12;
+const AHEAD: usize = 24;
 /// More than any whole number that a query's values become, and a half.
 const HALVES: f32 = 16_384.5;
 /// What a code of 0 stands at.

@@ -252,18 +252,20 @@ for_each_simd!(
 
 #[inline(always)]
 fn range_of<const FUSED: bool>(scores: &[f32]) -> (f32, f32) {
-    let (chunks, rest) = scores.as_chunks::<16>();
-    let (mut low, mut high) = ([f32::INFINITY; 16], [f32::NEG_INFINITY; 16]);
+    // Four registers a side: one alone would wait for itself.
+    let (chunks, rest) = scores.as_chunks::<64>();
+    let (mut low, mut high) = ([f32::INFINITY; 64], [f32::NEG_INFINITY; 64]);
     for chunk in chunks {
-        for lane in 0..16 {
+        for lane in 0..64 {
             low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
             high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
         }
     }
-    let all = |lanes: [f32; 16], of: fn(f32, f32) -> f32| {
-        lanes.into_iter().chain(rest.iter().copied()).reduce(of).unwrap_or(0.0)
+    let fold = |mut lanes: [f32; 64], of: fn(f32, f32) -> f32| {
+        lanes[..rest.len()].iter_mut().zip(rest).for_each(|(lane, &score)| *lane = of(*lane, score));
+        lanes.into_iter().reduce(of).unwrap_or(0.0)
     };
-    (all(low, f32::min), all(high, f32::max))
+    (fold(low, f32::min), fold(high, f32::max))
 }
 
 #[cfg(test)]

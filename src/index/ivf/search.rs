@@ -32,8 +32,9 @@ pub struct IvfScratch {
     tables: Tables,
     wide: WideQuery,
     select: Select,
+    ranked: Vec<Packed>,
     /// Lists to scan, best first.
-    probes: Vec<Scored>,
+    probes: Vec<u32>,
     /// By list: the query's product with the centroid, where the list is scanned.
     bases: Vec<f32>,
     scores: Vec<f32>,
@@ -166,11 +167,11 @@ impl Ivf {
 
     /// Fills `ivf.probes` with the lists that promise most, best first, and `ivf.bases` for them.
     fn rank_lists(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
-        let IvfScratch { rotated, tables, wide, select, probes, bases, scores, .. } = ivf;
+        let IvfScratch { rotated, tables, wide, select, ranked, probes, bases, scores, .. } = ivf;
         let (coarse, n_lists) = (&self.parts.coarse, self.parts.n_lists());
         let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
         wide.prepare(rotated);
-        probes.clear();
+        ranked.clear();
         bases.resize(n_lists, 0.0);
         let score = |list: u32, dot: f32| {
             let (block, lane) = (list as usize / BLOCK, list as usize % BLOCK);
@@ -188,7 +189,7 @@ impl Ivf {
                 &lists,
                 |_| {},
                 |at, dot| {
-                    probes.push(Scored { row: lists[at], score: score(lists[at], dot) });
+                    ranked.push(Packed::from(Scored { row: lists[at], score: score(lists[at], dot) }));
                 },
             );
         } else {
@@ -222,19 +223,20 @@ impl Ivf {
                 lists,
                 |_| {},
                 |at, dot| {
-                    probes.push(Scored { row: lists[at], score: score(lists[at], dot) });
+                    ranked.push(Packed::from(Scored { row: lists[at], score: score(lists[at], dot) }));
                 },
             );
         }
-        probes.sort_unstable_by_key(|&s| Packed::from(s));
-        probes.truncate(n_probes);
+        keep_best(ranked, n_probes);
+        probes.clear();
+        probes.extend(ranked.iter().map(|&list| Scored::from(list).row));
         let padded = self.parts.padded;
         let centroid = |list: u32| &self.parts.centroids[list as usize * padded..(list as usize + 1) * padded];
-        for (at, probe) in probes.iter().enumerate() {
-            if let Some(later) = probes.get(at + 2) {
-                prefetch_range(centroid(later.row), 0..padded);
+        for (at, &list) in probes.iter().enumerate() {
+            if let Some(&later) = probes.get(at + 2) {
+                prefetch_range(centroid(later), 0..padded);
             }
-            bases[probe.row as usize] = self.exact.kernel().dot(rotated, centroid(probe.row));
+            bases[list as usize] = self.exact.kernel().dot(rotated, centroid(list));
         }
     }
 
@@ -256,13 +258,13 @@ impl Ivf {
         let admits = |position: u32| filter.allows(ids[position as usize]);
         let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
         let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
-        for (at, probe) in probes.iter().enumerate() {
-            if let Some(next) = probes.get(at + 1) {
-                let from = self.parts.offsets[next.row as usize] as usize * bytes;
+        for (at, &list) in probes.iter().enumerate() {
+            if let Some(&next) = probes.get(at + 1) {
+                let from = self.parts.offsets[next as usize] as usize * bytes;
                 prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
             }
-            let terms = Terms { base: bases[probe.row as usize], weight: 1.0 };
-            let range = self.parts.blocks_of(probe.row as usize);
+            let terms = Terms { base: bases[list as usize], weight: 1.0 };
+            let range = self.parts.blocks_of(list as usize);
             for first in range.clone().step_by(AT_ONCE) {
                 let end = (first + AT_ONCE).min(range.end);
                 let scores = &mut scores[..(end - first) * BLOCK];
@@ -308,8 +310,8 @@ impl Ivf {
         let admits = |position: u32| filter.allows(ids[position as usize]);
         let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
         let kernel = self.exact.kernel();
-        for probe in &*probes {
-            let range = self.parts.blocks_of(probe.row as usize);
+        for &list in &*probes {
+            let range = self.parts.blocks_of(list as usize);
             for first in range.clone().step_by(AT_ONCE) {
                 let end = (first + AT_ONCE).min(range.end);
                 let scores = &mut scores[..(end - first) * BLOCK];
