@@ -22,7 +22,7 @@ pub struct Tune {
     #[arg(short, long, default_value_t = 500)]
     k: u32,
     /// Queries: users' embeddings spread over all, or items' where there are no users. Half of them choose, half measure.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 1024)]
     queries: u32,
     /// Say what would be written, and write nothing.
     #[arg(long)]

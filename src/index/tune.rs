@@ -88,7 +88,7 @@ impl Task<'_> {
         };
         Ok(Found {
             params,
-            recall: self.recall_of(&held_out, &params, &mut scratch),
+            recall: self.recall_of(&held_out, &params, &mut scratch).0,
             search: self.time(self.index, &held_out, &params, &mut scratch),
             exact: self.time(self.oracle, &held_out, &params, &mut scratch),
         })
@@ -100,15 +100,26 @@ impl Task<'_> {
         out
     }
 
-    fn recall_of(&self, queries: &Queries<'_>, params: &SearchParams, scratch: &mut SearchScratch) -> f64 {
-        let (mut found, mut all, mut out) = (0, 0, Vec::new());
+    /// The mean over the queries, and its standard error.
+    fn recall_of(&self, queries: &Queries<'_>, params: &SearchParams, scratch: &mut SearchScratch) -> (f64, f64) {
+        let (mut sum, mut squares, mut out) = (0.0, 0.0, Vec::new());
         for (query, truth) in queries.values.iter().zip(&queries.truth) {
             out.clear();
             self.index.search(query, self.k, Filter::ALL, params, scratch, &mut out);
-            found += out.iter().filter(|s| truth.contains(&s.row)).count();
-            all += truth.len();
+            let found = out.iter().filter(|s| truth.contains(&s.row)).count();
+            let recall = found as f64 / truth.len().max(1) as f64;
+            sum += recall;
+            squares += recall * recall;
         }
-        found as f64 / all.max(1) as f64
+        let n = queries.values.len() as f64;
+        let mean = sum / n;
+        (mean, ((squares / n - mean * mean).max(0.0) / n).sqrt())
+    }
+
+    /// Whether queries of the same kind, too, would most likely reach the recall.
+    fn reaches(&self, queries: &Queries<'_>, params: &SearchParams, scratch: &mut SearchScratch) -> Result<(), f64> {
+        let (mean, error) = self.recall_of(queries, params, scratch);
+        if mean - error >= self.recall || mean >= 1.0 { Ok(()) } else { Err(mean) }
     }
 
     /// The least of the parameter that widens the search with which the recall is reached; the error is the recall at the most.
@@ -126,19 +137,17 @@ impl Task<'_> {
         let most = if self.index.kind() == IndexKind::Hnsw { MOST_EF.max(self.k as u32) } else { self.index.n_lists() };
         let mut low = if self.index.kind() == IndexKind::Hnsw { self.k as u32 - 1 } else { 0 };
         let mut high = (low + 1).max(8).min(most);
-        let mut recall = self.recall_of(queries, &with(high), scratch);
-        while recall < self.recall && high < most {
+        while let Err(recall) = self.reaches(queries, &with(high), scratch) {
+            if high == most {
+                return Err(recall);
+            }
             (low, high) = (high, high.saturating_mul(2).min(most));
-            recall = self.recall_of(queries, &with(high), scratch);
-        }
-        if recall < self.recall {
-            return Err(recall);
         }
         while high - low > 1 + high / 64 {
             let middle = low + (high - low) / 2;
-            match self.recall_of(queries, &with(middle), scratch) >= self.recall {
-                true => high = middle,
-                false => low = middle,
+            match self.reaches(queries, &with(middle), scratch) {
+                Ok(()) => high = middle,
+                Err(_) => low = middle,
             }
         }
         Ok(with(high))
@@ -179,5 +188,38 @@ impl Task<'_> {
         };
         let best = (0..all.len()).min_by_key(|&at| median(&mut times[at].clone()))?;
         Some(all[best])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::{Matrix, MatrixData, Metric};
+    use crate::index::{BruteForce, HnswOptions, IndexOptions, IvfOptions, Kernel, build};
+
+    #[test]
+    fn finds_what_reaches_the_recall_and_says_when_nothing_does() {
+        let (n, dim) = (900, 16);
+        let mut noise = crate::testing::noise(8);
+        let values: Vec<f32> = (0..n * dim).map(|_| noise()).collect();
+        let queries: Vec<f32> = (0..60 * dim).map(|_| noise()).collect();
+        let queries: Vec<&[f32]> = queries.chunks_exact(dim).collect();
+        let matrix = Matrix { dim, data: MatrixData::F32(values.into()) };
+        let oracle = BruteForce::new(matrix.clone(), Metric::L2, Kernel::detect());
+        let ivf = IvfOptions { n_lists: Some(30), kmeans_n_iters: Some(3), ..Default::default() };
+        let hnsw = HnswOptions { graph_degree: 8, ef_construction: 20, seed: 0 };
+        for options in [IndexOptions::IvfFlat(ivf.clone()), IndexOptions::IvfPq(ivf), IndexOptions::Hnsw(hnsw)] {
+            let index = build(&options, &matrix, Metric::L2, &|_, _, _| {}).unwrap();
+            let task = |recall| Task { index: &*index, oracle: &oracle, k: 10, recall };
+            let found = task(0.8).run(&queries, &|_, _| {}).unwrap();
+            assert!(found.recall > 0.75, "{options:?} {found:?}");
+            let wide = found.params.n_probes.or(found.params.ef_search);
+            assert!(wide.is_some_and(|wide| wide < 900), "{found:?}");
+            let refused = task(1.5).run(&queries, &|_, _| {}).map(|found| assert!(found.recall >= 0.99, "{found:?}"));
+            assert!(refused.err().is_none_or(|reason| reason.contains("out of reach")));
+            assert!(task(0.8).run(&queries[..1], &|_, _| {}).is_err());
+        }
+        let task = Task { index: &oracle, oracle: &oracle, k: 10, recall: 0.9 };
+        assert!(task.run(&queries, &|_, _| {}).unwrap_err().contains("nothing to tune"));
     }
 }
