@@ -95,10 +95,7 @@ fn cut(sample: &Sample, columns: &[Vec<Dependence>], n: usize) -> Cut {
 }
 
 fn cpu_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the place is valid for the call.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    tastemaker::index::tune::cpu_time().as_nanos() as u64
 }
 
 fn bytes(path: &PathBuf) -> anyhow::Result<Vec<u8>> {

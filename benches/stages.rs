@@ -10,6 +10,7 @@ use rten::ThreadPool;
 use tastemaker::candidates::{Packed, Scored, keep_best};
 use tastemaker::catalog::generation::{Matrix, MatrixData, Metric};
 use tastemaker::index::{BruteForce, Filter, Kernel, SearchParams, SearchScratch, VectorIndex};
+use tastemaker::ranking::dense::{DenseRanker, Model};
 use tastemaker::ranking::manifest::RankerManifest;
 use tastemaker::ranking::onnx::OnnxRanker;
 use tastemaker::ranking::{self, Ranker};
@@ -51,7 +52,7 @@ fn exact_scan(criterion: &mut Criterion) {
     assert!(out.iter().map(|s| s.row).eq(all.iter().map(|&p| Scored::from(p).row)), "the same rows in the same order");
 }
 
-/// The demo's ranker on 900 candidates: by the engine for perceptrons and by the general runtime.
+/// The demo's ranker on 900 candidates: by the engine for dense networks, whole and in f32, and by the general runtime.
 fn ranker(criterion: &mut Criterion) {
     let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
     let (onnx, n) = (engines.join("demo.onnx"), 900);
@@ -62,8 +63,9 @@ fn ranker(criterion: &mut Criterion) {
     let pool = Arc::new(ThreadPool::with_num_threads(1));
     let mut group = criterion.benchmark_group("demo ranker, 900 candidates");
     let load = || OnnxRanker::load("demo", &onnx, &manifest, &widths, pool.clone()).expect("a model");
-    let ours = ranking::fastest(load(), &onnx, &manifest);
-    for (name, mut ranker) in [("as served", ours), ("rten", Box::new(load()) as Box<dyn Ranker>)] {
+    let graph = ranking::recognise(&mut load(), &onnx, &manifest).expect("a dense network");
+    let ours = DenseRanker::new(Arc::new(Model::plain("demo", &graph, Kernel::detect())));
+    for (name, mut ranker) in [("ours", Box::new(ours) as Box<dyn Ranker>), ("rten", Box::new(load()))] {
         let mut scores = Vec::new();
         // Where the server runs them: on the pool's own thread.
         group.bench_function(name, |bencher| {

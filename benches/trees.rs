@@ -26,10 +26,7 @@ use tastemaker::pipeline::models::Model;
 use tastemaker::ranking::{Ranker, tree_model};
 
 fn cpu_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: a plain system call that fills the struct.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+    tastemaker::index::tune::cpu_time().as_nanos() as u64
 }
 
 fn main() -> anyhow::Result<()> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytemuck::Pod;
-use half::f16;
+use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -92,8 +92,8 @@ pub(super) trait Element: Pod {
 impl Element for u8 {
     const NAME: &'static str = "u8";
 }
-impl Element for u16 {
-    const NAME: &'static str = "u16";
+impl Element for bf16 {
+    const NAME: &'static str = "bf16";
 }
 impl Element for u32 {
     const NAME: &'static str = "u32";
@@ -708,11 +708,11 @@ pub struct BundleInfo {
 }
 
 /// Gives an index other search parameters: the manifest is written anew, under another version, and takes the old one's place.
-/// Returns the version.
+/// Returns the version and the index as it then is.
 ///
 /// # Errors
 /// As [`open`], and those of the file system.
-pub fn set_search(directory: &Path, search: SearchParams, tuned: Tuned) -> Result<String, CatalogError> {
+pub fn set_search(directory: &Path, search: SearchParams, tuned: Tuned) -> Result<(String, IndexSpec), CatalogError> {
     let Reader { mut manifest, .. } = Reader::open(directory)?;
     manifest.index.search = search;
     manifest.index.tuned = Some(tuned);
@@ -726,7 +726,7 @@ pub fn set_search(directory: &Path, search: SearchParams, tuned: Tuned) -> Resul
     file.write_all(&sealed(&text)).and_then(|()| file.as_file().sync_all()).map_err(io)?;
     file.persist(&path).map_err(|e| io(e.error))?;
     File::open(directory).and_then(|d| d.sync_all()).map_err(io)?;
-    Ok(manifest.version)
+    Ok((manifest.version, manifest.index))
 }
 
 /// Verifies a bundle and describes it.

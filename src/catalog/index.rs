@@ -149,7 +149,7 @@ pub(super) fn read(
     let lists = match kind {
         IndexKind::IvfFlat => Lists::Flat(match reader.dtype("index.vectors") {
             Some("f16") => Vectors::F16(reader.array("index.vectors")?),
-            Some("u16") => Vectors::Bf16(reader.array("index.vectors")?),
+            Some("bf16") => Vectors::Bf16(reader.array("index.vectors")?),
             _ => Vectors::F32(reader.array("index.vectors")?),
         }),
         IndexKind::IvfPq => {

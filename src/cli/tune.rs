@@ -7,7 +7,7 @@ use clap::Args;
 use super::progress::Reporter;
 use crate::catalog::bundle;
 use crate::catalog::generation::Matrix;
-use crate::catalog::index::Tuned;
+use crate::catalog::index::{IndexSpec, Tuned};
 use crate::index::{BruteForce, Kernel, VectorIndex, tune::Task};
 
 /// `tastemaker tune`
@@ -63,12 +63,13 @@ impl Tune {
             exact_us: micros(found.exact),
             n_queries: queries.len() as u32 / 2,
         };
-        if !self.dry_run {
-            bundle::set_search(&self.bundle, found.params, tuned)?;
-        }
-        let info = bundle::describe(&self.bundle)?;
-        let spec = crate::catalog::index::IndexSpec { search: found.params, tuned: Some(tuned), ..info.index };
-        say!("{}\n{spec}", info.version);
+        let (version, spec) = if self.dry_run {
+            let info = bundle::describe(&self.bundle)?;
+            (info.version, IndexSpec { search: found.params, tuned: Some(tuned), ..info.index })
+        } else {
+            bundle::set_search(&self.bundle, found.params, tuned)?
+        };
+        say!("{version}\n{spec}");
         Ok(())
     }
 }

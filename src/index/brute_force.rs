@@ -182,11 +182,7 @@ impl BruteForce {
         passing.resize(maybe.len().max(block), 0);
         let n_passing = not_below(threshold, most, passing);
         rows.extend(passing[..n_passing].iter().map(|&at| maybe[at as usize]));
-        exact.clear();
-        self.exact.scores(query, rows, converted, exact);
-        best.clear();
-        let scored = rows.iter().zip(exact).filter(|(_, score)| !score.is_nan());
-        best.extend(scored.map(|(&row, score)| Packed::from(Scored { row, score: *score })));
+        self.exact.rescore(query, rows, converted, exact, best);
     }
 
     /// Computes every score; `scratch.best` is a superset of the best `k`.

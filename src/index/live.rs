@@ -11,7 +11,7 @@ use std::sync::Arc;
 use half::f16;
 use parking_lot::{Condvar, Mutex, RwLock};
 
-use super::{Filter, IndexKind, IndexOptions, Kernel, SearchParams, SearchScratch, Stored, VectorIndex, build};
+use super::{Filter, IndexKind, IndexOptions, Kernel, SearchParams, SearchScratch, Stored, VectorIndex, build, exact};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, MatrixData, Metric, NO_ROW};
 
@@ -119,8 +119,8 @@ struct Chunk {
     rows: Vec<u32>,
     /// `[rows, dim]`
     exact: Vec<f32>,
-    /// `|x|²` of each.
-    squares: Vec<f32>,
+    /// The [`exact::norm`] of each.
+    norms: Vec<f32>,
 }
 
 /// The part that does not change, over the rows `item_of`, or `0..n` where that is absent.
@@ -202,12 +202,12 @@ impl View {
         self.leave(row);
         let at = self.n_side;
         if at.is_multiple_of(CHUNK) {
-            self.side.push(Arc::new(Chunk { rows: Vec::new(), exact: Vec::new(), squares: Vec::new() }));
+            self.side.push(Arc::new(Chunk { rows: Vec::new(), exact: Vec::new(), norms: Vec::new() }));
         }
         let chunk = Arc::make_mut(&mut self.side[at / CHUNK]);
         chunk.rows.push(row);
         chunk.exact.extend_from_slice(vector);
-        chunk.squares.push(self.kernel.dot(vector, vector));
+        chunk.norms.push(exact::norm(self.metric, self.kernel.dot(vector, vector)));
         self.n_side += 1;
         self.n_live += 1;
         self.states.set(row, at as u32 + 1);
@@ -225,15 +225,6 @@ impl View {
         if self.contains(row) {
             self.n_live -= 1;
             self.n_stale += usize::from(self.states.get(row) == UNCHANGED);
-        }
-    }
-
-    fn score(&self, dot: f32, square: f32, query_norm: f32) -> f32 {
-        match self.metric {
-            Metric::InnerProduct => dot,
-            Metric::Cosine if query_norm > 0.0 && square > 0.0 => dot * (1.0 / square.sqrt()) / query_norm,
-            Metric::Cosine => 0.0,
-            Metric::L2 => 2.0 * dot - square - query_norm * query_norm,
         }
     }
 
@@ -356,7 +347,7 @@ impl VectorIndex for View {
             scores.resize(chunk.rows.len(), 0.0);
             self.kernel.dots(query, &chunk.exact, scores);
             for (place, (&row, &dot)) in chunk.rows.iter().zip(&*scores).enumerate() {
-                let score = self.score(dot, chunk.squares[place], query_norm);
+                let score = exact::score(self.metric, dot, chunk.norms[place], query_norm);
                 if self.states.get(row) == (at * CHUNK + place) as u32 + 1 && filter.allows(row) {
                     best.push(Packed::from(Scored { row, score }));
                 }
@@ -383,7 +374,7 @@ impl VectorIndex for View {
             if let Some((chunk, place)) = View::slot(state) {
                 let chunk = &self.side[chunk];
                 let dot = self.kernel.dot(query, &chunk.exact[place * dim..(place + 1) * dim]);
-                *out = self.score(dot, chunk.squares[place], query_norm);
+                *out = exact::score(self.metric, dot, chunk.norms[place], query_norm);
             } else if state == DELETED || self.base.base_of(row).is_none() {
                 *out = f32::NAN;
             }

@@ -62,18 +62,6 @@ pub trait Ranker: Send {
     }
 }
 
-/// The engine for dense networks, in f32, where the loaded model is one and scores there as it does in the general runtime, else the
-/// general runtime. `onnx` and `manifest` are what `general` was loaded from.
-pub fn fastest(mut general: OnnxRanker, onnx: &Path, manifest: &RankerManifest) -> Box<dyn Ranker> {
-    match recognise(&mut general, onnx, manifest) {
-        Ok(graph) => Box::new(DenseRanker::new(Arc::new(Model::plain(general.name(), &graph, Kernel::detect())))),
-        Err(reason) => {
-            tracing::info!(ranker = general.name(), reason, "runs on the general ONNX runtime");
-            Box::new(general.because(reason))
-        }
-    }
-}
-
 /// The model as a dense network, held against the general runtime.
 ///
 /// # Errors
@@ -127,13 +115,14 @@ mod tests {
         assert_eq!(recognise(&mut general, &onnx, &manifest).unwrap().inputs, widths);
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
-        assert!(recognise(&mut general, &onnx, &other).is_err());
-        let refused = fastest(general, &onnx, &other).report();
+        let reason = recognise(&mut general, &onnx, &other).unwrap_err();
+        let refused = general.because(reason).report();
         assert!(refused.engine == "onnx" && refused.reason.is_some(), "{refused}");
         let load = |manifest: &RankerManifest| {
             OnnxRanker::load("demo", &onnx, manifest, &widths, Arc::new(ThreadPool::with_num_threads(1)))
         };
-        assert_eq!(fastest(load(&manifest).unwrap(), &onnx, &manifest).report().engine, "dense");
+        let graph = recognise(&mut load(&manifest).unwrap(), &onnx, &manifest).unwrap();
+        assert_eq!(Model::plain("demo", &graph, Kernel::detect()).report().engine, "dense");
         // The score as an expression, in both engines; `recognise` compares them.
         let mut combined = manifest.clone();
         combined.output =

@@ -113,12 +113,11 @@ class Ours:
         """Bytes of codes and of refined rows per query, `scanned` rows being in the probed lists."""
         dim = self.data.base.shape[1]
         width = {"f16": 2, "bf16": 2}.get(self.options.get("storage"), 4)
-        code = {"ivf_flat": width * dim, "ivf_sq8": dim + 4, "ivf_pq": self.options.get("pq_dim", dim / 2) / 2 + 4,
-                "ivf_rabitq": dim / 8 + 8}.get(self.options["kind"])
+        code = {"ivf_flat": width * dim, "ivf_pq": self.options.get("pq_dim", dim / 2) / 2 + 4,
+                "ivf_rabitq": dim / 8 + 4}.get(self.options["kind"])
         if code is None:
             return None
-        row = dim / 2 if self.options.get("refine_bits") == "four" else dim
-        return scanned * code + k * params.get("refine_ratio", 0) * row
+        return scanned * code + k * params.get("refine_ratio", 0) * dim
 
 
 def contenders(child: Child, data: Data, path: Path, n_lists: int) -> list[Ours]:

@@ -39,8 +39,19 @@ pub struct LoadedRanker {
     pub weight: f32,
 }
 
-/// What all workers share: by ranker, the model where the engine for dense networks computes it.
-type Shared = Result<Vec<Option<Arc<Model>>>, String>;
+/// What computes a ranker, and what of it all workers share.
+#[derive(Clone)]
+enum Prepared {
+    /// The engine for dense networks.
+    Dense(Arc<Model>),
+    /// The evaluator of tree ensembles.
+    Trees,
+    /// The general runtime, and what keeps the model from a faster engine.
+    General(String),
+}
+
+/// By ranker.
+type Shared = Result<Vec<Prepared>, String>;
 
 /// Makes a generation's rankers ready for a worker. With `requests`, models are shared through the generation, measured on what
 /// they give and split; without, nothing is kept.
@@ -63,11 +74,11 @@ pub fn load(
         None => prepare(config, generation, pool, None),
     };
     let mut rankers = Vec::new();
-    for ((at, model), dense) in generation.rankers.iter().enumerate().zip(shared.map_err(wrong)?) {
+    for ((at, model), prepared) in generation.rankers.iter().enumerate().zip(shared.map_err(wrong)?) {
         let layouts = layouts(model, generation).map_err(wrong)?;
         let mut parts = None;
-        let ranker: Box<dyn Ranker> = match dense {
-            Some(dense) => {
+        let ranker: Box<dyn Ranker> = match prepared {
+            Prepared::Dense(dense) => {
                 parts = dense.columns().map(|columns| {
                     let has_table = columns.iter().flatten().any(|c| *c == Dependence::Item);
                     let request = Layout::part(&layouts, |d| d == Dependence::Request);
@@ -76,10 +87,11 @@ pub fn load(
                 });
                 Box::new(DenseRanker::new(dense))
             }
-            None => match trees(model, &layouts).map_err(wrong)? {
-                Some(trees) => Box::new(trees),
-                None => ranking::fastest(general(model, &layouts, pool).map_err(wrong)?, &model.onnx, &model.manifest),
-            },
+            Prepared::Trees => {
+                let trees = trees(model, &layouts).map_err(wrong)?;
+                Box::new(trees.ok_or_else(|| wrong(format!("ranker `{}`: its trees are gone", model.name)))?)
+            }
+            Prepared::General(reason) => Box::new(general(model, &layouts, pool).map_err(wrong)?.because(reason)),
         };
         let weight = match config.rankers.get(&model.name) {
             Some(weight) => *weight,
@@ -109,7 +121,7 @@ fn general(model: &RankerModel, layouts: &[Layout], pool: &Arc<ThreadPool>) -> R
     OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool.clone()).map_err(|e| e.to_string())
 }
 
-/// Compiles what the engine for dense networks can compute.
+/// Finds out what computes each ranker, and compiles what the engine for dense networks can.
 fn prepare(
     config: &PipelineConfig,
     generation: &Generation,
@@ -122,17 +134,21 @@ fn prepare(
         let layouts = layouts(model, generation)?;
         // Tree ensembles are each worker's own, and not of the general runtime.
         if trees(model, &layouts)?.is_some() {
-            models.push(None);
+            models.push(Prepared::Trees);
             continue;
         }
         let mut general = general(model, &layouts, pool)?;
-        let Ok(graph) = ranking::recognise(&mut general, &model.onnx, &model.manifest) else {
-            models.push(None);
-            continue;
+        let graph = match ranking::recognise(&mut general, &model.onnx, &model.manifest) {
+            Ok(graph) => graph,
+            Err(reason) => {
+                tracing::info!(ranker = model.name, reason, "runs on the general ONNX runtime");
+                models.push(Prepared::General(reason));
+                continue;
+            }
         };
         let kernel = Kernel::detect();
         let Some(requests) = requests else {
-            models.push(Some(Arc::new(Model::plain(&model.name, &graph, kernel))));
+            models.push(Prepared::Dense(Arc::new(Model::plain(&model.name, &graph, kernel))));
             continue;
         };
         let Calibration { precision, .. } = model.manifest.calibration;
@@ -161,7 +177,7 @@ fn prepare(
         };
         let dense = Model::new(&model.name, &graph, &model.manifest.calibration, &setting, kernel);
         tracing::info!(ranker = model.name, "{}", dense.report());
-        models.push(Some(Arc::new(dense)));
+        models.push(Prepared::Dense(Arc::new(dense)));
     }
     Ok(models)
 }
@@ -358,6 +374,7 @@ mod tests {
         assert!(!native || report.tried.len() == 1, "{report}");
         // Once for all workers.
         let shared = generation.shared_rankers.get().unwrap().downcast_ref::<Shared>().unwrap();
-        assert_eq!(shared.as_ref().unwrap()[0].as_ref().map(Arc::strong_count), Some(1));
+        let Prepared::Dense(model) = &shared.as_ref().unwrap()[0] else { panic!("a dense network") };
+        assert_eq!(Arc::strong_count(model), 1);
     }
 }

@@ -8,6 +8,7 @@ use super::codes::{CodedQuery, Codes};
 use super::search::{Layer, NO_LINK, Walk};
 use crate::candidates::Scored;
 use crate::index::HnswOptions;
+use crate::index::rotation::split_mix;
 use rayon::prelude::*;
 
 /// A batch is one of so many parts of what is there.
@@ -49,12 +50,9 @@ impl Links {
     }
 }
 
-/// A mix of the bits of both, as random as they look (the end of SplitMix).
+/// A mix of the bits of both, as random as they look.
 fn mix(seed: u64, value: u64) -> u64 {
-    let mut z = (seed ^ value.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    split_mix(&mut (seed ^ value.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
 }
 
 /// The highest layer of a row: geometric, so that each layer has one of `degree` of the nodes below.

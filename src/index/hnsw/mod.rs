@@ -319,11 +319,7 @@ impl VectorIndex for Hnsw {
         }
         rows.clear();
         rows.extend(walk.found.finish(n_scored).iter().map(|&entry| Scored::from(entry).row));
-        exact.clear();
-        self.exact.scores(query, rows, converted, exact);
-        best.clear();
-        let scored = rows.iter().zip(&*exact).filter(|(_, score)| !score.is_nan());
-        best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
+        self.exact.rescore(query, rows, converted, exact, best);
         keep_best(best, k);
         out.extend(best.iter().map(|&entry| Scored::from(entry)));
     }

@@ -1,6 +1,6 @@
 //! Making the lists: cluster, assign, code. Parallel; memory beyond the result is a sample and a few blocks a thread.
 
-use half::f16;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::Ivf;
@@ -292,7 +292,7 @@ impl Plan {
         match self.storage {
             Storage::F32 => Vectors::F32(values.into()),
             Storage::F16 => Vectors::F16(values.into_par_iter().map(f16::from_f32).collect::<Vec<_>>().into()),
-            Storage::Bf16 => Vectors::Bf16(values.into_par_iter().map(to_bf16).collect::<Vec<_>>().into()),
+            Storage::Bf16 => Vectors::Bf16(values.into_par_iter().map(bf16::from_f32).collect::<Vec<_>>().into()),
         }
     }
 
@@ -326,12 +326,6 @@ impl Plan {
 /// The 8-bit code of nothing.
 fn refine_zero() -> u8 {
     crate::index::refine::code(0.0, 0.0)
-}
-
-/// Rounds to nearest, ties to even, as conversions between floats do.
-fn to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
 /// A list's members in the order in which they are stored.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use half::f16;
+use half::{bf16, f16};
 
 use super::codes::Codes;
 use crate::catalog::array::Array;
@@ -18,7 +18,7 @@ pub enum Vectors {
     /// IEEE half precision.
     F16(Array<f16>),
     /// The upper half of an f32.
-    Bf16(Array<u16>),
+    Bf16(Array<bf16>),
 }
 
 impl Vectors {

@@ -1,5 +1,7 @@
 //! Searching the lists.
 
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 
 use super::Ivf;
@@ -10,7 +12,7 @@ use crate::catalog::generation::{Metric, NO_ROW};
 use crate::index::fastscan::{self, BLOCK, Tables, Terms};
 use crate::index::refine::{self, WideQuery};
 use crate::index::select::Select;
-use crate::index::{Filter, IndexKind, SearchParams, SearchScratch};
+use crate::index::{Filter, IndexKind, Kernel, SearchParams, SearchScratch};
 use crate::memory::{prefetch, prefetch_range};
 
 /// Blocks whose scores are computed before they are looked at: they stay in the L1 cache.
@@ -99,7 +101,7 @@ impl Ivf {
             if admitted * READS <= scanned || admitted <= k as f64 {
                 ivf.rows.clear();
                 filter.each(n, |row| ivf.rows.push(row));
-                self.score_exactly(query, &ivf.rows, block, exact, best);
+                self.exact.rescore(query, &ivf.rows, block, exact, best);
                 keep_best(best, k);
                 out.extend(best.iter().map(|&p| Scored::from(p)));
                 return;
@@ -127,8 +129,7 @@ impl Ivf {
             keep_best(best, k + k / 4 + 16);
             ivf.rows.clear();
             ivf.rows.extend(best.iter().map(|&p| Scored::from(p).row));
-            best.clear();
-            self.score_exactly(query, &ivf.rows, block, exact, best);
+            self.exact.rescore(query, &ivf.rows, block, exact, best);
             keep_best(best, k);
             out.extend(best.iter().map(|&p| Scored::from(p)));
         } else {
@@ -139,20 +140,6 @@ impl Ivf {
                     .map(|s| Scored { score: self.metric_score(s.score, query_norm), ..s }),
             );
         }
-    }
-
-    fn score_exactly(
-        &self,
-        query: &[f32],
-        rows: &[u32],
-        block: &mut Vec<f32>,
-        scores: &mut Vec<f32>,
-        best: &mut Vec<Packed>,
-    ) {
-        scores.clear();
-        self.exact.scores(query, rows, block, scores);
-        let scored = rows.iter().zip(&*scores).filter(|(_, score)| !score.is_nan());
-        best.extend(scored.map(|(&row, &score)| Packed::from(Scored { row, score })));
     }
 
     /// What lists are ordered and vectors selected by, as the metric's score: for L2 that is `<q, x> - |x|²/2`.
@@ -240,9 +227,35 @@ impl Ivf {
         }
     }
 
-    /// Which lanes of a block hold vectors.
-    fn lanes(&self, block: usize) -> u32 {
-        self.lanes[block]
+    /// Scores the blocks of the lists to scan, some at a time, and offers to `select` what the filter admits. `score` is given
+    /// a list, blocks of it, and where their scores go; `soon` the list after the one that is begun, to ask for its memory.
+    fn scan(
+        &self,
+        filter: Filter<'_>,
+        probes: &[u32],
+        select: &mut Select,
+        scores: &mut Vec<f32>,
+        soon: impl Fn(usize),
+        mut score: impl FnMut(usize, Range<usize>, &mut [f32]),
+    ) {
+        let ids = &self.parts.ids[..];
+        let admits = |position: u32| filter.allows(ids[position as usize]);
+        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
+        scores.resize(AT_ONCE * BLOCK, 0.0);
+        for (at, &list) in probes.iter().enumerate() {
+            if let Some(&next) = probes.get(at + 1) {
+                soon(next as usize);
+            }
+            let range = self.parts.blocks_of(list as usize);
+            for first in range.clone().step_by(AT_ONCE) {
+                let end = (first + AT_ONCE).min(range.end);
+                let scores = &mut scores[..(end - first) * BLOCK];
+                score(list as usize, first..end, scores);
+                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
+                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes[block], admits);
+                }
+            }
+        }
     }
 
     fn scan_codes(&self, codes: &Codes, n_refined: usize, filter: Filter<'_>, ivf: &mut IvfScratch) {
@@ -252,28 +265,23 @@ impl Ivf {
             None => &self.signs.words,
         };
         tables.prepare(self.simd, rotated, codes.layout.n_subspaces, words);
-        select.begin(n_refined);
-        scores.resize(AT_ONCE * BLOCK, 0.0);
-        let ids = &self.parts.ids[..];
-        let admits = |position: u32| filter.allows(ids[position as usize]);
-        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
         let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
-        for (at, &list) in probes.iter().enumerate() {
-            if let Some(&next) = probes.get(at + 1) {
-                let from = self.parts.offsets[next as usize] as usize * bytes;
-                prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
-            }
-            let terms = Terms { base: bases[list as usize], weight: 1.0 };
-            let range = self.parts.blocks_of(list as usize);
-            for first in range.clone().step_by(AT_ONCE) {
-                let end = (first + AT_ONCE).min(range.end);
-                let scores = &mut scores[..(end - first) * BLOCK];
-                fastscan::scan(self.simd, codes.layout, &blocks[first * bytes..end * bytes], tables, terms, scores);
-                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
-                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes(block), admits);
-                }
-            }
-        }
+        let soon = |list: usize| {
+            let from = self.parts.blocks_of(list).start * bytes;
+            prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
+        };
+        select.begin(n_refined);
+        self.scan(filter, probes, select, scores, soon, |list, range, scores| {
+            let terms = Terms { base: bases[list], weight: 1.0 };
+            fastscan::scan(
+                self.simd,
+                codes.layout,
+                &blocks[range.start * bytes..range.end * bytes],
+                tables,
+                terms,
+                scores,
+            );
+        });
         select.prune(self.simd, n_refined / 16);
     }
 
@@ -304,33 +312,23 @@ impl Ivf {
         ivf: &mut IvfScratch,
     ) {
         let IvfScratch { unit, select, probes, scores, .. } = ivf;
-        let (dim, ids) = (self.parts.dim, &self.parts.ids[..]);
+        let (dim, ids, kernel) = (self.parts.dim, &self.parts.ids[..], self.exact.kernel());
         select.begin(k);
-        scores.resize(AT_ONCE * BLOCK, 0.0);
-        let admits = |position: u32| filter.allows(ids[position as usize]);
-        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
-        let kernel = self.exact.kernel();
-        for &list in &*probes {
-            let range = self.parts.blocks_of(list as usize);
-            for first in range.clone().step_by(AT_ONCE) {
-                let end = (first + AT_ONCE).min(range.end);
-                let scores = &mut scores[..(end - first) * BLOCK];
-                let values = first * BLOCK * dim..end * BLOCK * dim;
+        self.scan(
+            filter,
+            probes,
+            select,
+            scores,
+            |_| {},
+            |_, range, scores| {
+                let values = range.start * BLOCK * dim..range.end * BLOCK * dim;
                 match vectors {
                     Vectors::F32(all) => kernel.dots(unit, &all[values], scores),
-                    Vectors::F16(all) => {
-                        converted.resize(values.len(), 0.0);
-                        all[values].convert_to_f32_slice(converted);
-                        kernel.dots(unit, converted, scores);
-                    }
-                    Vectors::Bf16(all) => {
-                        converted.clear();
-                        converted.extend(all[values].iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)));
-                        kernel.dots(unit, converted, scores);
-                    }
+                    Vectors::F16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
+                    Vectors::Bf16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
                 }
                 if self.exact.metric() != Metric::InnerProduct {
-                    for (score, &row) in scores.iter_mut().zip(&ids[first * BLOCK..]) {
+                    for (score, &row) in scores.iter_mut().zip(&ids[range.start * BLOCK..]) {
                         if row != NO_ROW {
                             *score = match self.exact.metric() {
                                 Metric::L2 => *score - 0.5 * self.exact.norms()[row as usize],
@@ -339,11 +337,18 @@ impl Ivf {
                         }
                     }
                 }
-                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
-                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes(block), admits);
-                }
-            }
-        }
+            },
+        );
         select.prune(self.simd, 0);
     }
+}
+
+/// Inner products with rows of 2 bytes a value.
+fn dots_of_half<T>(kernel: Kernel, query: &[f32], rows: &[T], converted: &mut Vec<f32>, out: &mut [f32])
+where
+    [T]: HalfFloatSliceExt,
+{
+    converted.resize(rows.len(), 0.0);
+    rows.convert_to_f32_slice(converted);
+    kernel.dots(query, converted, out);
 }
