@@ -8,15 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use smallvec::SmallVec;
 
-use crate::api::{Explanation, SlateItem};
+use crate::api::SlateItem;
 use crate::candidates::{Scored, SourceSet};
 use crate::catalog::conditions::Bitmap;
 use crate::catalog::generation::Generation;
 use crate::device::{Context, RankedItem};
 use caps::Counts;
 use diversity::{Diversity, DiversityScratch};
+use rules::{Entry, Rules, RulesScratch};
 pub use rules::{HardFilter, RuleConfig, RuleError};
-use rules::{Rules, RulesScratch};
 
 /// `[rerank]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,23 +103,34 @@ impl Reranker {
         self.rules.hard_filter(context)
     }
 
-    /// Fills `out` with at most `n_items` items in order: those not seen, diversified to `2 * n_items`, after rules; then
-    /// whatever else seen items, rules and caps allow, until the slate is full.
+    /// Fills `out` with at most `n_items` items in order: those not seen and not forbidden, diversified to `2 * n_items`,
+    /// after rules; then whatever else caps allow, until the slate is full. Items are pinned when the rest stands.
     pub fn rerank(&self, input: RerankInput<'_>, scratch: &mut RerankScratch, out: &mut Vec<SlateItem>) {
         let RerankScratch { fresh, diverse, diversity, rules, counts } = scratch;
+        let hard = self.hard_filter(input.context);
+        let allowed = |row| input.seen.binary_search(&row).is_err() && hard.allows(row);
         fresh.clear();
-        fresh.extend(input.items.iter().filter(|item| input.seen.binary_search(&item.row).is_err()));
+        fresh.extend(input.items.iter().filter(|item| allowed(item.row)));
         diverse.clear();
         self.diversity.pick(input.generation, fresh, 2 * input.n_items, diversity, diverse);
-        self.rules.apply(&input, diverse, rules, out);
-        if out.len() < input.n_items {
-            self.fill(&input, fresh, counts, out);
+        self.rules.arrange(&input, diverse, rules);
+        if rules.list.len() < input.n_items {
+            let unproposed = input.unproposed.iter().filter(|s| allowed(s.row));
+            let unproposed =
+                unproposed.map(|s| RankedItem { row: s.row, score: s.score, sources: SourceSet::default() });
+            self.fill(&input, fresh.iter().copied().chain(unproposed), counts, &mut rules.list);
         }
+        self.rules.finish(&input, &hard, rules, out);
     }
 
-    /// Fills up from `fresh`, the ranked items, then from those that nobody proposed.
-    fn fill(&self, input: &RerankInput<'_>, fresh: &[RankedItem], counts: &mut Vec<Counts>, out: &mut Vec<SlateItem>) {
-        let hard = self.hard_filter(input.context);
+    /// Fills the list up, as far as caps allow.
+    fn fill(
+        &self,
+        input: &RerankInput<'_>,
+        from: impl Iterator<Item = RankedItem>,
+        counts: &mut Vec<Counts>,
+        list: &mut Vec<Entry>,
+    ) {
         let by_category = self.diversity.cap(input.generation).map(|cap| (cap, None));
         let by_rule = self.rules.caps(input.context, input.generation).map(|(cap, of)| (cap, Some(of)));
         let caps: SmallVec<[_; 4]> = by_category.into_iter().chain(by_rule).collect();
@@ -133,20 +144,17 @@ impl Reranker {
                 }
             }
         };
-        out.iter().for_each(|item| count(item.row, counts));
-        let unproposed = input.unproposed.iter().filter(|s| input.seen.binary_search(&s.row).is_err());
-        let unproposed = unproposed.map(|s| (s.row, s.score, SourceSet::default()));
-        for (row, score, sources) in fresh.iter().map(|i| (i.row, i.score, i.sources)).chain(unproposed) {
-            if out.len() >= input.n_items {
+        list.iter().for_each(|entry| count(entry.item.row, counts));
+        for item in from {
+            if list.len() >= input.n_items {
                 break;
             }
+            let row = item.row;
             let admitted =
                 caps.iter().zip(&*counts).all(|((cap, of), counts)| !counted(*of, row) || cap.admits(row, counts));
-            if admitted && hard.allows(row) && out.iter().all(|item| item.row != row) {
+            if admitted && list.iter().all(|entry| entry.item.row != row) {
                 count(row, counts);
-                let explanation =
-                    input.explain.then(|| Box::new(Explanation { backfill: true, ..Explanation::default() }));
-                out.push(SlateItem { row, score, sources, explanation });
+                list.push(Entry::backfill(item));
             }
         }
     }

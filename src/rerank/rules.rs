@@ -1,7 +1,8 @@
 //! Business rules: what may be shown, what is moved, decided by item attributes and request context.
 //!
 //! `exclude` and `require` forbid items altogether. The others act on the diversified list, phase by phase and within a
-//! phase in the order of the configuration: boost, bury, cap, pin. Conditions over items are bitmaps computed once.
+//! phase in the order of the configuration: boost, bury, cap, and, when the list has been filled up, pin. Conditions over
+//! items are bitmaps computed once.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -122,18 +123,36 @@ pub struct Rules {
 /// Buffers, reused from request to request.
 #[derive(Debug, Default)]
 pub struct RulesScratch {
-    list: Vec<Entry>,
+    /// The list as it grows.
+    pub(super) list: Vec<Entry>,
     scores: Vec<f32>,
     counts: Counts,
 }
 
+/// An item on its way to the slate.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
-    item: RankedItem,
+pub(super) struct Entry {
+    pub(super) item: RankedItem,
     /// Decides the order: the score of the place that diversity gave, plus boosts.
     key: f32,
     /// One bit per rule that acted, for the first 64 rules.
     acted: u64,
+    backfill: bool,
+}
+
+impl Entry {
+    fn new(item: RankedItem) -> Self {
+        Entry { item, key: item.score, acted: 0, backfill: false }
+    }
+
+    /// An item that fills the list up.
+    pub(super) fn backfill(item: RankedItem) -> Self {
+        Entry { backfill: true, ..Entry::new(item) }
+    }
+}
+
+fn mark(rule: usize) -> u64 {
+    if rule < 64 { 1 << rule } else { 0 }
 }
 
 impl Rule {
@@ -177,24 +196,11 @@ impl Rules {
         self.active(context).filter_map(|(_, rule)| Some((rule.cap(generation)?, &*rule.matches)))
     }
 
-    /// Turns the diversified list into at most `n_items` slate items.
-    pub fn apply(
-        &self,
-        input: &RerankInput<'_>,
-        diverse: &[RankedItem],
-        scratch: &mut RulesScratch,
-        out: &mut Vec<SlateItem>,
-    ) {
+    /// Lays the diversified list, of allowed items, into the scratch: boosted, buried, capped.
+    pub fn arrange(&self, input: &RerankInput<'_>, diverse: &[RankedItem], scratch: &mut RulesScratch) {
         let RulesScratch { list, scores, counts } = scratch;
-        let hard = self.hard_filter(input.context);
         list.clear();
-        list.extend(diverse.iter().filter(|i| hard.allows(i.row)).map(|&item| Entry {
-            item,
-            key: item.score,
-            acted: 0,
-        }));
-        let mark = |index: usize| if index < 64 { 1u64 << index } else { 0 };
-
+        list.extend(diverse.iter().copied().map(Entry::new));
         // A place keeps its worth when diversity gave it to another item.
         let boosts = || self.active(input.context).filter(|(_, r)| matches!(r.effect, Effect::Boost(_)));
         if boosts().next().is_some() && !list.is_empty() {
@@ -235,6 +241,16 @@ impl Rules {
                 keep
             });
         }
+    }
+
+    /// Pins items in the scratch's list and turns its best into at most `n_items` slate items.
+    pub fn finish(
+        &self,
+        input: &RerankInput<'_>,
+        hard: &HardFilter,
+        RulesScratch { list, .. }: &mut RulesScratch,
+        out: &mut Vec<SlateItem>,
+    ) {
         for (index, rule) in self.active(input.context) {
             let Effect::Pin { rows, rank } = &rule.effect else { continue };
             let allowed = |row: &&u32| input.seen.binary_search(row).is_err() && hard.allows(**row);
@@ -243,8 +259,7 @@ impl Rules {
                     Some(at) => list.remove(at),
                     None => {
                         let known = input.items.iter().find(|i| i.row == row).copied();
-                        let item = known.unwrap_or(RankedItem { row, score: 0.0, sources: SourceSet::default() });
-                        Entry { item, key: item.score, acted: 0 }
+                        Entry::new(known.unwrap_or(RankedItem { row, score: 0.0, sources: SourceSet::default() }))
                     }
                 };
                 let at = (rank - 1 + place).min(list.len());
@@ -257,7 +272,11 @@ impl Rules {
             sources: entry.item.sources,
             explanation: input.explain.then(|| {
                 let acted = self.rules.iter().enumerate().filter(|(index, _)| entry.acted & mark(*index) != 0);
-                Box::new(Explanation { rules: acted.map(|(_, r)| r.name.clone()).collect(), ..Explanation::default() })
+                Box::new(Explanation {
+                    rules: acted.map(|(_, r)| r.name.clone()).collect(),
+                    backfill: entry.backfill,
+                    ..Explanation::default()
+                })
             }),
         }));
     }
@@ -424,6 +443,13 @@ mod tests {
     fn a_pinned_item_that_is_excluded_stays_away() {
         let rules = "[[rules]]\naction='exclude'\nwhere={category='c1'}\n[[rules]]\naction='pin'\nitems=['1']\nrank=1";
         assert_eq!(slate(rules, &[], &[], 3), [0, 2, 4]);
+    }
+
+    #[test]
+    fn a_pin_keeps_its_rank_when_the_list_is_filled_up() {
+        let rules = "[[rules]]\naction='exclude'\nwhere={category='c0'}\n[[rules]]\naction='cap'\nattribute='category'\nmax=2\n\
+                     [[rules]]\naction='pin'\nitems=['3']\nrank=2";
+        assert_eq!(slate(rules, &[], &[1], 2), [5, 3]);
     }
 
     #[test]
