@@ -62,6 +62,11 @@ pub trait Ranker: Send {
     }
 }
 
+/// Reads an ONNX file as it is written.
+fn read_onnx(onnx: &Path) -> Result<ModelProto, String> {
+    ModelProto::parse_file(std::fs::File::open(onnx).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
+}
+
 /// The model as a dense network, held against the general runtime.
 ///
 /// # Errors
@@ -70,8 +75,7 @@ pub fn recognise(general: &mut OnnxRanker, onnx: &Path, manifest: &RankerManifes
     if manifest.inputs.len() > MOST_INPUTS {
         return Err(format!("{} inputs", manifest.inputs.len()));
     }
-    let file = std::fs::File::open(onnx).map_err(|e| e.to_string())?;
-    let model = ModelProto::parse_file(file).map_err(|e| e.to_string())?;
+    let model = read_onnx(onnx)?;
     let inputs: Vec<(&str, usize)> = manifest.inputs.iter().map(|i| i.name.as_str()).zip(general.widths()).collect();
     let (score, names) = manifest.output.expression()?;
     let mut graph = graph::read(&model, &inputs, &names.iter().map(String::as_str).collect::<Vec<_>>())?;

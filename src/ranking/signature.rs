@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rten_onnx::onnx::{DataType, ModelProto, ValueInfoProto};
+use rten_onnx::onnx::{DataType, ValueInfoProto};
 
 /// Types of values that models take and give here; the names are those of the Open Inference Protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +67,7 @@ impl Signature {
     /// # Errors
     /// The file can't be read or parsed, or an input is of a type that no ranker here takes.
     pub fn read(onnx: &Path) -> Result<Self, String> {
-        let file = std::fs::File::open(onnx).map_err(|e| e.to_string())?;
-        let graph = ModelProto::parse_file(file).map_err(|e| e.to_string())?.graph.unwrap_or_default();
+        let graph = super::read_onnx(onnx)?.graph.unwrap_or_default();
         let constant = |value: &&ValueInfoProto| !graph.initializer.iter().any(|t| t.name == value.name);
         let inputs = graph.input.iter().filter(constant).map(spec).collect::<Result<_, _>>()?;
         Ok(Signature { inputs, outputs: graph.output.iter().flat_map(spec).collect() })

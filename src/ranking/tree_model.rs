@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use rten_onnx::onnx::{GraphProto, ModelProto, NodeProto};
+use rten_onnx::onnx::{GraphProto, NodeProto};
 
 use super::manifest::RankerManifest;
 use super::tree_nodes::{self, Attributes, attribute, numbers};
@@ -149,9 +149,7 @@ pub fn load(
     widths: &[usize],
 ) -> Result<Option<TreeRanker>, RankError> {
     let wrong = |reason: String| RankError { ranker: name.to_owned(), reason };
-    let read =
-        || ModelProto::parse_file(std::fs::File::open(onnx).map_err(|e| e.to_string())?).map_err(|e| e.to_string());
-    let model = read().map_err(|e| wrong(format!("{}: {e}", onnx.display())))?;
+    let model = super::read_onnx(onnx).map_err(|e| wrong(format!("{}: {e}", onnx.display())))?;
     match &model.graph {
         Some(graph) if graph.node.iter().any(is_ensemble) => {
             TreeRanker::compile(name, graph, manifest, widths, Kernel::detect()).map(Some).map_err(wrong)
@@ -506,8 +504,7 @@ mod tests {
     }
 
     fn graph(name: &str) -> GraphProto {
-        let file = std::fs::File::open(golden(&format!("{name}.onnx"))).unwrap();
-        ModelProto::parse_file(file).unwrap().graph.unwrap()
+        crate::ranking::read_onnx(&golden(&format!("{name}.onnx"))).unwrap().graph.unwrap()
     }
 
     fn manifest(output: &str) -> RankerManifest {
