@@ -215,7 +215,13 @@ proptest! {
         let (index, oracle) = (build(&matrix, metric, 4), BruteForce::new(matrix.clone(), metric, Kernel::detect()));
         let query: Vec<f32> = points(1, dim, 1, !seed);
         let (got, want) = (search(&index, &query, k, Filter::ALL), search(&oracle, &query, k, Filter::ALL));
-        prop_assert_eq!(got, want);
+        // Both are exact; the last bits of a score depend on how many rows a kernel takes at once, and may decide among equals.
+        prop_assert_eq!(got.len(), want.len());
+        for (got, want) in got.iter().zip(&want) {
+            prop_assert!((got.score - want.score).abs() <= 1e-5 * want.score.abs().max(1.0), "{:?} for {:?}", got, want);
+        }
+        let rows: std::collections::HashSet<u32> = got.iter().map(|g| g.row).collect();
+        prop_assert_eq!(rows.len(), got.len());
         // Walks end as well, and give each row once.
         if n > 0 && k > 0 {
             let mut rows = walk(&index, &query, n, n, Filter::ALL);
