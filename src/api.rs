@@ -9,6 +9,8 @@ use crate::catalog::generation::Generation;
 use crate::context::{Degradation, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
+pub use crate::state::event::Event;
+pub use crate::state::live::Receipt;
 
 /// Names one call in flight on one shard. Chosen by the protocol side, opaque to everything behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +25,8 @@ pub enum Call<'a> {
     Search(SearchCall<'a>),
     /// Scores for given items.
     Rank(RankCall<'a>),
+    /// What users did.
+    Events(EventsCall<'a>),
 }
 
 /// Asks for a slate.
@@ -126,6 +130,17 @@ pub struct RankCall<'a> {
     pub item_ids: &'a [&'a str],
     /// A ranker of the bundle; the default one when absent.
     pub ranker: Option<&'a str>,
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
+/// Tells what users did. All events are taken or none.
+#[derive(Clone, Copy, Debug)]
+pub struct EventsCall<'a> {
+    /// The events, checked, as [`crate::state::event::encode`] makes them.
+    pub record: &'a [u8],
+    /// Answer when they are on the disk.
+    pub durable: bool,
     /// As in [`RecommendCall`].
     pub deadline: Option<Duration>,
 }
@@ -281,6 +296,8 @@ pub enum Outcome {
     Scored(Arc<ScoredItems>),
     /// For [`InferCall`]: one value per row.
     Inferred(Arc<[f32]>),
+    /// For [`Call::Events`].
+    Received(Receipt),
     /// Any of them.
     Failed(Error),
 }

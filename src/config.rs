@@ -11,6 +11,7 @@ use crate::context::nearest;
 use crate::pipeline::PipelineConfig;
 use crate::rerank::RerankConfig;
 use crate::server::ServerConfig;
+use crate::state::EventsConfig;
 use crate::telemetry::TelemetryConfig;
 
 /// `tastemaker.toml`. Every key has a default; `docs/tastemaker.toml` shows each with its unit and range.
@@ -25,6 +26,8 @@ pub struct Config {
     pub rerank: RerankConfig,
     /// Result cache.
     pub cache: CacheConfig,
+    /// Events and what they change.
+    pub events: EventsConfig,
     /// Logs.
     pub telemetry: TelemetryConfig,
 }
@@ -110,6 +113,7 @@ impl Config {
         self.pipeline.validate()?;
         self.rerank.validate()?;
         self.cache.validate()?;
+        self.events.validate()?;
         self.telemetry.validate()
     }
 }

@@ -20,6 +20,7 @@ pub mod rerank;
 pub mod response;
 pub mod retrieval;
 pub mod server;
+pub mod state;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;

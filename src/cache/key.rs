@@ -8,8 +8,16 @@ use crate::device::Context;
 /// probability of about 1e-21; the hash is not keyed, so it is no defence against somebody who makes collisions on purpose.
 pub type CacheKey = u128;
 
-/// The key of a recommendation. `generation` names the bundle and everything else that shapes the answer.
-pub fn recommend(generation: &str, user_id: &str, context: &Context, query: &str, n_items: u32) -> CacheKey {
+/// The key of a recommendation. `generation` names the bundle and everything else that shapes the answer; `user_version` what is
+/// known of the user, so that an event puts whatever was cached before it out of reach.
+pub fn recommend(
+    generation: &str,
+    user_id: &str,
+    user_version: u64,
+    context: &Context,
+    query: &str,
+    n_items: u32,
+) -> CacheKey {
     let mut hash = Xxh3::new();
     let mut text = |text: &str| {
         hash.update(&(text.len() as u32).to_le_bytes());
@@ -23,6 +31,7 @@ pub fn recommend(generation: &str, user_id: &str, context: &Context, query: &str
         text(value);
     }
     hash.update(&n_items.to_le_bytes());
+    hash.update(&user_version.to_le_bytes());
     hash.digest128()
 }
 
@@ -42,7 +51,7 @@ mod tests {
         fn order_of_context_does_not_matter(pairs in prop::collection::btree_map("[a-c]{1,2}", "[a-c]{0,2}", 0..5)) {
             let forward: Vec<(&str, &str)> = pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
             let backward: Vec<(&str, &str)> = forward.iter().rev().copied().collect();
-            let key = |pairs| recommend("g", "u", &context(pairs), "q", 10);
+            let key = |pairs| recommend("g", "u", 0, &context(pairs), "q", 10);
             prop_assert_eq!(key(&forward), key(&backward));
         }
     }
@@ -50,14 +59,15 @@ mod tests {
     #[test]
     fn every_part_matters() {
         let keys = [
-            recommend("g", "u", &context(&[]), "", 10),
-            recommend("h", "u", &context(&[]), "", 10),
-            recommend("g", "v", &context(&[]), "", 10),
-            recommend("g", "u", &context(&[("a", "b")]), "", 10),
-            recommend("g", "u", &context(&[("ab", "")]), "", 10),
-            recommend("g", "u", &context(&[]), "q", 10),
-            recommend("g", "u", &context(&[]), "", 11),
-            recommend("g", "", &context(&[]), "u", 10),
+            recommend("g", "u", 0, &context(&[]), "", 10),
+            recommend("h", "u", 0, &context(&[]), "", 10),
+            recommend("g", "v", 0, &context(&[]), "", 10),
+            recommend("g", "u", 0, &context(&[("a", "b")]), "", 10),
+            recommend("g", "u", 0, &context(&[("ab", "")]), "", 10),
+            recommend("g", "u", 0, &context(&[]), "q", 10),
+            recommend("g", "u", 0, &context(&[]), "", 11),
+            recommend("g", "u", 1, &context(&[]), "", 10),
+            recommend("g", "", 0, &context(&[]), "u", 10),
         ];
         let distinct: std::collections::HashSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());

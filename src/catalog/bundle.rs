@@ -641,6 +641,7 @@ impl Reader {
             roles,
             shared_index: index.map_or_else(OnceLock::new, |index| OnceLock::from(Some(index))),
             shared_filters: Default::default(),
+            shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
             items,
             users,

@@ -13,6 +13,7 @@ use crate::catalog::text::TextIndex;
 use crate::index::{BruteForce, Kernel, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
 use crate::ranking::manifest::RankerManifest;
+use crate::state::fold_in::{FoldIn, FoldInParams};
 
 /// A row that stands for "none".
 pub const NO_ROW: u32 = u32::MAX;
@@ -54,6 +55,8 @@ pub struct Generation {
     pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
     /// See [`Generation::filters`].
     pub(super) shared_filters: OnceLock<FilterCache>,
+    /// See [`Generation::fold_in`].
+    pub(super) shared_fold_in: OnceLock<Option<FoldIn>>,
     /// What a kind of device made of the rankers once, for all its workers.
     pub(crate) shared_rankers: OnceLock<Box<dyn Any + Send + Sync>>,
 }
@@ -65,6 +68,16 @@ impl Generation {
             Arc::new(BruteForce::new(matrix.clone(), self.metric, Kernel::detect())) as Arc<dyn VectorIndex>
         };
         self.shared_index.get_or_init(|| self.item_embeddings.as_ref().map(make)).clone()
+    }
+
+    /// What computes users' vectors from histories, made by the first that asks and shared by all; `None` without embeddings.
+    pub fn fold_in(&self, params: FoldInParams) -> Option<&FoldIn> {
+        self.shared_fold_in.get_or_init(|| FoldIn::new(self, params)).as_ref()
+    }
+
+    /// The same, if it is there already.
+    pub fn ready_fold_in(&self) -> Option<&FoldIn> {
+        self.shared_fold_in.get().and_then(Option::as_ref)
     }
 
     /// The bitmaps of filters, which all workers share; the first that asks says how many bytes they may take.
@@ -453,6 +466,7 @@ pub mod testing {
             roles: Roles::default(),
             shared_index: OnceLock::new(),
             shared_filters: OnceLock::new(),
+            shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
         }
     }

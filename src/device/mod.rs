@@ -17,6 +17,7 @@ use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
 use crate::rerank::HardFilter;
+use crate::state::trending::LiveTrending;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
 ///
@@ -78,6 +79,8 @@ pub struct Job {
     pub query: String,
     /// What a search starts from and may return.
     pub search: PlannedSearch,
+    /// What is popular because of events, if there were any.
+    pub trending: Option<Arc<LiveTrending>>,
     /// What must not be retrieved, beside what the user has seen.
     pub filter: HardFilter,
     /// Result: best first (recommend, search) or as asked (rank).
@@ -105,6 +108,7 @@ impl Job {
             context: Context::default(),
             query: String::new(),
             search: PlannedSearch::default(),
+            trending: None,
             filter: HardFilter::default(),
             ranked: Ranked::default(),
             failure: None,
@@ -119,8 +123,10 @@ impl Job {
         self.user.vector.clear();
         self.user.history.clear();
         self.user.seen.clear();
+        self.user.fold_in = false;
         self.query.clear();
         self.search.clear();
+        self.trending = None;
         self.filter = HardFilter::default();
         self.ranked.clear();
         self.failure = None;
@@ -175,6 +181,8 @@ pub struct PlannedUser {
     pub history: Vec<Interaction>,
     /// Everything already seen, ascending; never recommended.
     pub seen: Vec<u32>,
+    /// Events changed the history: the vector is still the trained one, or empty, and to be computed from it.
+    pub fold_in: bool,
 }
 
 /// A search, resolved as far as a shard has time for.

@@ -657,7 +657,12 @@ mod tests {
         generation.roles.series = Some(1);
         generation.roles.series_position = Some(2);
         generation.popularity = vec![0.0, 1.0, 0.0, 0.0].into();
-        let user = PlannedUser { row: None, vector: vec![9.0, 8.0], history: history(&[0, 3]), seen: vec![0, 3] };
+        let user = PlannedUser {
+            vector: vec![9.0, 8.0],
+            history: history(&[0, 3]),
+            seen: vec![0, 3],
+            ..PlannedUser::default()
+        };
         let get = |column: &str| matrix(&generation, &[column], &user, &[1, 2]);
         assert_eq!(get("candidate.ann.score"), [0.75, 0.0]);
         assert_eq!(get("candidate.ann.rank"), [0.25, 0.0]);

@@ -111,7 +111,7 @@ pub struct FinishScratch {
     rerank: RerankScratch,
 }
 
-/// The whole path of one recommendation, in one thread.
+/// The whole path of one recommendation, in one thread and without live state.
 ///
 /// # Errors
 /// A call that can't be planned, or a device that failed.
@@ -124,7 +124,7 @@ pub fn execute(
     job: &mut Box<Job>,
     scratch: &mut FinishScratch,
 ) -> Result<Slate, Error> {
-    plan::recommend(call, generation, reranker, config, Instant::now(), job)?;
+    plan::recommend(call, generation, None, reranker, config, Instant::now(), job)?;
     let ran = device.execute(std::slice::from_mut(job));
     ran.map_err(|_| Error::fixed(Code::Unavailable, "the device failed"))?;
     finish_recommend(job, reranker, call.n_items, call.explain, scratch)

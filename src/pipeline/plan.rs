@@ -3,14 +3,18 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 use super::PipelineConfig;
 use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use crate::catalog::conditions::{self, Test, UnknownValue};
-use crate::catalog::generation::{Generation, NO_ROW};
+use crate::catalog::generation::{Generation, Interaction, NO_ROW};
 use crate::context::{Deadline, Stage};
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
 use crate::rerank::Reranker;
+use crate::state::LiveState;
+use crate::state::live::Entry;
 use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
@@ -27,6 +31,7 @@ const NO_DEADLINE: Duration = Duration::from_secs(3600);
 pub fn recommend(
     call: &RecommendCall<'_>,
     generation: &Arc<Generation>,
+    live: Option<&LiveState>,
     reranker: &Reranker,
     config: &PipelineConfig,
     now: Instant,
@@ -38,7 +43,8 @@ pub fn recommend(
     job.query.push_str(call.query.unwrap_or_default().trim());
     job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
     job.filter = reranker.hard_filter(&job.context);
-    resolve_user(call.user_id, generation, config, job);
+    job.trending = live.and_then(LiveState::trending);
+    resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
@@ -61,7 +67,13 @@ pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error>
 /// # Errors
 /// An unknown item, user or item column, a vector of another dimension, a condition that does not fit its column, a number out
 /// of its range, a catalogue without what is asked for.
-pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) -> Result<(), Error> {
+pub fn search(
+    call: &SearchCall<'_>,
+    generation: &Arc<Generation>,
+    live: Option<&LiveState>,
+    now: Instant,
+    job: &mut Job,
+) -> Result<(), Error> {
     let wrong = |message: String| Err(Error::new(Code::BadRequest, message));
     if call.k == 0 || call.k as usize > MAX_K {
         return wrong(format!("k is {}, expected 1 to {MAX_K}", call.k));
@@ -84,7 +96,7 @@ pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant,
         }
         by => start(by, call, generation, job)?,
     }
-    restrict(&call.filter, matches!(call.by, SearchBy::User(_)), generation, job)?;
+    restrict(&call.filter, call.by, generation, live, job)?;
     job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
@@ -141,7 +153,13 @@ fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: 
 }
 
 /// What a search may return.
-fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, job: &mut Job) -> Result<(), Error> {
+fn restrict(
+    filter: &SearchFilter<'_>,
+    by: SearchBy<'_>,
+    generation: &Generation,
+    live: Option<&LiveState>,
+    job: &mut Job,
+) -> Result<(), Error> {
     let items = &generation.items;
     for (name, demand) in filter.conditions {
         let wrong = |reason| Error::new(Code::BadRequest, format!("filter.{name}: {reason}"));
@@ -151,14 +169,17 @@ fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, j
     }
     // Thousands of ids would take a shard too long to look up.
     filter.exclude.iter().for_each(|id| job.search.exclude_ids.push(id));
-    match (filter.exclude_seen, by_user) {
-        (Some(_), false) => {
-            return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
-        }
-        (None | Some(true), true) => {
+    match (filter.exclude_seen, by) {
+        (None | Some(true), SearchBy::User(id)) => {
             let row = job.user.row.unwrap_or(NO_ROW);
             job.user.seen.extend(generation.histories.of(row).map(|i| i.row));
+            if let Some(live) = live {
+                live.read(id, |user| job.user.seen.extend(user.entries().iter().filter(|e| e.seen).map(|e| e.row)));
+            }
             job.user.seen.sort_unstable();
+        }
+        (Some(_), by) if !matches!(by, SearchBy::User(_)) => {
+            return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
         }
         _ => {}
     }
@@ -172,6 +193,7 @@ fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, j
 pub fn rank(
     call: &RankCall<'_>,
     generation: &Arc<Generation>,
+    live: Option<&LiveState>,
     config: &PipelineConfig,
     now: Instant,
     job: &mut Job,
@@ -194,7 +216,7 @@ pub fn rank(
     job.context.assign(call.context);
     let rows = call.item_ids.iter().map(|id| generation.items.ids.row(id).unwrap_or(NO_ROW)).collect();
     job.task = Task::Rank { rows, ranker };
-    resolve_user(call.user_id, generation, config, job);
+    resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
@@ -222,22 +244,31 @@ fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>
     job.enqueued = now;
 }
 
-fn resolve_user(id: &str, generation: &Generation, config: &PipelineConfig, job: &mut Job) {
+/// The user as trained, and what events added: an item that came again stands where it came last.
+fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, config: &PipelineConfig, job: &mut Job) {
     let user = &mut job.user;
     user.row = generation.users.ids.row(id);
-    let Some(row) = user.row else { return };
-    if let Some(matrix) = &generation.user_embeddings
-        && generation.item_embeddings.is_some()
-    {
-        matrix.extend_row(row, &mut user.vector);
+    let mut events: SmallVec<[Entry; 128]> = SmallVec::new();
+    if let Some(live) = live {
+        live.read(id, |user| events.extend_from_slice(user.entries()));
     }
-    let history = generation.histories.of(row);
-    let skip = history.len().saturating_sub(config.history_length as usize);
-    for (at, entry) in history.enumerate() {
-        user.seen.push(entry.row);
-        if at >= skip {
-            user.history.push(entry);
+    user.fold_in = !events.is_empty();
+    let mut again: SmallVec<[u32; 128]> = events.iter().map(|entry| entry.row).collect();
+    again.sort_unstable();
+    if let Some(row) = user.row {
+        if let Some(matrix) = &generation.user_embeddings
+            && generation.item_embeddings.is_some()
+        {
+            matrix.extend_row(row, &mut user.vector);
         }
+        let trained = generation.histories.of(row);
+        user.seen.extend(trained.map(|entry| entry.row));
+        let trained = generation.histories.of(row).filter(|entry| again.binary_search(&entry.row).is_err());
+        user.history.extend(trained);
     }
+    user.seen.extend(events.iter().filter(|entry| entry.seen).map(|entry| entry.row));
+    user.history.extend(events.iter().map(|entry| Interaction { row: entry.row, weight: entry.weight }));
+    let skip = user.history.len().saturating_sub(config.history_length as usize);
+    user.history.drain(..skip);
     user.seen.sort_unstable();
 }

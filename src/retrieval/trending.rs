@@ -3,14 +3,16 @@
 use super::Marks;
 use crate::candidates::Scored;
 use crate::catalog::generation::Generation;
+use crate::state::trending::LiveTrending;
 
 /// The context key that names a category.
 pub const CATEGORY_KEY: &str = "category";
 
 /// Appends up to `k` allowed items. A `category` that the catalogue knows fills at most half of them, before the overall
-/// list; without one, or with an unknown one, the overall list is all.
+/// list; without one, or with an unknown one, the overall list is all. Lists of `live` take the place of the bundle's.
 pub fn retrieve(
     generation: &Generation,
+    live: Option<&LiveTrending>,
     category: Option<&str>,
     k: usize,
     allowed: &dyn Fn(u32) -> bool,
@@ -34,10 +36,14 @@ pub fn retrieve(
         column.data.vocabulary()?.row(name)
     });
     if let Some(code) = code {
-        let (rows, scores) = generation.trending_by_category.of(code);
+        let (rows, scores) = match live.and_then(|live| live.by_category.get(&code)) {
+            Some(list) => (&list.rows[..], &list.scores[..]),
+            None => generation.trending_by_category.of(code),
+        };
         take(rows, scores, k.div_ceil(2));
     }
-    take(&generation.trending.rows, &generation.trending.scores, k);
+    let overall = live.map_or(&generation.trending, |live| &live.overall);
+    take(&overall.rows, &overall.scores, k);
 }
 
 #[cfg(test)]
@@ -58,11 +64,22 @@ mod tests {
         };
         let run = |category, k| {
             let mut out = Vec::new();
-            retrieve(&generation, category, k, &|row| row != 0, &mut Marks::default(), &mut out);
+            retrieve(&generation, None, category, k, &|row| row != 0, &mut Marks::default(), &mut out);
             out.iter().map(|s| s.row).collect::<Vec<_>>()
         };
         assert_eq!(run(None, 3), [2, 1, 3]);
         assert_eq!(run(Some("c1"), 4), [2, 3, 1, 4]);
         assert_eq!(run(Some("nope"), 2), [2, 1]);
+        let list = |rows: Vec<u32>| RankedList { scores: vec![1.0; rows.len()].into(), rows: rows.into() };
+        let live = LiveTrending { overall: list(vec![5, 4, 3]), by_category: [(1, list(vec![3]))].into() };
+        let run = |category, k| {
+            let mut out = Vec::new();
+            retrieve(&generation, Some(&live), category, k, &|_| true, &mut Marks::default(), &mut out);
+            out.iter().map(|s| s.row).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (run(None, 2), run(Some("c1"), 4), run(Some("c0"), 4)),
+            (vec![5, 4], vec![3, 5, 4], vec![0, 1, 5, 4])
+        );
     }
 }

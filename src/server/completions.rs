@@ -28,6 +28,13 @@ pub enum Completion {
         /// The shard's own name for the call.
         ticket: Ticket,
     },
+    /// Events of a call of this shard are logged, or not.
+    Received {
+        /// The shard's own name for the call.
+        ticket: Ticket,
+        /// The answer.
+        result: crate::state::writer::Result,
+    },
 }
 
 fn eventfd(flags: libc::c_int) -> io::Result<File> {

@@ -20,13 +20,17 @@ use hyper::body::Incoming;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response};
 
-use super::json::{self, ConditionBody, RankBody, RecommendBody, SearchBody, VectorBody};
+use super::json::{self, ConditionBody, EventsBody, RankBody, RecommendBody, SearchBody, VectorBody};
 use super::service::Service;
 use super::{tensors, v2};
-use crate::api::{Call, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket};
+use crate::api::{
+    Call, Event, EventsCall, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket,
+};
 use crate::catalog::conditions::Demand;
 use crate::error::{Code, Error};
 use crate::index::SearchParams;
+use crate::state::event;
+use crate::state::writer::now_ms;
 use crate::telemetry::metrics::{Endpoint, Gauges};
 use crate::wire::LIMITS;
 
@@ -356,8 +360,9 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
         "/v1/recommend" => Endpoint::Recommend,
         "/v1/search" => Endpoint::Search,
         "/v1/rank" => Endpoint::Rank,
+        "/v1/events" => Endpoint::Events,
         _ => {
-            let message = "no such path; there are /v1/recommend, /v1/search, /v1/rank and /v2";
+            let message = "no such path; there are /v1/recommend, /v1/search, /v1/rank, /v1/events and /v2";
             return Err(Error::fixed(Code::NotFound, message).into());
         }
     };
@@ -368,6 +373,7 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
         match endpoint {
             Endpoint::Recommend => recommend(&body, state).await,
             Endpoint::Search => search(&body, state).await,
+            Endpoint::Events => events(&body, state).await,
             Endpoint::Rank | Endpoint::Infer => rank(&body, state).await,
         }
     };
@@ -538,6 +544,26 @@ async fn rank(body: &[u8], state: &HttpState) -> Answer {
     }
 }
 
+async fn events(body: &[u8], state: &HttpState) -> Answer {
+    let body: EventsBody<'_> = json::parse(body)?;
+    let mut record = Vec::new();
+    let events = body.events.0.iter().map(|event| Event {
+        event_id: event.event_id.as_ref().map_or("", |id| &id.0),
+        user_id: &event.user_id.0,
+        item_id: &event.item_id.0,
+        kind: &event.kind,
+        value: event.value.unwrap_or(f32::NAN),
+        time_ms: event.time_ms.unwrap_or(0),
+        context: event.context.iter().map(|(key, value)| (&**key, &*value.0)).collect(),
+    });
+    event::encode(events, now_ms(), &mut record)?;
+    let deadline = body.deadline_ms.map(Duration::from_millis);
+    match state.call(&Call::Events(EventsCall { record: &record, durable: body.durable, deadline })).await {
+        Outcome::Received(receipt) => Ok(respond(200, "application/json", json::receipt(receipt))),
+        other => unexpected(other),
+    }
+}
+
 pub(super) fn unexpected(outcome: Outcome) -> Answer {
     Err(Failure::Failed(match outcome {
         Outcome::Failed(error) => error,
@@ -583,6 +609,9 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 cache_bytes: shared.cache.as_ref().map_or(0, |c| c.bytes()),
                 cache_entries: shared.cache.as_ref().map_or(0, |c| c.len()),
                 filter_cache_bytes: shared.generation.filter_bytes(),
+                live_users: shared.live.n_users(),
+                live_entries: shared.live.n_entries(),
+                events: Some(&shared.events.counters),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

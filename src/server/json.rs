@@ -7,12 +7,13 @@ use serde::de::{self, Deserializer};
 use serde::ser::{SerializeMap, SerializeSeq, Serializer};
 use serde::{Deserialize, Serialize};
 
-use crate::api::{CacheStatus, Explanation, ScoredItems, Slate};
+use crate::api::{CacheStatus, Explanation, Receipt, ScoredItems, Slate};
 use crate::candidates::{Scored, Source};
 use crate::catalog::conditions::Compare;
 use crate::catalog::generation::{IdTable, NO_ROW};
 use crate::context::{Degradation, Stage, StageTimings};
 use crate::error::{Code, Error};
+use crate::state::event::MAX_EVENTS;
 use crate::wire::LIMITS;
 
 /// A string, or a number or boolean as its text.
@@ -242,6 +243,38 @@ pub struct RankBody<'a> {
     pub deadline_ms: Option<u64>,
 }
 
+/// One event of `POST /v1/events`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventBody<'a> {
+    #[serde(borrow)]
+    pub user_id: Text<'a>,
+    #[serde(borrow)]
+    pub item_id: Text<'a>,
+    #[serde(borrow)]
+    pub kind: Cow<'a, str>,
+    #[serde(default, borrow)]
+    pub event_id: Option<Text<'a>>,
+    #[serde(default)]
+    pub value: Option<f32>,
+    #[serde(default)]
+    pub time_ms: Option<i64>,
+    #[serde(default, borrow)]
+    pub context: BTreeMap<Cow<'a, str>, Text<'a>>,
+}
+
+/// `POST /v1/events`
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsBody<'a> {
+    #[serde(borrow)]
+    pub events: Bounded<EventBody<'a>, MAX_EVENTS>,
+    #[serde(default)]
+    pub durable: bool,
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+}
+
 /// Parses a body; the error says what and where.
 ///
 /// # Errors
@@ -436,6 +469,15 @@ pub fn scored(scored: &ScoredItems) -> Vec<u8> {
     // As in `slate`.
     let _ = serde_json::to_writer(&mut out, &body);
     out
+}
+
+/// The body that answers events.
+pub fn receipt(receipt: Receipt) -> Vec<u8> {
+    let Receipt { accepted, duplicates, unknown_items, durable } = receipt;
+    let body = serde_json::json!({
+        "accepted": accepted, "duplicates": duplicates, "unknown_items": unknown_items, "durable": durable,
+    });
+    body.to_string().into_bytes()
 }
 
 /// The body of an error.

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
+use crate::state::{self, writer::ReceiptSink};
 use completions::Completions;
 use service::Shared;
 
@@ -221,6 +222,7 @@ pub struct Server {
     shared: Arc<Shared>,
     shards: Vec<JoinHandle<std::io::Result<()>>>,
     workers: Vec<JoinHandle<()>>,
+    events: JoinHandle<()>,
     watchdog: JoinHandle<()>,
     watched: Arc<AtomicBool>,
 }
@@ -238,6 +240,7 @@ impl Server {
             cpus => cpus.clone(),
         };
         let shared = Arc::new(Shared::new(generation, config, cpus.len())?);
+        let log = state::writer::open(&shared.live)?;
         let workers = Self::start_workers(&shared, &cpus, options.device)?;
 
         let server = &shared.config.server;
@@ -246,6 +249,8 @@ impl Server {
         let admin = http::listen(server.admin).with_context(|| format!("binding {}", server.admin))?;
         let addrs = Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
         let stop = Stop { flag: Arc::new(AtomicBool::new(false)), shared: shared.clone() };
+        let sink: Arc<dyn ReceiptSink> = shared.clone();
+        let events = state::writer::spawn(shared.live.clone(), log, shared.events.clone(), sink)?;
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
         let (ready, started) = std::sync::mpsc::channel();
@@ -272,7 +277,7 @@ impl Server {
             move || watchdog::run(&shared, &watched)
         })?;
         drop(ready);
-        let server = Server { addrs, stop, shared, shards, workers, watchdog, watched };
+        let server = Server { addrs, stop, shared, shards, workers, events, watchdog, watched };
         let failed = started.iter().take(server.shards.len()).find_map(Result::err);
         match failed {
             Some(error) => {
@@ -351,6 +356,10 @@ impl Server {
             }
         }
         self.shared.jobs.close();
+        self.shared.events.close();
+        if self.events.join().is_err() {
+            failed = failed.or(Some(anyhow::anyhow!("the event log's thread panicked")));
+        }
         self.watched.store(true, Ordering::Release);
         for worker in self.workers {
             if worker.join().is_err() {

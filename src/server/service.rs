@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::completions::{Completion, Completions};
-use crate::api::{CacheStatus, Call, InferCall, Outcome, RecommendCall, Slate, Ticket};
+use crate::api::{CacheStatus, Call, EventsCall, InferCall, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
@@ -22,6 +22,8 @@ use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
+use crate::state::LiveState;
+use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
 
 /// What all shards share.
@@ -44,6 +46,10 @@ pub struct Shared {
     pub flights: SingleFlight,
     /// Counters.
     pub metrics: Metrics,
+    /// What events changed.
+    pub live: Arc<LiveState>,
+    /// To the event log.
+    pub events: Arc<EventQueue>,
 }
 
 impl Shared {
@@ -56,6 +62,7 @@ impl Shared {
         let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
         // Twice, so that a call that ran out of time and its slot's next one both fit.
         let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
+        let live = LiveState::new(generation.clone(), config.events.clone());
         let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
         Ok(Shared {
             models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
@@ -65,6 +72,8 @@ impl Shared {
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
             flights: SingleFlight::default(),
             metrics: Metrics::new(n_shards, rankers),
+            events: Arc::new(EventQueue::new(&live)),
+            live: Arc::new(live),
             generation,
             config,
         })
@@ -84,6 +93,14 @@ impl JobSink for Shared {
     fn deliver(&self, job: Box<Job>) {
         if let Some(completions) = self.completions.get(usize::from(job.shard)) {
             completions.push(Completion::Job(job));
+        }
+    }
+}
+
+impl ReceiptSink for Shared {
+    fn deliver(&self, shard: u16, ticket: Ticket, result: writer::Result) {
+        if let Some(completions) = self.completions.get(usize::from(shard)) {
+            completions.push(Completion::Received { ticket, result });
         }
     }
 }
@@ -210,8 +227,12 @@ impl Service {
             Call::Recommend(_) => Endpoint::Recommend,
             Call::Search(_) => Endpoint::Search,
             Call::Rank(_) => Endpoint::Rank,
+            Call::Events(_) => Endpoint::Events,
         };
-        let outcome = self.begin(call, endpoint, ticket, now);
+        let outcome = match call {
+            Call::Events(call) => self.receive(call, ticket, now),
+            call => self.begin(call, endpoint, ticket, now),
+        };
         if let Some(outcome) = &outcome {
             self.metrics().record_outcome(endpoint, outcome, now.elapsed());
         }
@@ -245,6 +266,7 @@ impl Service {
         }
         let mut job = self.job();
         let Service { shared, pool, .. } = self;
+        let live = Some(&*shared.live);
         let budget = |asked| shared.budget(asked);
         let (generation, config) = (&shared.generation, &shared.config.pipeline);
         let mut plan = Plan::of(endpoint);
@@ -261,23 +283,31 @@ impl Service {
                 {
                     job.context.assign(call.context);
                     let query = call.query.unwrap_or_default().trim();
-                    let of = key::recommend(&generation.version, call.user_id, &job.context, query, call.n_items);
+                    let of = key::recommend(
+                        &generation.version,
+                        call.user_id,
+                        shared.live.version_of(call.user_id),
+                        &job.context,
+                        query,
+                        call.n_items,
+                    );
                     if let Some(slate) = cache.get(of, now) {
                         pool.push(job);
                         return Some(Outcome::Slate(slate, CacheStatus::L1));
                     }
                     plan.key = Some(of);
                 }
-                plan::recommend(&call, generation, &shared.reranker, config, now, &mut job)
+                plan::recommend(&call, generation, live, &shared.reranker, config, now, &mut job)
             }
             Call::Search(call) => {
                 let call = crate::api::SearchCall { deadline: budget(call.deadline), ..*call };
-                plan::search(&call, generation, now, &mut job)
+                plan::search(&call, generation, live, now, &mut job)
             }
             Call::Rank(call) => {
                 let call = crate::api::RankCall { deadline: budget(call.deadline), ..*call };
-                plan::rank(&call, generation, config, now, &mut job)
+                plan::rank(&call, generation, live, config, now, &mut job)
             }
+            Call::Events(_) => Err(Error::fixed(Code::Internal, "events are no job")),
         };
         if let Err(error) = planned {
             pool.push(job);
@@ -324,10 +354,48 @@ impl Service {
             }
             self.pushed = true;
         }
+        self.fly(slot, flight);
+        None
+    }
+
+    /// Sends events to the log.
+    fn receive(&mut self, call: &EventsCall<'_>, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        if self.draining {
+            return Some(Outcome::Failed(DRAINING));
+        }
+        let Some(slot) = self.free.pop() else {
+            return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
+        };
+        let internal = Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot));
+        let record = call.record.to_vec();
+        let submission = Submission { record, durable: call.durable, shard: self.shard, ticket: internal };
+        if let Err(error) = self.shared.events.push(submission) {
+            self.free.push(slot);
+            return Some(Outcome::Failed(error));
+        }
+        let budget = self.shared.budget(call.deadline).unwrap_or_default();
+        self.fly(
+            slot,
+            Flight {
+                ticket,
+                endpoint: Endpoint::Events,
+                n_items: 0,
+                explain: false,
+                key: None,
+                leader: false,
+                waiting: None,
+                deadline: Deadline(now + budget),
+                started: now,
+                answered: false,
+            },
+        );
+        None
+    }
+
+    fn fly(&mut self, slot: u32, flight: Flight) {
         self.slots[slot as usize].flight = Some(flight);
         self.in_flight += 1;
         self.metrics().in_flight.store(self.in_flight as u64, Relaxed);
-        None
     }
 
     /// Wakes sleeping workers if jobs were pushed since the last call.
@@ -352,6 +420,12 @@ impl Service {
                     }
                 }
                 Completion::Retry { ticket } => self.retry(ticket, deliver),
+                Completion::Received { ticket, result } => {
+                    if let Some(flight) = self.take(ticket) {
+                        let outcome = result.map_or_else(Outcome::Failed, Outcome::Received);
+                        self.answer(&flight, outcome, deliver);
+                    }
+                }
             }
         }
         if now >= self.next_sweep {
@@ -400,6 +474,7 @@ impl Service {
             Endpoint::Search | Endpoint::Rank => {
                 pipeline::finish_scored(&mut job).map(|scored| Outcome::Scored(Arc::new(scored)))
             }
+            Endpoint::Events => Err(Error::fixed(Code::Internal, "events are no job")),
             Endpoint::Infer => match job.failure.take() {
                 Some(failure) => Err(failure),
                 None => Ok(Outcome::Inferred(job.ranked.scores.as_slice().into())),

@@ -12,6 +12,7 @@ use crate::candidates::Source;
 use crate::context::{Reason, Stage, StageTimings};
 use crate::device::{Job, Task};
 use crate::error::Code;
+use crate::state::writer::EventCounters;
 
 /// Which call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +26,11 @@ pub enum Endpoint {
     Rank = 2,
     /// `infer`
     Infer = 3,
+    /// `events`
+    Events = 4,
 }
 
-const ENDPOINTS: [&str; 4] = ["recommend", "search", "rank", "infer"];
+const ENDPOINTS: [&str; 5] = ["recommend", "search", "rank", "infer", "events"];
 const STATUSES: [Option<Code>; 10] = [
     None,
     Some(Code::BadRequest),
@@ -181,7 +184,7 @@ impl ShardMetrics {
                 self.record_slate(slate, *cache);
                 None
             }
-            Outcome::Scored(_) | Outcome::Inferred(_) => None,
+            Outcome::Scored(_) | Outcome::Inferred(_) | Outcome::Received(_) => None,
         };
         let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
         self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
@@ -287,6 +290,12 @@ pub struct Gauges<'a> {
     pub cache_entries: usize,
     /// Memory of the bitmaps of search filters.
     pub filter_cache_bytes: u64,
+    /// Users with events.
+    pub live_users: usize,
+    /// Items in their histories.
+    pub live_entries: usize,
+    /// Events and their log.
+    pub events: Option<&'a EventCounters>,
     /// The bundle.
     pub generation: &'a str,
 }
@@ -381,7 +390,9 @@ impl Metrics {
                 }
             }
         }
-        let plain: [(&str, &str, &str, u64); 13] = [
+        let event =
+            |of: fn(&EventCounters) -> &AtomicU64| gauges.events.map_or(0, |counters| of(counters).load(Relaxed));
+        let plain: [(&str, &str, &str, u64); 21] = [
             (
                 "tastemaker_cache_misses_total",
                 "counter",
@@ -414,6 +425,29 @@ impl Metrics {
             ("tastemaker_cache_bytes", "gauge", "Memory of the result cache", gauges.cache_bytes),
             ("tastemaker_cache_entries", "gauge", "Results in the cache", gauges.cache_entries as u64),
             ("tastemaker_filter_cache_bytes", "gauge", "Memory of search filters", gauges.filter_cache_bytes),
+            ("tastemaker_live_users", "gauge", "Users with events", gauges.live_users as u64),
+            ("tastemaker_live_entries", "gauge", "Items in the histories of these users", gauges.live_entries as u64),
+            ("tastemaker_events_total", "counter", "Events logged and applied", event(|c| &c.accepted)),
+            (
+                "tastemaker_events_duplicate_total",
+                "counter",
+                "Of these, repetitions of an event id",
+                event(|c| &c.duplicates),
+            ),
+            (
+                "tastemaker_events_unknown_item_total",
+                "counter",
+                "Of these, of items that the catalogue lacks",
+                event(|c| &c.unknown_items),
+            ),
+            (
+                "tastemaker_event_calls_refused_total",
+                "counter",
+                "Calls that the event log refused",
+                event(|c| &c.refused),
+            ),
+            ("tastemaker_event_log_bytes", "gauge", "Size of the event log", event(|c| &c.log_bytes)),
+            ("tastemaker_event_log_syncs_total", "counter", "Syncs of the event log", event(|c| &c.syncs)),
             (
                 "tastemaker_watchdog_kicks_total",
                 "counter",
@@ -425,6 +459,8 @@ impl Metrics {
             head(o, name, kind, help);
             line(o, name, "", value);
         }
+        head(o, "tastemaker_event_log_sync_seconds_total", "counter", "Time spent in these");
+        let _ = writeln!(o, "tastemaker_event_log_sync_seconds_total {}", event(|c| &c.sync_ns) as f64 * 1e-9);
         head(o, "tastemaker_info", "gauge", "Version and bundle");
         let labels = format!("version=\"{}\",generation=\"{}\"", env!("CARGO_PKG_VERSION"), escaped(gauges.generation));
         line(o, "tastemaker_info", &labels, 1);

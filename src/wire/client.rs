@@ -8,9 +8,9 @@ use std::time::Duration;
 use flatbuffers::FlatBufferBuilder;
 
 use super::frame::{self, Split};
-use super::request::{Request, encode};
+use super::request::{Request, encode, encode_events};
 use super::{schema, verifier};
-use crate::api::{Call, RecommendCall, SearchCall};
+use crate::api::{Call, Event, Receipt, RecommendCall, SearchCall};
 
 /// Largest answer accepted, bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -47,6 +47,8 @@ pub enum Answer {
     Scored(Vec<(String, f32, bool)>),
     /// To Search of several vectors: the items of each query, as in `Scored`.
     Results(Vec<Vec<(String, f32, bool)>>),
+    /// To PutEvents.
+    Received(Receipt),
     /// To Health.
     Health {
         /// Whether calls are taken.
@@ -151,9 +153,7 @@ impl Client {
         let id = self.next_id;
         self.next_id += 1;
         let message = encode(&mut self.builder, id, request);
-        let mut out = Vec::with_capacity(message.len() + frame::PREFIX);
-        frame::append(&mut out, message);
-        self.stream.write_all(&out)?;
+        write(&mut self.stream, message)?;
         Ok(id)
     }
 
@@ -189,6 +189,10 @@ impl Client {
     /// The connection broke, or another request's answer came: nothing may be in flight.
     pub fn call(&mut self, request: &Request<'_>) -> Result<Answer, ClientError> {
         let id = self.send(request)?;
+        self.answer(id)
+    }
+
+    fn answer(&mut self, id: u64) -> Result<Answer, ClientError> {
         match self.receive()? {
             (answered, answer) if answered == id || answered == 0 => Ok(answer),
             (answered, _) => Err(ClientError::Malformed(format!("answer to {answered}, expected {id}"))),
@@ -206,6 +210,21 @@ impl Client {
         }
     }
 
+    /// Tells what users did; `durable` waits for the disk.
+    ///
+    /// # Errors
+    /// As [`Self::call`], or the server's own.
+    pub fn put_events(&mut self, events: &[Event<'_>], durable: bool) -> Result<Receipt, ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let message = encode_events(&mut self.builder, id, events, durable, None);
+        write(&mut self.stream, message)?;
+        match self.answer(id)? {
+            Answer::Received(receipt) => Ok(receipt),
+            other => Err(unexpected(other)),
+        }
+    }
+
     /// The items and scores of each query, best first; one list, unless the call has several vectors.
     ///
     /// # Errors
@@ -219,6 +238,12 @@ impl Client {
         let scored = |items: Vec<(String, f32, bool)>| items.into_iter().map(|(id, score, _)| (id, score)).collect();
         Ok(results.into_iter().map(scored).collect())
     }
+}
+
+fn write(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
+    let mut out = Vec::with_capacity(message.len() + frame::PREFIX);
+    frame::append(&mut out, message);
+    stream.write_all(&out)
 }
 
 fn unexpected(answer: Answer) -> ClientError {
@@ -270,6 +295,13 @@ pub fn decode(message: &[u8]) -> Result<(u64, Answer), ClientError> {
                 Answer::Results(lengths.iter().map(|n| items.by_ref().take(n as usize).collect()).collect())
             }
         }
+    } else if let Some(receipt) = message.body_as_events_receipt() {
+        Answer::Received(Receipt {
+            accepted: receipt.accepted(),
+            duplicates: receipt.duplicates(),
+            unknown_items: receipt.unknown_items(),
+            durable: receipt.durable(),
+        })
     } else if let Some(health) = message.body_as_health_status() {
         Answer::Health { ready: health.ready(), model_version: health.model_version().unwrap_or_default().to_owned() }
     } else if let Some(error) = message.body_as_error() {

@@ -103,10 +103,10 @@ impl ::flatbuffers::SimpleToVerifyInSlice for Cache {}
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 pub const ENUM_MIN_BODY: u8 = 0;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
-pub const ENUM_MAX_BODY: u8 = 8;
+pub const ENUM_MAX_BODY: u8 = 10;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 #[allow(non_camel_case_types)]
-pub const ENUM_VALUES_BODY: [Body; 9] = [
+pub const ENUM_VALUES_BODY: [Body; 11] = [
   Body::NONE,
   Body::Recommend,
   Body::Search,
@@ -116,6 +116,8 @@ pub const ENUM_VALUES_BODY: [Body; 9] = [
   Body::ScoredItems,
   Body::HealthStatus,
   Body::Error,
+  Body::PutEvents,
+  Body::EventsReceipt,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -132,9 +134,11 @@ impl Body {
   pub const ScoredItems: Self = Self(6);
   pub const HealthStatus: Self = Self(7);
   pub const Error: Self = Self(8);
+  pub const PutEvents: Self = Self(9);
+  pub const EventsReceipt: Self = Self(10);
 
   pub const ENUM_MIN: u8 = 0;
-  pub const ENUM_MAX: u8 = 8;
+  pub const ENUM_MAX: u8 = 10;
   pub const ENUM_VALUES: &'static [Self] = &[
     Self::NONE,
     Self::Recommend,
@@ -145,6 +149,8 @@ impl Body {
     Self::ScoredItems,
     Self::HealthStatus,
     Self::Error,
+    Self::PutEvents,
+    Self::EventsReceipt,
   ];
   /// Returns the variant's name or "" if unknown.
   pub fn variant_name(self) -> Option<&'static str> {
@@ -158,6 +164,8 @@ impl Body {
       Self::ScoredItems => Some("ScoredItems"),
       Self::HealthStatus => Some("HealthStatus"),
       Self::Error => Some("Error"),
+      Self::PutEvents => Some("PutEvents"),
+      Self::EventsReceipt => Some("EventsReceipt"),
       _ => None,
     }
   }
@@ -1252,6 +1260,348 @@ impl ::core::fmt::Debug for Rank<'_> {
       ds.field("context", &self.context());
       ds.field("item_ids", &self.item_ids());
       ds.field("ranker", &self.ranker());
+      ds.field("deadline_us", &self.deadline_us());
+      ds.finish()
+  }
+}
+pub enum EventOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Something that a user did with an item.
+pub struct Event<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Event<'a> {
+  type Inner = Event<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Event<'a> {
+  pub const VT_USER_ID: ::flatbuffers::VOffsetT = 4;
+  pub const VT_ITEM_ID: ::flatbuffers::VOffsetT = 6;
+  pub const VT_KIND: ::flatbuffers::VOffsetT = 8;
+  pub const VT_EVENT_ID: ::flatbuffers::VOffsetT = 10;
+  pub const VT_VALUE: ::flatbuffers::VOffsetT = 12;
+  pub const VT_TIME_MS: ::flatbuffers::VOffsetT = 14;
+  pub const VT_CONTEXT: ::flatbuffers::VOffsetT = 16;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Event { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args EventArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Event<'bldr>> {
+    let mut builder = EventBuilder::new(_fbb);
+    builder.add_time_ms(args.time_ms);
+    if let Some(x) = args.context { builder.add_context(x); }
+    if let Some(x) = args.value { builder.add_value(x); }
+    if let Some(x) = args.event_id { builder.add_event_id(x); }
+    if let Some(x) = args.kind { builder.add_kind(x); }
+    if let Some(x) = args.item_id { builder.add_item_id(x); }
+    if let Some(x) = args.user_id { builder.add_user_id(x); }
+    builder.finish()
+  }
+
+
+  /// 1 to 256 bytes; need not be known.
+  #[inline]
+  pub fn user_id(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Event::VT_USER_ID, None).unwrap()}
+  }
+  /// 1 to 256 bytes; of an unknown item the event is logged and changes nothing.
+  #[inline]
+  pub fn item_id(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Event::VT_ITEM_ID, None).unwrap()}
+  }
+  /// 1 to 64 bytes; what it means is configured (events.kinds).
+  #[inline]
+  pub fn kind(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Event::VT_KIND, None).unwrap()}
+  }
+  /// At most 256 bytes; the same id of the same user takes effect once. Absent: always takes effect.
+  #[inline]
+  pub fn event_id(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Event::VT_EVENT_ID, None)}
+  }
+  /// As of a rating.
+  #[inline]
+  pub fn value(&self) -> Option<f32> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f32>(Event::VT_VALUE, None)}
+  }
+  /// When it happened, milliseconds since 1970; 0: on arrival.
+  #[inline]
+  pub fn time_ms(&self) -> i64 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<i64>(Event::VT_TIME_MS, Some(0)).unwrap()}
+  }
+  #[inline]
+  pub fn context(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Pair<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Pair>>>>(Event::VT_CONTEXT, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Event<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user_id", Self::VT_USER_ID, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("item_id", Self::VT_ITEM_ID, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("kind", Self::VT_KIND, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("event_id", Self::VT_EVENT_ID, false)?
+     .visit_field::<f32>("value", Self::VT_VALUE, false)?
+     .visit_field::<i64>("time_ms", Self::VT_TIME_MS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Pair>>>>("context", Self::VT_CONTEXT, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct EventArgs<'a> {
+    pub user_id: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub item_id: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub kind: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub event_id: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub value: Option<f32>,
+    pub time_ms: i64,
+    pub context: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Pair<'a>>>>>,
+}
+impl<'a> Default for EventArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    EventArgs {
+      user_id: None, // required field
+      item_id: None, // required field
+      kind: None, // required field
+      event_id: None,
+      value: None,
+      time_ms: 0,
+      context: None,
+    }
+  }
+}
+
+pub struct EventBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> EventBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user_id(&mut self, user_id: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Event::VT_USER_ID, user_id);
+  }
+  #[inline]
+  pub fn add_item_id(&mut self, item_id: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Event::VT_ITEM_ID, item_id);
+  }
+  #[inline]
+  pub fn add_kind(&mut self, kind: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Event::VT_KIND, kind);
+  }
+  #[inline]
+  pub fn add_event_id(&mut self, event_id: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Event::VT_EVENT_ID, event_id);
+  }
+  #[inline]
+  pub fn add_value(&mut self, value: f32) {
+    self.fbb_.push_slot_always::<f32>(Event::VT_VALUE, value);
+  }
+  #[inline]
+  pub fn add_time_ms(&mut self, time_ms: i64) {
+    self.fbb_.push_slot::<i64>(Event::VT_TIME_MS, time_ms, 0);
+  }
+  #[inline]
+  pub fn add_context(&mut self, context: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Pair<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Event::VT_CONTEXT, context);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> EventBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    EventBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Event<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, Event::VT_USER_ID,"user_id");
+    self.fbb_.required(o, Event::VT_ITEM_ID,"item_id");
+    self.fbb_.required(o, Event::VT_KIND,"kind");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Event<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Event");
+      ds.field("user_id", &self.user_id());
+      ds.field("item_id", &self.item_id());
+      ds.field("kind", &self.kind());
+      ds.field("event_id", &self.event_id());
+      ds.field("value", &self.value());
+      ds.field("time_ms", &self.time_ms());
+      ds.field("context", &self.context());
+      ds.finish()
+  }
+}
+pub enum PutEventsOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Tells what users did; all events are taken or none.
+pub struct PutEvents<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for PutEvents<'a> {
+  type Inner = PutEvents<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> PutEvents<'a> {
+  pub const VT_EVENTS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    PutEvents { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args PutEventsArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<PutEvents<'bldr>> {
+    let mut builder = PutEventsBuilder::new(_fbb);
+    builder.add_deadline_us(args.deadline_us);
+    if let Some(x) = args.events { builder.add_events(x); }
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// 1 to 1000.
+  #[inline]
+  pub fn events(&self) -> ::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Event<'a>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Event>>>>(PutEvents::VT_EVENTS, None).unwrap()}
+  }
+  /// Answer when they are on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(PutEvents::VT_DURABLE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn deadline_us(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(PutEvents::VT_DEADLINE_US, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for PutEvents<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Event>>>>("events", Self::VT_EVENTS, true)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct PutEventsArgs<'a> {
+    pub events: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Event<'a>>>>>,
+    pub durable: bool,
+    pub deadline_us: u32,
+}
+impl<'a> Default for PutEventsArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    PutEventsArgs {
+      events: None, // required field
+      durable: false,
+      deadline_us: 0,
+    }
+  }
+}
+
+pub struct PutEventsBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> PutEventsBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_events(&mut self, events: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Event<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(PutEvents::VT_EVENTS, events);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(PutEvents::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn add_deadline_us(&mut self, deadline_us: u32) {
+    self.fbb_.push_slot::<u32>(PutEvents::VT_DEADLINE_US, deadline_us, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> PutEventsBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    PutEventsBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<PutEvents<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, PutEvents::VT_EVENTS,"events");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for PutEvents<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("PutEvents");
+      ds.field("events", &self.events());
+      ds.field("durable", &self.durable());
       ds.field("deadline_us", &self.deadline_us());
       ds.finish()
   }
@@ -2507,6 +2857,158 @@ impl ::core::fmt::Debug for ScoredItems<'_> {
       ds.finish()
   }
 }
+pub enum EventsReceiptOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Answers PutEvents.
+pub struct EventsReceipt<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for EventsReceipt<'a> {
+  type Inner = EventsReceipt<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> EventsReceipt<'a> {
+  pub const VT_ACCEPTED: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DUPLICATES: ::flatbuffers::VOffsetT = 6;
+  pub const VT_UNKNOWN_ITEMS: ::flatbuffers::VOffsetT = 8;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    EventsReceipt { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args EventsReceiptArgs
+  ) -> ::flatbuffers::WIPOffset<EventsReceipt<'bldr>> {
+    let mut builder = EventsReceiptBuilder::new(_fbb);
+    builder.add_unknown_items(args.unknown_items);
+    builder.add_duplicates(args.duplicates);
+    builder.add_accepted(args.accepted);
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// Events taken, all of the call's.
+  #[inline]
+  pub fn accepted(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(EventsReceipt::VT_ACCEPTED, Some(0)).unwrap()}
+  }
+  /// Of these, repetitions of an event_id, without effect.
+  #[inline]
+  pub fn duplicates(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(EventsReceipt::VT_DUPLICATES, Some(0)).unwrap()}
+  }
+  /// Of these, events of items that the catalogue does not have, without effect.
+  #[inline]
+  pub fn unknown_items(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(EventsReceipt::VT_UNKNOWN_ITEMS, Some(0)).unwrap()}
+  }
+  /// Whether they are on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(EventsReceipt::VT_DURABLE, Some(false)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for EventsReceipt<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u32>("accepted", Self::VT_ACCEPTED, false)?
+     .visit_field::<u32>("duplicates", Self::VT_DUPLICATES, false)?
+     .visit_field::<u32>("unknown_items", Self::VT_UNKNOWN_ITEMS, false)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct EventsReceiptArgs {
+    pub accepted: u32,
+    pub duplicates: u32,
+    pub unknown_items: u32,
+    pub durable: bool,
+}
+impl<'a> Default for EventsReceiptArgs {
+  #[inline]
+  fn default() -> Self {
+    EventsReceiptArgs {
+      accepted: 0,
+      duplicates: 0,
+      unknown_items: 0,
+      durable: false,
+    }
+  }
+}
+
+pub struct EventsReceiptBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> EventsReceiptBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_accepted(&mut self, accepted: u32) {
+    self.fbb_.push_slot::<u32>(EventsReceipt::VT_ACCEPTED, accepted, 0);
+  }
+  #[inline]
+  pub fn add_duplicates(&mut self, duplicates: u32) {
+    self.fbb_.push_slot::<u32>(EventsReceipt::VT_DUPLICATES, duplicates, 0);
+  }
+  #[inline]
+  pub fn add_unknown_items(&mut self, unknown_items: u32) {
+    self.fbb_.push_slot::<u32>(EventsReceipt::VT_UNKNOWN_ITEMS, unknown_items, 0);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(EventsReceipt::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> EventsReceiptBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    EventsReceiptBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<EventsReceipt<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for EventsReceipt<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("EventsReceipt");
+      ds.field("accepted", &self.accepted());
+      ds.field("duplicates", &self.duplicates());
+      ds.field("unknown_items", &self.unknown_items());
+      ds.field("durable", &self.durable());
+      ds.finish()
+  }
+}
 pub enum HealthStatusOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
@@ -2947,6 +3449,34 @@ impl<'a> Message<'a> {
     }
   }
 
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_put_events(&self) -> Option<PutEvents<'a>> {
+    if self.body_type() == Body::PutEvents {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { PutEvents::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_events_receipt(&self) -> Option<EventsReceipt<'a>> {
+    if self.body_type() == Body::EventsReceipt {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { EventsReceipt::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
 }
 
 impl ::flatbuffers::Verifiable for Message<'_> {
@@ -2966,6 +3496,8 @@ impl ::flatbuffers::Verifiable for Message<'_> {
           Body::ScoredItems => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<ScoredItems>>("Body::ScoredItems", pos),
           Body::HealthStatus => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<HealthStatus>>("Body::HealthStatus", pos),
           Body::Error => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<Error>>("Body::Error", pos),
+          Body::PutEvents => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<PutEvents>>("Body::PutEvents", pos),
+          Body::EventsReceipt => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<EventsReceipt>>("Body::EventsReceipt", pos),
           _ => Ok(()),
         }
      })?
@@ -3079,6 +3611,20 @@ impl ::core::fmt::Debug for Message<'_> {
         },
         Body::Error => {
           if let Some(x) = self.body_as_error() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::PutEvents => {
+          if let Some(x) = self.body_as_put_events() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::EventsReceipt => {
+          if let Some(x) = self.body_as_events_receipt() {
             ds.field("body", &x)
           } else {
             ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")

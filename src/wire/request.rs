@@ -7,10 +7,12 @@ use smallvec::SmallVec;
 
 use super::schema::{self, Body};
 use super::{LIMITS, verifier};
-use crate::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use crate::api::{Call, Event, EventsCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use crate::catalog::conditions::{Compare, Demand};
 use crate::error::{Code, Error};
 use crate::index::SearchParams;
+use crate::state::event::{self, MAX_EVENTS};
+use crate::state::writer::now_ms;
 
 /// What a frame asks.
 #[derive(Clone, Copy, Debug)]
@@ -30,8 +32,9 @@ pub struct Malformed {
     pub error: Error,
 }
 
-/// Tables that are verified: context pairs beyond their limit are then refused by name and not as damage.
-const MAX_TABLES: usize = 4096;
+/// Tables that are verified: as many events as a call may have with as many pairs each, so that what is beyond a limit is refused
+/// by name and not as damage.
+const MAX_TABLES: usize = MAX_EVENTS * (LIMITS.context_pairs + 2);
 
 /// Pairs of the request context.
 type Pairs<'a> = Vector<'a, ForwardsUOffset<schema::Pair<'a>>>;
@@ -127,6 +130,12 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
         };
         return Ok(then(request_id, Request::Call(Call::Rank(call))));
     }
+    if let Some(put) = message.body_as_put_events() {
+        let mut record = Vec::new();
+        event::encode(put.events().iter().map(event_of), now_ms(), &mut record).map_err(wrong)?;
+        let call = EventsCall { record: &record, durable: put.durable(), deadline: budget(put.deadline_us()) };
+        return Ok(then(request_id, Request::Call(Call::Events(call))));
+    }
     match message.body_as_health() {
         Some(_) => Ok(then(request_id, Request::Health)),
         None => Err(wrong(Error::fixed(Code::BadRequest, "not a request"))),
@@ -150,6 +159,18 @@ fn item_ids<'a>(ids: Option<Vector<'a, ForwardsUOffset<&'a str>>>) -> Result<Sma
         out.push(id(item, "an item id is empty or longer than 256 bytes")?);
     }
     Ok(out)
+}
+
+fn event_of(event: schema::Event<'_>) -> Event<'_> {
+    Event {
+        event_id: event.event_id().unwrap_or_default(),
+        user_id: event.user_id(),
+        item_id: event.item_id(),
+        kind: event.kind(),
+        value: event.value().unwrap_or(f32::NAN),
+        time_ms: event.time_ms(),
+        context: event.context().into_iter().flatten().map(|pair| (pair.key(), pair.value())).collect(),
+    }
 }
 
 /// Conditions of a search.
@@ -211,6 +232,10 @@ fn budget(us: u32) -> Option<Duration> {
     (us > 0).then(|| Duration::from_micros(u64::from(us)))
 }
 
+fn us(deadline: Option<Duration>) -> u32 {
+    deadline.map_or(0, |d| u32::try_from(d.as_micros()).unwrap_or(u32::MAX).max(1))
+}
+
 fn pairs<'a>(pairs: Option<Pairs<'a>>) -> Result<SmallVec<[(&'a str, &'a str); 16]>, Error> {
     let mut out = SmallVec::new();
     let Some(pairs) = pairs else { return Ok(out) };
@@ -231,8 +256,6 @@ fn pairs<'a>(pairs: Option<Pairs<'a>>) -> Result<SmallVec<[(&'a str, &'a str); 1
 /// Makes the message of a request; `n_items` and `k` go out as they are.
 pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, request: &Request<'_>) -> &'b [u8] {
     builder.reset();
-    let us =
-        |deadline: Option<Duration>| deadline.map_or(0, |d| u32::try_from(d.as_micros()).unwrap_or(u32::MAX).max(1));
     let (kind, body) = match request {
         Request::Health => (Body::Health, schema::Health::create(builder, &schema::HealthArgs {}).as_union_value()),
         Request::Call(Call::Recommend(call)) => {
@@ -284,8 +307,43 @@ pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, 
             };
             (Body::Rank, schema::Rank::create(builder, &args).as_union_value())
         }
+        Request::Call(Call::Events(call)) => {
+            let mut events = Vec::new();
+            // What is no record becomes what the server refuses.
+            let _ = event::decode(call.record, |event| events.push(event));
+            return encode_events(builder, request_id, &events, call.durable, call.deadline);
+        }
     };
     super::response::finish(builder, request_id, kind, body)
+}
+
+/// Makes the message of events.
+pub fn encode_events<'b>(
+    builder: &'b mut FlatBufferBuilder<'static>,
+    request_id: u64,
+    events: &[Event<'_>],
+    durable: bool,
+    deadline: Option<Duration>,
+) -> &'b [u8] {
+    builder.reset();
+    let mut offsets = Vec::with_capacity(events.len());
+    for event in events {
+        let event_id = (!event.event_id.is_empty()).then(|| builder.create_string(event.event_id));
+        let args = schema::EventArgs {
+            user_id: Some(builder.create_string(event.user_id)),
+            item_id: Some(builder.create_string(event.item_id)),
+            kind: Some(builder.create_string(event.kind)),
+            event_id,
+            value: (!event.value.is_nan()).then_some(event.value),
+            time_ms: event.time_ms,
+            context: context_offset(builder, &event.context),
+        };
+        offsets.push(schema::Event::create(builder, &args));
+    }
+    let events = Some(builder.create_vector(&offsets));
+    let args = schema::PutEventsArgs { events, durable, deadline_us: us(deadline) };
+    let body = schema::PutEvents::create(builder, &args).as_union_value();
+    super::response::finish(builder, request_id, Body::PutEvents, body)
 }
 
 type ContextOffset<'a> = WIPOffset<Vector<'a, ForwardsUOffset<schema::Pair<'a>>>>;
@@ -377,6 +435,12 @@ mod tests {
                 false => SearchParams::default(),
             };
             let batch: Vec<f32> = vector.repeat(3);
+            let event = |item_id, at: usize| Event {
+                event_id: &user[at % 2..], user_id: &user, item_id, kind: "view", value: bounds.len() as f32,
+                time_ms: at as i64, context: context.iter().copied().collect(),
+            };
+            let events: Vec<Event<'_>> = items.iter().chain(&["i"]).enumerate().map(|(at, item)| event(*item, at + 1)).collect();
+            let record = event::tests::record(&events, 0);
             let calls = [
                 Request::Health,
                 Request::Call(Call::Recommend(RecommendCall {
@@ -393,6 +457,7 @@ mod tests {
                 Request::Call(Call::Rank(RankCall {
                     user_id: &user, context: &context, item_ids: &items, ranker: None, deadline,
                 })),
+                Request::Call(Call::Events(EventsCall { record: &record, durable: flags[1], deadline })),
             ];
             for call in &calls {
                 let frame = encode(&mut builder, id, call).to_vec();
@@ -457,6 +522,13 @@ mod tests {
         assert!(error(filtered(filter)).contains("column is empty"));
         let filter = SearchFilter { exclude: &["x"; 10_001], ..SearchFilter::default() };
         assert!(error(filtered(filter)).contains("more than 10000 items"));
+        let mut error = |event: Event<'_>, n| {
+            let frame = encode_events(&mut builder, 3, &vec![event; n], false, None).to_vec();
+            described(&frame).unwrap_err().error.message.into_owned()
+        };
+        let event = |user| event::tests::event(user, "i", "view");
+        assert_eq!(error(event("u"), 1001), "1001 events, expected 1 to 1000");
+        assert!(error(event(""), 3).contains("events[0].user_id"));
     }
 
     #[test]

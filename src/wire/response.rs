@@ -4,7 +4,7 @@ use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, UnionWIPOffset, Vector, WI
 use smallvec::SmallVec;
 
 use super::schema::{self, Body};
-use crate::api::{CacheStatus, Outcome, ScoredItems, Slate, SlateItem};
+use crate::api::{CacheStatus, Outcome, Receipt, ScoredItems, Slate, SlateItem};
 use crate::candidates::Source;
 use crate::catalog::generation::NO_ROW;
 use crate::context::{Degradation, Stage, StageTimings};
@@ -33,6 +33,7 @@ pub fn encode<'b>(
         Outcome::Slate(slate, cache) => encode_slate(builder, request_id, slate, *cache, timings),
         Outcome::Scored(scored) => encode_scored(builder, request_id, scored),
         Outcome::Failed(failure) => error(builder, request_id, failure),
+        Outcome::Received(receipt) => encode_receipt(builder, request_id, *receipt),
         // No frame asks for it.
         Outcome::Inferred(_) => error(builder, request_id, &Error::fixed(Code::Internal, "no answer of this protocol")),
     }
@@ -62,6 +63,14 @@ pub fn health<'b>(
     let args = schema::HealthStatusArgs { ready, model_version: Some(builder.create_string(version)) };
     let body = schema::HealthStatus::create(builder, &args).as_union_value();
     finish(builder, request_id, Body::HealthStatus, body)
+}
+
+fn encode_receipt<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, receipt: Receipt) -> &'b [u8] {
+    builder.reset();
+    let Receipt { accepted, duplicates, unknown_items, durable } = receipt;
+    let args = schema::EventsReceiptArgs { accepted, duplicates, unknown_items, durable };
+    let body = schema::EventsReceipt::create(builder, &args).as_union_value();
+    finish(builder, request_id, Body::EventsReceipt, body)
 }
 
 fn encode_slate<'b>(

@@ -10,10 +10,10 @@ use std::time::Instant;
 use rten::ThreadPool;
 
 use super::batcher::alike;
-use super::{Device, DeviceError, Job, RankedItem, Task};
+use super::{Device, DeviceError, Job, PlannedUser, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::conditions::FilterScratch;
-use crate::catalog::generation::{Generation, NO_ROW};
+use crate::catalog::generation::{Generation, Interaction, NO_ROW};
 use crate::context::{Degradation, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
@@ -23,6 +23,7 @@ use crate::ranking::ensemble::WeightedMean;
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
+use crate::state::fold_in::FoldInScratch;
 use rankers::LoadedRanker;
 pub use rankers::reports;
 
@@ -70,6 +71,9 @@ struct Scratch {
     /// `[query]`, each best first.
     results: Vec<Vec<Scored>>,
     order: Vec<Packed>,
+    fold_in: FoldInScratch,
+    /// The history of the user's training.
+    trained: Vec<Interaction>,
 }
 
 /// Runs `body` with a new CPU device on the single thread that its rankers run on.
@@ -170,6 +174,7 @@ impl Device for CpuDevice {
 
 impl Loaded {
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+        self.fold_in(config, scratch, &mut job.user);
         scratch.seen.begin(self.generation.items.len());
         for &row in &job.user.seen {
             scratch.seen.insert(row);
@@ -179,6 +184,21 @@ impl Loaded {
             Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
+        }
+    }
+
+    /// Moves the user's vector to where events took the history.
+    fn fold_in(&self, config: &PipelineConfig, Scratch { fold_in, trained, .. }: &mut Scratch, user: &mut PlannedUser) {
+        if let Some(items) = self.generation.item_embeddings.as_ref().filter(|_| user.fold_in)
+            && let Some(solver) = self.generation.ready_fold_in()
+        {
+            trained.clear();
+            if let Some(row) = user.row {
+                let history = self.generation.histories.of(row);
+                let skip = history.len().saturating_sub(config.history_length as usize);
+                trained.extend(history.skip(skip));
+            }
+            solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
         }
     }
 
@@ -230,7 +250,7 @@ impl Loaded {
         let Scratch { seen, taken, signals, lists, search, .. } = scratch;
         let generation = &*self.generation;
         lists.iter_mut().for_each(Vec::clear);
-        let Job { user, context, query, filter, degraded, timings, deadline, .. } = job;
+        let Job { user, context, query, filter, degraded, timings, deadline, trending: live, .. } = job;
         let allowed = |row: u32| !seen.contains(row) && filter.allows(row);
         let mut clock = Instant::now();
         let mut source = |source: Source, stage: Stage, run: &mut dyn FnMut(&mut Vec<Scored>) -> Result<(), String>| {
@@ -264,7 +284,8 @@ impl Loaded {
         });
         source(Source::Trending, Stage::Trending, &mut |list| {
             let category = context.get(trending::CATEGORY_KEY);
-            trending::retrieve(generation, category, config.trending_k as usize, &allowed, taken, list);
+            let live = live.as_deref();
+            trending::retrieve(generation, live, category, config.trending_k as usize, &allowed, taken, list);
             Ok(())
         });
         match &generation.text {
@@ -706,7 +727,7 @@ mod search_tests {
         let mut job = [Box::new(Job::new(generation.clone()))];
         let mut ask = |by, filter, params| {
             let call = SearchCall { filter, params, ..SearchCall::new(by, 4) };
-            plan::search(&call, &generation, Instant::now(), &mut job[0]).unwrap();
+            plan::search(&call, &generation, None, Instant::now(), &mut job[0]).unwrap();
             device.execute(&mut job).unwrap();
             assert_eq!(job[0].failure, None);
             let rows: Vec<u32> = job[0].ranked.items.iter().map(|item| item.row).collect();

@@ -1,0 +1,159 @@
+//! Live state above the immutable bundle: events, what they say of users, and what is popular because of them.
+//!
+//! Shards check events and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
+//! ([`live`]) and answers. A start replays the log through the same code.
+
+pub mod event;
+pub mod fold_in;
+pub mod live;
+pub mod log;
+pub mod trending;
+pub mod writer;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use live::LiveState;
+
+/// `[events]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventsConfig {
+    /// Directory of the event log, made where it is missing. Empty, the default: events live in memory only, and `durable`
+    /// is refused.
+    pub log_dir: PathBuf,
+    /// A segment of the log ends at this size, bytes. 64 KiB to 1 GiB, default 64 MiB.
+    pub segment_bytes: u64,
+    /// The oldest segments go when the log is larger, bytes. 1 MiB to 1 TiB, default 4 GiB.
+    pub max_bytes: u64,
+    /// Segments without a newer event go, hours; 0: never. Default 0.
+    pub max_age_hours: u32,
+    /// Events that nobody asked to be durable reach the disk within this time, milliseconds. 1 to 60000, default 1000.
+    pub sync_interval_ms: u32,
+    /// Calls that wait for the log; more are answered `overloaded`. 1 to 65536, default 1024.
+    pub max_queued: u32,
+    /// Newest items kept per user. 1 to 10000, default 500.
+    pub history_per_user: u32,
+    /// Users kept; the least recently active go. 1 to 1e9, default 1000000.
+    pub max_users: u32,
+    /// What the kinds of events say. Events of other kinds are logged and change nothing.
+    pub kinds: BTreeMap<String, KindConfig>,
+    /// Half-life of live trending, hours. Above 0, default 168.
+    pub trending_half_life_hours: f64,
+    /// Confidence of a history entry of weight 1 when a user's vector is folded in, as in implicit ALS. Above 1, default 40.
+    pub fold_in_alpha: f32,
+    /// Regularization of the same. 0 or more, default 0.05.
+    pub fold_in_regularization: f32,
+}
+
+/// What events of one kind say.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KindConfig {
+    /// Strength of liking, as in a dataset's weight rules; 0: none.
+    pub weight: f32,
+    /// Whether the item counts as seen and is not recommended again.
+    #[serde(default = "yes")]
+    pub seen: bool,
+    /// For kinds with a value: from `from` on, the weight is another. Ascending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub values: Vec<ValueWeight>,
+}
+
+/// One step of [`KindConfig::values`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValueWeight {
+    /// Least value.
+    pub from: f32,
+    /// Weight from there on.
+    pub weight: f32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl KindConfig {
+    /// The weight of an event of this kind; `value` is NaN where the event has none.
+    pub fn weight_of(&self, value: f32) -> f32 {
+        self.values.iter().rev().find(|step| value >= step.from).map_or(self.weight, |step| step.weight)
+    }
+}
+
+impl Default for EventsConfig {
+    fn default() -> Self {
+        let plain = |weight: f32| KindConfig { weight, seen: true, values: Vec::new() };
+        let step = |from, weight| ValueWeight { from, weight };
+        let rating = KindConfig { values: vec![step(3.0, 0.5), step(4.0, 1.0)], ..plain(0.2) };
+        let kinds = [
+            ("view", plain(0.2)),
+            ("click", plain(0.5)),
+            ("purchase", plain(1.0)),
+            ("like", plain(1.0)),
+            ("dislike", plain(0.0)),
+            ("rating", rating),
+        ];
+        EventsConfig {
+            log_dir: PathBuf::new(),
+            segment_bytes: 64 << 20,
+            max_bytes: 4 << 30,
+            max_age_hours: 0,
+            sync_interval_ms: 1000,
+            max_queued: 1024,
+            history_per_user: 500,
+            max_users: 1_000_000,
+            kinds: kinds.map(|(name, kind)| (name.to_owned(), kind)).into(),
+            trending_half_life_hours: 168.0,
+            fold_in_alpha: 40.0,
+            fold_in_regularization: 0.05,
+        }
+    }
+}
+
+impl EventsConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        let ranges = [
+            ("segment_bytes", self.segment_bytes, 64 << 10, 1 << 30),
+            ("max_bytes", self.max_bytes, 1 << 20, 1 << 40),
+            ("sync_interval_ms", u64::from(self.sync_interval_ms), 1, 60_000),
+            ("max_queued", u64::from(self.max_queued), 1, 65_536),
+            ("history_per_user", u64::from(self.history_per_user), 1, 10_000),
+            ("max_users", u64::from(self.max_users), 1, 1_000_000_000),
+        ];
+        if let Some((key, value, low, high)) =
+            ranges.iter().find(|(_, value, low, high)| !(low..=high).contains(&value))
+        {
+            return Err(format!("events.{key} is {value}, expected {low} to {high}"));
+        }
+        let weight = |weight: f32| weight >= 0.0 && weight.is_finite();
+        for (name, kind) in &self.kinds {
+            if !(1..=event::MAX_KIND_BYTES).contains(&name.len()) {
+                return Err(format!("events.kinds.{name}: a kind has 1 to {} bytes", event::MAX_KIND_BYTES));
+            }
+            if !weight(kind.weight) || !kind.values.iter().all(|step| weight(step.weight) && step.from.is_finite()) {
+                return Err(format!("events.kinds.{name}: a weight is a finite number of 0 or more"));
+            }
+            if !kind.values.is_sorted_by(|a, b| a.from < b.from) {
+                return Err(format!("events.kinds.{name}.values: `from` must ascend"));
+            }
+        }
+        if !(self.trending_half_life_hours > 0.0 && self.trending_half_life_hours.is_finite()) {
+            let hours = self.trending_half_life_hours;
+            return Err(format!("events.trending_half_life_hours is {hours}, expected a number above 0"));
+        }
+        if !(self.fold_in_alpha > 1.0 && self.fold_in_alpha.is_finite()) {
+            return Err(format!("events.fold_in_alpha is {}, expected a number above 1", self.fold_in_alpha));
+        }
+        match self.fold_in_regularization {
+            some if some >= 0.0 && some.is_finite() => Ok(()),
+            other => Err(format!("events.fold_in_regularization is {other}, expected 0 or more")),
+        }
+    }
+}

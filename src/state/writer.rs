@@ -1,0 +1,338 @@
+//! The thread that owns the log: one order for all events.
+//!
+//! Calls that wait are taken together: appended in one write, applied, answered; those that are to be durable after one
+//! sync for all of them.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::Context as _;
+use crossbeam_queue::ArrayQueue;
+use parking_lot::Mutex;
+
+use super::live::{LiveState, Receipt};
+use super::log::{EventLog, Limits};
+use crate::api::Ticket;
+use crate::error::{Code, Error};
+
+/// How often trending is made anew while events come, and old segments are looked for.
+const TICK: Duration = Duration::from_millis(250);
+/// Calls that one write takes at most.
+const BATCH: usize = 512;
+
+/// A call on its way to the log.
+#[derive(Debug)]
+pub struct Submission {
+    /// What [`super::event::encode`] made of its events.
+    pub record: Vec<u8>,
+    /// Whether the answer waits for the disk.
+    pub durable: bool,
+    /// Where the answer goes.
+    pub shard: u16,
+    /// The shard's name for the call.
+    pub ticket: Ticket,
+}
+
+/// What calls came to.
+pub type Result = std::result::Result<Receipt, Error>;
+
+/// Takes answers to their shards.
+pub trait ReceiptSink: Send + Sync {
+    /// Hands an answer over; does not block.
+    fn deliver(&self, shard: u16, ticket: Ticket, result: Result);
+}
+
+/// Counters, for metrics.
+#[derive(Debug, Default)]
+pub struct EventCounters {
+    /// Events logged and applied.
+    pub accepted: AtomicU64,
+    /// Of these, repetitions.
+    pub duplicates: AtomicU64,
+    /// Of these, of unknown items.
+    pub unknown_items: AtomicU64,
+    /// Calls that the log refused.
+    pub refused: AtomicU64,
+    /// Bytes of the log.
+    pub log_bytes: AtomicU64,
+    /// Syncs, and nanoseconds in them.
+    pub syncs: AtomicU64,
+    /// As above.
+    pub sync_ns: AtomicU64,
+}
+
+/// The way to the writer.
+pub struct EventQueue {
+    queue: ArrayQueue<Submission>,
+    /// Whether there is a log.
+    durable: bool,
+    thread: Mutex<Option<Thread>>,
+    asleep: AtomicBool,
+    closed: AtomicBool,
+    /// Counters.
+    pub counters: EventCounters,
+}
+
+impl EventQueue {
+    /// For `state`'s configuration.
+    pub fn new(state: &LiveState) -> Self {
+        EventQueue {
+            queue: ArrayQueue::new(state.config().max_queued as usize),
+            durable: !state.config().log_dir.as_os_str().is_empty(),
+            thread: Mutex::new(None),
+            asleep: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            counters: EventCounters::default(),
+        }
+    }
+
+    /// Sends a call on its way.
+    ///
+    /// # Errors
+    /// The queue is full, or `durable` was asked for where there is no log.
+    pub fn push(&self, submission: Submission) -> std::result::Result<(), Error> {
+        if submission.durable && !self.durable {
+            let message = "this server keeps no event log (events.log_dir), so nothing is durable";
+            return Err(Error::fixed(Code::BadRequest, message));
+        }
+        self.queue.push(submission).map_err(|_| {
+            self.counters.refused.fetch_add(1, Relaxed);
+            Error::fixed(Code::Overloaded, "too many calls wait for the event log")
+        })?;
+        self.wake();
+        Ok(())
+    }
+
+    fn wake(&self) {
+        // Pairs with the swap in `sleep`: either this sees that it sleeps, or it sees what was pushed.
+        if self.asleep.swap(false, Ordering::SeqCst)
+            && let Some(thread) = &*self.thread.lock()
+        {
+            thread.unpark();
+        }
+    }
+
+    fn sleep(&self) {
+        self.asleep.store(true, Ordering::SeqCst);
+        if self.queue.is_empty() && !self.closed.load(Ordering::SeqCst) {
+            std::thread::park_timeout(TICK);
+        }
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// Lets the writer end when everything that was pushed is answered.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.asleep.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+}
+
+/// Replays the log of `state`'s configuration, where there is one.
+///
+/// # Errors
+/// The directory can't be used.
+pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
+    let config = state.config();
+    if config.log_dir.as_os_str().is_empty() {
+        tracing::info!("events are kept in memory only: events.log_dir is not set");
+        return Ok(None);
+    }
+    let max_age = Duration::from_secs(3600 * u64::from(config.max_age_hours));
+    let limits = Limits {
+        segment_bytes: config.segment_bytes,
+        max_bytes: config.max_bytes,
+        max_age: (!max_age.is_zero()).then_some(max_age),
+    };
+    let (started, mut applied, mut unreadable) = (Instant::now(), Receipt::default(), 0u64);
+    let (log, found) = open_log(&config.log_dir, limits, |record| match state.apply_record(record) {
+        Ok(receipt) => {
+            applied.accepted += receipt.accepted;
+            applied.duplicates += receipt.duplicates;
+            applied.unknown_items += receipt.unknown_items;
+        }
+        Err(_) => unreadable += 1,
+    })?;
+    state.refresh_trending(now_ms());
+    tracing::info!(
+        segments = found.segments,
+        records = found.records,
+        events = applied.accepted,
+        duplicates = applied.duplicates,
+        unknown_items = applied.unknown_items,
+        torn_bytes = found.torn_bytes,
+        users = state.n_users(),
+        ms = started.elapsed().as_millis() as u64,
+        "event log replayed"
+    );
+    for path in &found.damaged {
+        tracing::error!(file = %path.display(), bytes = found.damaged_bytes, "the event log was damaged; what it was is kept in this file");
+    }
+    if unreadable > 0 {
+        tracing::error!(records = unreadable, "records of the event log could not be read");
+    }
+    Ok(Some(log))
+}
+
+fn open_log(dir: &Path, limits: Limits, take: impl FnMut(&[u8])) -> anyhow::Result<(EventLog, super::log::Replayed)> {
+    EventLog::open(dir, limits, take).context("opening the event log (events.log_dir)")
+}
+
+/// Starts the writer.
+///
+/// # Errors
+/// The thread could not be started.
+pub fn spawn(
+    state: Arc<LiveState>,
+    log: Option<EventLog>,
+    queue: Arc<EventQueue>,
+    sink: Arc<dyn ReceiptSink>,
+) -> std::io::Result<JoinHandle<()>> {
+    if state.generation().item_embeddings.is_some() {
+        let state = state.clone();
+        // Seconds for a large catalogue: until then users keep the vectors that they have.
+        std::thread::Builder::new().name("fold-in".into()).spawn(move || state.prepare_fold_in())?;
+    }
+    std::thread::Builder::new().name("events".into()).spawn(move || {
+        *queue.thread.lock() = Some(std::thread::current());
+        Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
+            .run();
+    })
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> i64 {
+    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_millis() as i64)
+}
+
+struct Writer<'a> {
+    state: &'a LiveState,
+    log: Option<EventLog>,
+    queue: &'a EventQueue,
+    sink: &'a dyn ReceiptSink,
+    batch: Vec<Submission>,
+    /// Since when something that was appended is not synced.
+    unsynced: Option<Instant>,
+    /// The last write failed, which was said.
+    failing: bool,
+}
+
+impl Writer<'_> {
+    fn run(mut self) {
+        let mut ticked = Instant::now();
+        let sync_within = Duration::from_millis(u64::from(self.state.config().sync_interval_ms));
+        loop {
+            let closed = self.queue.closed.load(Ordering::SeqCst);
+            while self.batch.len() < BATCH
+                && let Some(submission) = self.queue.queue.pop()
+            {
+                self.batch.push(submission);
+            }
+            let idle = self.batch.is_empty();
+            if !idle {
+                self.write();
+            }
+            let now = Instant::now();
+            if self.unsynced.is_some_and(|since| closed || now.saturating_duration_since(since) >= sync_within) {
+                // Nobody waits for it; the next one that does will hear.
+                let _ = self.sync();
+            }
+            if now.saturating_duration_since(ticked) >= TICK {
+                ticked = now;
+                self.tick();
+            }
+            if idle {
+                if closed {
+                    return;
+                }
+                self.queue.sleep();
+            }
+        }
+    }
+
+    fn write(&mut self) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let appended = match &mut self.log {
+            Some(log) => log.append(batch.iter().map(|submission| &submission.record[..])),
+            None => Ok(()),
+        };
+        let durable = batch.iter().any(|submission| submission.durable);
+        if let Err(error) = appended {
+            if !std::mem::replace(&mut self.failing, true) {
+                tracing::error!(%error, "the event log can't be written; events are refused until it can");
+            }
+            self.queue.counters.refused.fetch_add(batch.len() as u64, Relaxed);
+            for Submission { shard, ticket, .. } in batch.drain(..) {
+                let error = Error::fixed(Code::Unavailable, "the event log can't be written now");
+                self.sink.deliver(shard, ticket, Err(error));
+            }
+            self.batch = batch;
+            return;
+        }
+        if std::mem::take(&mut self.failing) {
+            tracing::info!("the event log can be written again");
+        }
+        self.unsynced = self.unsynced.or(self.log.is_some().then(Instant::now));
+        let mut waiting = Vec::new();
+        for Submission { record, durable, shard, ticket } in batch.drain(..) {
+            let result = self.apply(&record);
+            match durable {
+                true => waiting.push((shard, ticket, result)),
+                false => self.sink.deliver(shard, ticket, result),
+            }
+        }
+        self.batch = batch;
+        if durable {
+            let synced = self.sync();
+            for (shard, ticket, result) in waiting {
+                let result = result.and_then(|receipt| match synced {
+                    Ok(()) => Ok(Receipt { durable: true, ..receipt }),
+                    Err(()) => {
+                        Err(Error::fixed(Code::Unavailable, "the events are applied, but may not be on the disk"))
+                    }
+                });
+                self.sink.deliver(shard, ticket, result);
+            }
+        }
+    }
+
+    fn apply(&self, record: &[u8]) -> Result {
+        // A defect that one call finds must not take the others' writer with it.
+        let applied = catch_unwind(AssertUnwindSafe(|| self.state.apply_record(record)));
+        let Ok(Ok(receipt)) = applied else {
+            tracing::error!("events that were logged could not be applied");
+            return Err(Error::fixed(Code::Internal, "the events could not be applied"));
+        };
+        let counters = &self.queue.counters;
+        counters.accepted.fetch_add(u64::from(receipt.accepted), Relaxed);
+        counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
+        counters.unknown_items.fetch_add(u64::from(receipt.unknown_items), Relaxed);
+        Ok(receipt)
+    }
+
+    fn sync(&mut self) -> std::result::Result<(), ()> {
+        self.unsynced = None;
+        let Some(log) = &mut self.log else { return Ok(()) };
+        let started = Instant::now();
+        let done = log.sync();
+        self.queue.counters.syncs.fetch_add(1, Relaxed);
+        self.queue.counters.sync_ns.fetch_add(started.elapsed().as_nanos() as u64, Relaxed);
+        done.map_err(|error| tracing::error!(%error, "syncing the event log failed"))
+    }
+
+    fn tick(&mut self) {
+        self.state.refresh_trending(now_ms());
+        if let Some(log) = &mut self.log {
+            match log.retain() {
+                Ok(0) => {}
+                Ok(segments) => tracing::info!(segments, "old segments of the event log were removed"),
+                Err(error) => tracing::warn!(%error, "an old segment of the event log can't be removed"),
+            }
+            self.queue.counters.log_bytes.store(log.bytes(), Relaxed);
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Events over real sockets: what they change, what a restart and a `kill -9` leave of them.
+
+mod common;
+
+use std::path::Path;
+use std::time::Duration;
+
+use common::*;
+use tastemaker::api::{Event, Receipt, RecommendCall, SearchBy, SearchCall};
+use tastemaker::config::Config;
+use tastemaker::server::{Options, Server};
+use tastemaker::wire::client::{Client, ClientError};
+
+fn event<'a>(user_id: &'a str, item_id: &'a str, kind: &'a str) -> Event<'a> {
+    Event { event_id: "", user_id, item_id, kind, value: f32::NAN, time_ms: 0, context: Default::default() }
+}
+
+fn logged(dir: &Path) -> Config {
+    let mut config = config();
+    config.events.log_dir = dir.join("log");
+    config
+}
+
+fn slate(client: &mut Client, user: &str, n: u32) -> Vec<String> {
+    let slate = client.recommend(&RecommendCall::new(user, n)).unwrap();
+    slate.items.into_iter().map(|item| item.item_id).collect()
+}
+
+/// Waits until folding in is ready: it is made beside the start.
+fn folded(server: &Server) {
+    eventually("folding in", || server.shared().generation.ready_fold_in().is_some());
+}
+
+#[test]
+fn events_change_the_next_answer() {
+    let server = start(config(), Options::default());
+    folded(&server);
+    let mut client = client(&server);
+    // A user of the bundle: what is clicked goes, though the slate before is in the cache.
+    let before = slate(&mut client, "user-1", 10);
+    assert_eq!(slate(&mut client, "user-1", 10), before);
+    let receipt = client.put_events(&[event("user-1", &before[0], "click")], false).unwrap();
+    assert_eq!(receipt, Receipt { accepted: 1, duplicates: 0, unknown_items: 0, durable: false });
+    assert!(!slate(&mut client, "user-1", 10).contains(&before[0]));
+    let search = SearchCall::new(SearchBy::User("user-1"), 600);
+    assert!(client.search(&search).unwrap()[0].iter().all(|(id, _)| *id != before[0]));
+
+    // A user whom nobody knew gets what a known one with the same history would: by all sources.
+    let unknown = slate(&mut client, "new", 10);
+    let generation = generation();
+    let history: Vec<String> = generation.histories.of(5).map(|i| generation.items.ids.id(i.row).to_owned()).collect();
+    let events: Vec<Event<'_>> = history.iter().map(|item| event("new", item, "like")).collect();
+    client.put_events(&events, false).unwrap();
+    let answer = client.recommend(&RecommendCall { explain: true, ..RecommendCall::new("new", 20) }).unwrap();
+    let sources = answer.items.iter().fold(0, |all, item| all | item.sources);
+    assert_eq!(sources & 3, 3, "nearest neighbours and collaborative take part");
+    assert!(!answer.known_user);
+    let items: Vec<String> = answer.items.into_iter().map(|item| item.item_id).collect();
+    assert_ne!(items[..10], unknown[..]);
+    assert!(items.iter().all(|item| !history.contains(item)));
+    // More alike to the known user's slate than the unknown's was.
+    let known = slate(&mut client, "user-5", 20);
+    let common = |items: &[String]| items.iter().filter(|item| known.contains(item)).count();
+    assert!(common(&items) > common(&unknown) && common(&items) >= 10, "{} of 20", common(&items));
+
+    assert_eq!(metric(&server, "tastemaker_live_users"), 2.0);
+    assert_eq!(metric(&server, "tastemaker_events_total"), 1.0 + history.len() as f64);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn many_events_make_an_item_trend() {
+    let server = start(config(), Options::default());
+    let mut client = client(&server);
+    let before = slate(&mut client, "nobody", 10);
+    let unpopular = slate(&mut client, "nobody", 500).pop().unwrap();
+    assert!(!before.contains(&unpopular));
+    let users: Vec<String> = (0..500).map(|n| format!("crowd-{n}")).collect();
+    let events: Vec<Event<'_>> = users.iter().map(|user| event(user, &unpopular, "purchase")).collect();
+    for _ in 0..4 {
+        client.put_events(&events, false).unwrap();
+    }
+    eventually("an item trends", || {
+        let call = RecommendCall { no_cache: true, ..RecommendCall::new("nobody", 10) };
+        client.recommend(&call).unwrap().items.iter().any(|item| item.item_id == unpopular)
+    });
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn both_protocols_say_the_same() {
+    let work = tempfile::tempdir().unwrap();
+    let server = start(logged(work.path()), Options::default());
+    let mut client = client(&server);
+    let with_id = Event { event_id: "e-1", ..event("u", "item-1", "view") };
+    let receipt = client.put_events(&[with_id.clone(), event("u", "no-such-item", "view")], true).unwrap();
+    assert_eq!(receipt, Receipt { accepted: 2, duplicates: 0, unknown_items: 1, durable: true });
+    let body = r#"{"events":[{"event_id":"e-1","user_id":"u","item_id":"item-1","kind":"view"},
+        {"user_id":"u","item_id":"item-2","kind":"rating","value":4.5,"context":{"page":1}}],"durable":true}"#;
+    let response = http(server.addrs.http, "POST", "/v1/events", body);
+    assert_eq!(response.status, 200, "{}", response.body);
+    let answer: serde_json::Value = serde_json::from_str(&response.body).unwrap();
+    assert_eq!(answer, serde_json::json!({"accepted": 2, "duplicates": 1, "unknown_items": 0, "durable": true}));
+
+    let refused = |body: &str| {
+        let response = http(server.addrs.http, "POST", "/v1/events", body);
+        (response.status, response.body)
+    };
+    for (body, says) in [
+        ("{}", "missing field `events`"),
+        (r#"{"events":[]}"#, "0 events, expected 1 to 1000"),
+        (r#"{"events":[{"user_id":"u","item_id":"","kind":"view"}]}"#, "events[0].item_id is empty"),
+        (r#"{"events":[{"user_id":"u","item_id":"i","kind":"view","when":3}]}"#, "unknown field `when`"),
+        (r#"{"events":[{"user_id":"u","item_id":"i","kind":"view","time_ms":-3}]}"#, "events[0].time_ms"),
+    ] {
+        let (status, text) = refused(body);
+        assert!(status == 400 && text.contains(says), "{body}: {status} {text}");
+    }
+    let one = r#"{"user_id":"u","item_id":"i","kind":"view"}"#;
+    let many = format!(r#"{{"events":[{}]}}"#, vec![one; 1001].join(","));
+    assert_eq!(refused(&many).0, 413);
+    // Nothing of a call that is refused takes effect.
+    let half =
+        r#"{"events":[{"user_id":"v","item_id":"item-3","kind":"view"},{"user_id":"","item_id":"i","kind":"view"}]}"#;
+    assert_eq!(refused(half).0, 400);
+    assert_eq!(server.shared().live.version_of("v"), 0);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn without_a_log_nothing_is_durable() {
+    let server = start(config(), Options::default());
+    let error = client(&server).put_events(&[event("u", "item-1", "view")], true).unwrap_err();
+    let ClientError::Server { name, retryable, .. } = error else { panic!("{error}") };
+    assert_eq!((name.as_str(), retryable), ("bad_request", false));
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn a_restart_knows_what_happened_before() {
+    let work = tempfile::tempdir().unwrap();
+    let server = start(logged(work.path()), Options::default());
+    folded(&server);
+    let mut first = client(&server);
+    for at in 0..30 {
+        let item = format!("item-{}", at * 7);
+        let id = format!("e{at}");
+        let one = Event { event_id: &id, value: 5.0, ..event("walker", &item, "rating") };
+        first.put_events(&[one], at % 3 == 0).unwrap();
+    }
+    let before = slate(&mut first, "walker", 20);
+    let entries = |server: &Server| server.shared().live.read("walker", |user| user.entries().to_vec()).unwrap();
+    let known = entries(&server);
+    server.shut_down().unwrap();
+
+    let server = start(logged(work.path()), Options::default());
+    folded(&server);
+    assert_eq!(entries(&server), known);
+    assert_eq!(slate(&mut client(&server), "walker", 20), before);
+    let again = Event { event_id: "e3", ..event("walker", "item-21", "rating") };
+    assert_eq!(client(&server).put_events(&[again], true).unwrap().duplicates, 1);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn a_log_that_cannot_be_written_refuses_events_and_serves_on() {
+    let work = tempfile::tempdir().unwrap();
+    let mut config = logged(work.path());
+    config.events.segment_bytes = 64 << 10;
+    let server = start(config, Options::default());
+    let mut client = client(&server);
+    let items: Vec<String> = (0..500).map(|n| format!("item-{n}")).collect();
+    let events: Vec<Event<'_>> = items.iter().map(|item| event("u", item, "view")).collect();
+    client.put_events(&events, true).unwrap();
+    // The segment is full soon; the next one has no place to go to.
+    let log = work.path().join("log");
+    std::fs::rename(&log, work.path().join("away")).unwrap();
+    std::fs::write(&log, "").unwrap();
+    let mut refused = None;
+    for _ in 0..10 {
+        match client.put_events(&events, true) {
+            Ok(_) => {}
+            Err(ClientError::Server { name, retryable, .. }) => refused = Some((name, retryable)),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(refused, Some(("unavailable".to_owned(), true)));
+    assert_eq!(slate(&mut client, "u", 10).len(), 10);
+    assert!(metric(&server, "tastemaker_event_calls_refused_total") > 0.0);
+    std::fs::remove_file(&log).unwrap();
+    std::fs::rename(work.path().join("away"), &log).unwrap();
+    client.put_events(&events, true).unwrap();
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn draining_answers_the_events_that_it_took() {
+    let work = tempfile::tempdir().unwrap();
+    let server = start(logged(work.path()), Options::default());
+    let addr = server.addrs.binary;
+    let client = std::thread::spawn(move || {
+        let mut client = Client::connect(addr, PATIENCE).unwrap();
+        let mut taken = 0;
+        loop {
+            let id = format!("d{taken}");
+            match client.put_events(&[Event { event_id: &id, ..event("d", "item-1", "view") }], true) {
+                Ok(receipt) => taken += receipt.accepted,
+                Err(ClientError::Server { name, .. }) if name == "unavailable" => return taken,
+                Err(ClientError::Io(_)) => return taken,
+                Err(other) => panic!("{other}"),
+            }
+        }
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    server.shut_down().unwrap();
+    let taken = client.join().unwrap();
+    let mut found = 0;
+    let limits = tastemaker::state::log::Limits { segment_bytes: 1 << 20, max_bytes: 1 << 30, max_age: None };
+    tastemaker::state::log::EventLog::open(&work.path().join("log"), limits, |_| found += 1).unwrap();
+    assert!(taken > 0 && found >= taken, "{found} records, {taken} answered");
+}
