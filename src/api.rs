@@ -137,7 +137,7 @@ pub struct RankCall<'a> {
 /// Tells what users did. All events are taken or none.
 #[derive(Clone, Copy, Debug)]
 pub struct EventsCall<'a> {
-    /// The events, checked, as [`crate::state::event::encode`] makes them.
+    /// The events, checked, as [`crate::state::event::Encoder`] makes them.
     pub record: &'a [u8],
     /// Answer when they are on the disk.
     pub durable: bool,

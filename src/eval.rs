@@ -56,38 +56,84 @@ impl Relevance {
 /// Relevant item ids by user id.
 pub type Truth = BTreeMap<String, HashSet<String>>;
 
+/// One row of a file of interactions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Interaction {
+    /// The item.
+    pub item: String,
+    /// Whether it is what a recommendation should find.
+    pub relevant: bool,
+    /// As of a rating; `None` where the file says nothing or 0.
+    pub value: Option<f32>,
+}
+
+/// The columns of a file of interactions.
+#[derive(Clone, Copy, Debug)]
+pub struct Columns<'a> {
+    /// Ids of users.
+    pub user: &'a str,
+    /// Ids of items.
+    pub item: &'a str,
+    /// Values, where there are any.
+    pub value: Option<&'a str>,
+}
+
 /// Reads the test file. A row is relevant when any of `relevant` holds, or always when there are none.
 ///
 /// # Errors
-/// A missing file or column, a column of another type, a null: named with its row.
+/// As [`read_interactions`]; no relevant row.
 pub fn read_truth(file: &Path, user: &str, item: &str, relevant: &[Relevance]) -> anyhow::Result<Truth> {
+    let interactions = read_interactions(file, Columns { user, item, value: None }, relevant)?;
+    let relevant = |rows: Vec<Interaction>| rows.into_iter().filter(|row| row.relevant).map(|row| row.item).collect();
+    let truth: Truth = interactions.into_iter().map(|(user, rows)| (user, relevant(rows))).collect();
+    let truth: Truth = truth.into_iter().filter(|(_, items): &(_, HashSet<_>)| !items.is_empty()).collect();
+    ensure!(!truth.is_empty(), "{}: no relevant rows", file.display());
+    Ok(truth)
+}
+
+/// Reads interactions by user, in the file's order.
+///
+/// # Errors
+/// A missing file or column, a column of another type, a null: named with its row.
+pub fn read_interactions(
+    file: &Path,
+    columns: Columns<'_>,
+    relevant: &[Relevance],
+) -> anyhow::Result<BTreeMap<String, Vec<Interaction>>> {
     let reader = std::fs::File::open(file).with_context(|| file.display().to_string())?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(reader)
         .and_then(|builder| builder.build())
         .with_context(|| file.display().to_string())?;
-    let mut truth = Truth::new();
+    let mut by_user: BTreeMap<String, Vec<Interaction>> = BTreeMap::new();
     let mut first = 0;
     for batch in reader {
         let batch = batch.with_context(|| file.display().to_string())?;
         let column =
             |name: &str| batch.column_by_name(name).with_context(|| format!("{}: no column `{name}`", file.display()));
-        let (users, items) = (ids(column(user)?, file, user, first)?, ids(column(item)?, file, item, first)?);
+        let numbers = |name: &str| {
+            arrow_cast::cast(column(name)?, &DataType::Float64)
+                .with_context(|| format!("{}: column `{name}`", file.display()))
+        };
+        let users = ids(column(columns.user)?, file, columns.user, first)?;
+        let items = ids(column(columns.item)?, file, columns.item, first)?;
         let mut keep = vec![relevant.is_empty(); batch.num_rows()];
         for rule in relevant {
-            let values = arrow_cast::cast(column(&rule.column)?, &DataType::Float64)
-                .with_context(|| format!("{}: column `{}`", file.display(), rule.column))?;
+            let values = numbers(&rule.column)?;
             let values = values.as_primitive::<Float64Type>();
             for (row, keep) in keep.iter_mut().enumerate() {
                 *keep |= values.is_valid(row) && rule.holds(values.value(row));
             }
         }
-        for ((user, item), _) in users.into_iter().zip(items).zip(&keep).filter(|(_, keep)| **keep) {
-            truth.entry(user).or_default().insert(item);
+        let values = columns.value.map(numbers).transpose()?;
+        for (row, (user, item)) in users.into_iter().zip(items).enumerate() {
+            let value = values.as_ref().map(|values| values.as_primitive::<Float64Type>());
+            let value = value.filter(|values| values.is_valid(row)).map(|values| values.value(row) as f32);
+            let value = value.filter(|value| *value != 0.0);
+            by_user.entry(user).or_default().push(Interaction { item, relevant: keep[row], value });
         }
         first += batch.num_rows();
     }
-    ensure!(!truth.is_empty(), "{}: no relevant rows", file.display());
-    Ok(truth)
+    Ok(by_user)
 }
 
 fn ids(column: &ArrayRef, file: &Path, name: &str, first: usize) -> anyhow::Result<Vec<String>> {

@@ -11,10 +11,6 @@ use tastemaker::config::Config;
 use tastemaker::server::{Options, Server};
 use tastemaker::wire::client::{Client, ClientError};
 
-fn event<'a>(user_id: &'a str, item_id: &'a str, kind: &'a str) -> Event<'a> {
-    Event { event_id: "", user_id, item_id, kind, value: f32::NAN, time_ms: 0, context: Default::default() }
-}
-
 fn logged(dir: &Path) -> Config {
     let mut config = config();
     config.events.log_dir = dir.join("log");
@@ -39,7 +35,7 @@ fn events_change_the_next_answer() {
     // A user of the bundle: what is clicked goes, though the slate before is in the cache.
     let before = slate(&mut client, "user-1", 10);
     assert_eq!(slate(&mut client, "user-1", 10), before);
-    let receipt = client.put_events(&[event("user-1", &before[0], "click")], false).unwrap();
+    let receipt = client.put_events(&[Event::new("user-1", &before[0], "click")], false).unwrap();
     assert_eq!(receipt, Receipt { accepted: 1, duplicates: 0, unknown_items: 0, durable: false });
     assert!(!slate(&mut client, "user-1", 10).contains(&before[0]));
     let search = SearchCall::new(SearchBy::User("user-1"), 600);
@@ -49,7 +45,7 @@ fn events_change_the_next_answer() {
     let unknown = slate(&mut client, "new", 10);
     let generation = generation();
     let history: Vec<String> = generation.histories.of(5).map(|i| generation.items.ids.id(i.row).to_owned()).collect();
-    let events: Vec<Event<'_>> = history.iter().map(|item| event("new", item, "like")).collect();
+    let events: Vec<Event<'_>> = history.iter().map(|item| Event::new("new", item, "like")).collect();
     client.put_events(&events, false).unwrap();
     let answer = client.recommend(&RecommendCall { explain: true, ..RecommendCall::new("new", 20) }).unwrap();
     let sources = answer.items.iter().fold(0, |all, item| all | item.sources);
@@ -76,7 +72,7 @@ fn many_events_make_an_item_trend() {
     let unpopular = slate(&mut client, "nobody", 500).pop().unwrap();
     assert!(!before.contains(&unpopular));
     let users: Vec<String> = (0..500).map(|n| format!("crowd-{n}")).collect();
-    let events: Vec<Event<'_>> = users.iter().map(|user| event(user, &unpopular, "purchase")).collect();
+    let events: Vec<Event<'_>> = users.iter().map(|user| Event::new(user, &unpopular, "purchase")).collect();
     for _ in 0..4 {
         client.put_events(&events, false).unwrap();
     }
@@ -92,8 +88,8 @@ fn both_protocols_say_the_same() {
     let work = tempfile::tempdir().unwrap();
     let server = start(logged(work.path()), Options::default());
     let mut client = client(&server);
-    let with_id = Event { event_id: "e-1", ..event("u", "item-1", "view") };
-    let receipt = client.put_events(&[with_id.clone(), event("u", "no-such-item", "view")], true).unwrap();
+    let with_id = Event { event_id: "e-1", ..Event::new("u", "item-1", "view") };
+    let receipt = client.put_events(&[with_id, Event::new("u", "no-such-item", "view")], true).unwrap();
     assert_eq!(receipt, Receipt { accepted: 2, duplicates: 0, unknown_items: 1, durable: true });
     let body = r#"{"events":[{"event_id":"e-1","user_id":"u","item_id":"item-1","kind":"view"},
         {"user_id":"u","item_id":"item-2","kind":"rating","value":4.5,"context":{"page":1}}],"durable":true}"#;
@@ -130,7 +126,7 @@ fn both_protocols_say_the_same() {
 #[test]
 fn without_a_log_nothing_is_durable() {
     let server = start(config(), Options::default());
-    let error = client(&server).put_events(&[event("u", "item-1", "view")], true).unwrap_err();
+    let error = client(&server).put_events(&[Event::new("u", "item-1", "view")], true).unwrap_err();
     let ClientError::Server { name, retryable, .. } = error else { panic!("{error}") };
     assert_eq!((name.as_str(), retryable), ("bad_request", false));
     server.shut_down().unwrap();
@@ -145,7 +141,7 @@ fn a_restart_knows_what_happened_before() {
     for at in 0..30 {
         let item = format!("item-{}", at * 7);
         let id = format!("e{at}");
-        let one = Event { event_id: &id, value: 5.0, ..event("walker", &item, "rating") };
+        let one = Event { event_id: &id, value: 5.0, ..Event::new("walker", &item, "rating") };
         first.put_events(&[one], at % 3 == 0).unwrap();
     }
     let before = slate(&mut first, "walker", 20);
@@ -157,7 +153,7 @@ fn a_restart_knows_what_happened_before() {
     folded(&server);
     assert_eq!(entries(&server), known);
     assert_eq!(slate(&mut client(&server), "walker", 20), before);
-    let again = Event { event_id: "e3", ..event("walker", "item-21", "rating") };
+    let again = Event { event_id: "e3", ..Event::new("walker", "item-21", "rating") };
     assert_eq!(client(&server).put_events(&[again], true).unwrap().duplicates, 1);
     server.shut_down().unwrap();
 }
@@ -170,7 +166,7 @@ fn a_log_that_cannot_be_written_refuses_events_and_serves_on() {
     let server = start(config, Options::default());
     let mut client = client(&server);
     let items: Vec<String> = (0..500).map(|n| format!("item-{n}")).collect();
-    let events: Vec<Event<'_>> = items.iter().map(|item| event("u", item, "view")).collect();
+    let events: Vec<Event<'_>> = items.iter().map(|item| Event::new("u", item, "view")).collect();
     client.put_events(&events, true).unwrap();
     // The segment is full soon; the next one has no place to go to.
     let log = work.path().join("log");
@@ -203,7 +199,7 @@ fn draining_answers_the_events_that_it_took() {
         let mut taken = 0;
         loop {
             let id = format!("d{taken}");
-            match client.put_events(&[Event { event_id: &id, ..event("d", "item-1", "view") }], true) {
+            match client.put_events(&[Event { event_id: &id, ..Event::new("d", "item-1", "view") }], true) {
                 Ok(receipt) => taken += receipt.accepted,
                 Err(ClientError::Server { name, .. }) if name == "unavailable" => return taken,
                 Err(ClientError::Io(_)) => return taken,

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::*;
-use tastemaker::api::{Call, RecommendCall};
+use tastemaker::api::{Call, Event, RecommendCall};
 use tastemaker::wire::client::{Answer, Client};
 use tastemaker::wire::request::Request;
 
@@ -22,15 +22,21 @@ struct Served {
 }
 
 impl Served {
-    #[expect(clippy::zombie_processes, reason = "Drop waits")]
     fn start() -> Self {
-        let config = bundle_path().with_file_name("serve.toml");
-        std::fs::write(&config, "[telemetry]\nlog_json = true\n").unwrap();
+        Self::start_with("")
+    }
+
+    /// With more of a configuration.
+    #[expect(clippy::zombie_processes, reason = "Drop waits")]
+    fn start_with(more: &str) -> Self {
+        let config = tempfile::NamedTempFile::new().unwrap();
+        let config = config.path();
+        std::fs::write(config, format!("[telemetry]\nlog_json = true\n{more}")).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_tastemaker"))
             .arg("serve")
             .arg(bundle_path())
             .args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--config"])
-            .arg(&config)
+            .arg(config)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -147,6 +153,73 @@ fn sigterm_under_load_loses_no_accepted_call() {
     assert_eq!(code, Some(0), "{log}");
     assert!(log.contains("\"signal\":\"SIGTERM\"") && log.contains("drained"), "{log}");
     assert!(terminated.elapsed() < Duration::from_secs(5));
+}
+
+/// What one client of [`acknowledged_events_survive_kill_9`] sent: the ids that were acknowledged, and those of the call that was not.
+fn put_until_the_end(addr: SocketAddr, user: &str, round: usize, retry: Vec<String>) -> (Vec<String>, Vec<String>) {
+    let mut acknowledged = Vec::new();
+    let Ok(mut client) = Client::connect(addr, PATIENCE) else { return (acknowledged, retry) };
+    let mut ids = retry;
+    for call in 0.. {
+        if ids.is_empty() {
+            ids = (0..=call % 4).map(|n| format!("{round}-{call}-{n}")).collect();
+        }
+        let item = format!("item-{}", call % 600);
+        let events: Vec<Event<'_>> =
+            ids.iter().map(|id| Event { event_id: id, ..Event::new(user, &item, "view") }).collect();
+        match client.put_events(&events, true) {
+            Ok(receipt) => {
+                assert!(receipt.durable && receipt.accepted as usize == ids.len());
+                acknowledged.append(&mut ids);
+            }
+            Err(_) => break,
+        }
+    }
+    (acknowledged, ids)
+}
+
+#[test]
+fn acknowledged_events_survive_kill_9() {
+    const USERS: [&str; 3] = ["a", "b", "c"];
+    let rounds = std::env::var("TASTEMAKER_KILL_ROUNDS").map_or(4, |n| n.parse().unwrap());
+    let work = tempfile::tempdir().unwrap();
+    let config = format!(
+        "[events]\nlog_dir = {:?}\nsegment_bytes = 65536\nhistory_per_user = 10000\n",
+        work.path().join("log").to_str().unwrap()
+    );
+    let mut before: [(Vec<String>, Vec<String>); 3] = Default::default();
+    let mut all = 0;
+    for round in 0..rounds {
+        let served = Served::start_with(&config);
+        // What was acknowledged is there: sent again, every one of it is a repetition.
+        let mut client = Client::connect(served.binary, PATIENCE).unwrap();
+        for (user, (acknowledged, _)) in USERS.iter().zip(&before) {
+            for ids in acknowledged.chunks(500) {
+                let event = |id| Event { event_id: id, ..Event::new(user, "item-1", "view") };
+                let events: Vec<Event<'_>> = ids.iter().map(|id: &String| event(id)).collect();
+                let receipt = client.put_events(&events, false).unwrap();
+                assert_eq!(receipt.duplicates as usize, ids.len(), "round {round}: events of {user} are lost");
+            }
+        }
+        let (addr, pid) = (served.binary, served.child.id());
+        let sent = before.map(|(_, retry)| retry);
+        before = std::thread::scope(|scope| {
+            let clients: Vec<_> = USERS
+                .iter()
+                .zip(sent)
+                .map(|(user, retry)| scope.spawn(move || put_until_the_end(addr, user, round, retry)))
+                .collect();
+            std::thread::sleep(Duration::from_millis(20 + (round * 37) as u64 % 150));
+            // SAFETY: as in `terminate`.
+            assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGKILL) }, 0);
+            let mut ended = clients.into_iter().map(|client| client.join().unwrap());
+            std::array::from_fn(|_| ended.next().unwrap())
+        });
+        all += before.iter().map(|(acknowledged, _)| acknowledged.len()).sum::<usize>();
+        drop(served);
+    }
+    assert!(all > rounds, "{all} events in {rounds} rounds");
+    println!("{all} events in {rounds} rounds");
 }
 
 #[test]

@@ -546,17 +546,20 @@ async fn rank(body: &[u8], state: &HttpState) -> Answer {
 
 async fn events(body: &[u8], state: &HttpState) -> Answer {
     let body: EventsBody<'_> = json::parse(body)?;
-    let mut record = Vec::new();
-    let events = body.events.0.iter().map(|event| Event {
-        event_id: event.event_id.as_ref().map_or("", |id| &id.0),
-        user_id: &event.user_id.0,
-        item_id: &event.item_id.0,
-        kind: &event.kind,
-        value: event.value.unwrap_or(f32::NAN),
-        time_ms: event.time_ms.unwrap_or(0),
-        context: event.context.iter().map(|(key, value)| (&**key, &*value.0)).collect(),
-    });
-    event::encode(events, now_ms(), &mut record)?;
+    let mut encoder = event::Encoder::new(body.events.0.len(), now_ms())?;
+    for event in &body.events.0 {
+        let context: Pairs<'_> = event.context.iter().map(|(key, value)| (&**key, &*value.0)).collect();
+        encoder.push(&Event {
+            event_id: event.event_id.as_ref().map_or("", |id| &id.0),
+            user_id: &event.user_id.0,
+            item_id: &event.item_id.0,
+            kind: &event.kind,
+            value: event.value.unwrap_or(f32::NAN),
+            time_ms: event.time_ms.unwrap_or(0),
+            context: &context,
+        })?;
+    }
+    let record = encoder.record();
     let deadline = body.deadline_ms.map(Duration::from_millis);
     match state.call(&Call::Events(EventsCall { record: &record, durable: body.durable, deadline })).await {
         Outcome::Received(receipt) => Ok(respond(200, "application/json", json::receipt(receipt))),

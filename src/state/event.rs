@@ -13,7 +13,7 @@ pub const MAX_EVENTS: usize = 1000;
 const MAX_AHEAD_MS: i64 = 24 * 3600 * 1000;
 
 /// Something that a user did with an item.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Event<'a> {
     /// Chosen by the client; the same id of the same user takes effect once. Empty: always takes effect.
     pub event_id: &'a str,
@@ -27,42 +27,65 @@ pub struct Event<'a> {
     pub value: f32,
     /// When it happened, milliseconds since 1970; 0: on arrival.
     pub time_ms: i64,
-    /// The request context that it happened in.
-    pub context: Context<'a>,
+    /// The request context that it happened in: keys and values.
+    pub context: &'a [(&'a str, &'a str)],
 }
 
-/// Keys and values.
-pub type Context<'a> = SmallVec<[(&'a str, &'a str); 4]>;
-
-/// Checks the events of a call and encodes them; `now_ms` is milliseconds since 1970.
-///
-/// # Errors
-/// None, too many, or the first event that is not as [`Event`] says, with its place.
-pub fn encode<'a>(
-    events: impl ExactSizeIterator<Item = Event<'a>>,
-    now_ms: i64,
-    out: &mut Vec<u8>,
-) -> Result<u32, Error> {
-    let n = events.len();
-    if !(1..=MAX_EVENTS).contains(&n) {
-        let code = if n == 0 { Code::BadRequest } else { Code::TooLarge };
-        return Err(Error::new(code, format!("{n} events, expected 1 to {MAX_EVENTS}")));
+impl<'a> Event<'a> {
+    /// An event on arrival, without id, value and context.
+    pub fn new(user_id: &'a str, item_id: &'a str, kind: &'a str) -> Self {
+        Event { event_id: "", user_id, item_id, kind, value: f32::NAN, time_ms: 0, context: &[] }
     }
-    for (at, event) in events.enumerate() {
-        check(&event, now_ms).map_err(|reason| Error::new(Code::BadRequest, format!("events[{at}].{reason}")))?;
-        let time = if event.time_ms == 0 { now_ms } else { event.time_ms };
+}
+
+/// Checks the events of a call and makes a record of them.
+#[derive(Debug)]
+pub struct Encoder {
+    now_ms: i64,
+    n: usize,
+    record: Vec<u8>,
+}
+
+impl Encoder {
+    /// For a call of `n` events; `now_ms` is milliseconds since 1970.
+    ///
+    /// # Errors
+    /// None or too many.
+    pub fn new(n: usize, now_ms: i64) -> Result<Self, Error> {
+        let code = match n {
+            1..=MAX_EVENTS => return Ok(Encoder { now_ms, n: 0, record: Vec::with_capacity(64 * n) }),
+            0 => Code::BadRequest,
+            _ => Code::TooLarge,
+        };
+        Err(Error::new(code, format!("{n} events, expected 1 to {MAX_EVENTS}")))
+    }
+
+    /// Appends an event.
+    ///
+    /// # Errors
+    /// It is not as [`Event`] says; the text names its place.
+    pub fn push(&mut self, event: &Event<'_>) -> Result<(), Error> {
+        let (at, out) = (self.n, &mut self.record);
+        check(event, self.now_ms).map_err(|reason| Error::new(Code::BadRequest, format!("events[{at}].{reason}")))?;
+        let time = if event.time_ms == 0 { self.now_ms } else { event.time_ms };
         out.extend_from_slice(&time.to_le_bytes());
         out.extend_from_slice(&event.value.to_le_bytes());
         for text in [event.event_id, event.user_id, event.item_id, event.kind] {
             put(text, out);
         }
         out.push(event.context.len() as u8);
-        for (key, value) in &event.context {
+        for (key, value) in event.context {
             put(key, out);
             put(value, out);
         }
+        self.n += 1;
+        Ok(())
     }
-    Ok(n as u32)
+
+    /// What the log takes.
+    pub fn record(self) -> Vec<u8> {
+        self.record
+    }
 }
 
 fn put(text: &str, out: &mut Vec<u8>) {
@@ -103,19 +126,19 @@ fn check(event: &Event<'_>, now_ms: i64) -> Result<(), &'static str> {
 /// Hands every event of a record to `take`.
 ///
 /// # Errors
-/// The record is not what [`encode`] makes; events before the place were handed over.
-pub fn decode<'a>(mut record: &'a [u8], mut take: impl FnMut(Event<'a>)) -> Result<(), Damaged> {
+/// The record is not what [`Encoder`] makes; events before the place were handed over.
+pub fn decode(mut record: &[u8], mut take: impl FnMut(&Event<'_>)) -> Result<(), Damaged> {
     let input = &mut record;
     while !input.is_empty() {
         let time_ms = i64::from_le_bytes(*bytes(input)?);
         let value = f32::from_le_bytes(*bytes(input)?);
         let [event_id, user_id, item_id, kind] = [text(input)?, text(input)?, text(input)?, text(input)?];
         let &[n] = bytes(input)?;
-        let mut context = Context::new();
+        let mut context: SmallVec<[_; 8]> = SmallVec::new();
         for _ in 0..n {
             context.push((text(input)?, text(input)?));
         }
-        take(Event { event_id, user_id, item_id, kind, value, time_ms, context });
+        take(&Event { event_id, user_id, item_id, kind, value, time_ms, context: &context });
     }
     Ok(())
 }
@@ -143,16 +166,11 @@ pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// An event without id, value and time.
-    pub fn event<'a>(user_id: &'a str, item_id: &'a str, kind: &'a str) -> Event<'a> {
-        Event { event_id: "", user_id, item_id, kind, value: f32::NAN, time_ms: 0, context: Context::new() }
-    }
-
     /// One record of the events.
     pub fn record(events: &[Event<'_>], now_ms: i64) -> Vec<u8> {
-        let mut out = Vec::new();
-        encode(events.iter().cloned(), now_ms, &mut out).unwrap();
-        out
+        let mut encoder = Encoder::new(events.len(), now_ms).unwrap();
+        events.iter().for_each(|event| encoder.push(event).unwrap());
+        encoder.record()
     }
 
     proptest! {
@@ -161,9 +179,10 @@ pub(crate) mod tests {
             ids in prop::collection::vec(("[a-z]{0,9}", "[a-zä]{1,9}", "[0-9]{1,4}", "[a-z]{1,8}", -9f32..9.0, 0i64..99), 1..9),
             pairs in prop::collection::vec(("[a-z]{0,4}", "[a-z]{0,4}"), 0..4), cut in any::<prop::sample::Index>(),
         ) {
+            let pairs: Vec<(&str, &str)> = pairs.iter().map(|(k, v)| (&**k, &**v)).collect();
             let events: Vec<Event<'_>> = ids.iter().map(|(id, user, item, kind, value, time)| Event {
                 event_id: id, user_id: user, item_id: item, kind, value: *value, time_ms: *time,
-                context: pairs.iter().map(|(k, v)| (&**k, &**v)).collect(),
+                context: &pairs,
             }).collect();
             let record = record(&events, 5);
             let mut back = Vec::new();
@@ -186,19 +205,22 @@ pub(crate) mod tests {
 
     #[test]
     fn errors_name_the_place() {
+        let good = || Event::new("u", "i", "view");
         let refused = |event: Event<'_>| {
-            let good = self::event("u", "i", "view");
-            encode([good, event].into_iter(), 0, &mut Vec::new()).unwrap_err().to_string()
+            let mut encoder = Encoder::new(2, 0).unwrap();
+            encoder.push(&good()).unwrap();
+            encoder.push(&event).unwrap_err().to_string()
         };
-        let good = || event("u", "i", "view");
-        assert_eq!(refused(event("", "i", "view")), "bad_request: events[1].user_id is empty or longer than 256 bytes");
-        assert!(refused(event("u", &"i".repeat(257), "view")).contains("events[1].item_id"));
-        assert!(refused(event("u", "i", "")).contains("events[1].kind"));
+        assert_eq!(
+            refused(Event::new("", "i", "view")),
+            "bad_request: events[1].user_id is empty or longer than 256 bytes"
+        );
+        assert!(refused(Event::new("u", &"i".repeat(257), "view")).contains("events[1].item_id"));
+        assert!(refused(Event::new("u", "i", "")).contains("events[1].kind"));
         assert!(refused(Event { value: f32::INFINITY, ..good() }).contains("events[1].value"));
         assert!(refused(Event { time_ms: MAX_AHEAD_MS + 1, ..good() }).contains("events[1].time_ms"));
         assert!(refused(Event { time_ms: -1, ..good() }).contains("events[1].time_ms"));
-        assert_eq!(encode([].into_iter(), 0, &mut Vec::new()).unwrap_err().code, Code::BadRequest);
-        let many = std::iter::repeat_n(good(), MAX_EVENTS + 1);
-        assert_eq!(encode(many, 0, &mut Vec::new()).unwrap_err().code, Code::TooLarge);
+        assert_eq!(Encoder::new(0, 0).unwrap_err().code, Code::BadRequest);
+        assert_eq!(Encoder::new(MAX_EVENTS + 1, 0).unwrap_err().code, Code::TooLarge);
     }
 }

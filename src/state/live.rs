@@ -188,7 +188,7 @@ impl LiveState {
         let mut receipt = Receipt::default();
         event::decode(record, |event| {
             receipt.accepted += 1;
-            match self.apply(&event) {
+            match self.apply(event) {
                 Effect::Duplicate => receipt.duplicates += 1,
                 Effect::UnknownItem => receipt.unknown_items += 1,
                 Effect::Applied | Effect::Nothing => {}
@@ -267,7 +267,7 @@ impl LiveState {
 
 #[cfg(test)]
 mod tests {
-    use super::super::event::tests::{event, record};
+    use super::super::event::tests::record;
     use super::*;
     use crate::catalog::generation::testing;
     use proptest::prelude::*;
@@ -284,15 +284,15 @@ mod tests {
     fn events_make_a_history_and_versions() {
         let state = state(EventsConfig::default());
         assert_eq!((state.version_of("a"), rows(&state, "a")), (0, vec![]));
-        assert_eq!(state.apply(&event("a", "3", "view")), Effect::Applied);
+        assert_eq!(state.apply(&Event::new("a", "3", "view")), Effect::Applied);
         let first = state.version_of("a");
-        assert_eq!(state.apply(&event("b", "3", "view")), Effect::Applied);
+        assert_eq!(state.apply(&Event::new("b", "3", "view")), Effect::Applied);
         assert!(first > 0 && state.version_of("a") == first && state.version_of("b") != first);
-        assert_eq!(state.apply(&event("a", "nope", "view")), Effect::UnknownItem);
-        assert_eq!(state.apply(&event("a", "4", "hovered")), Effect::Nothing);
+        assert_eq!(state.apply(&Event::new("a", "nope", "view")), Effect::UnknownItem);
+        assert_eq!(state.apply(&Event::new("a", "4", "hovered")), Effect::Nothing);
         assert_eq!(state.version_of("a"), first);
-        state.apply(&event("a", "4", "purchase"));
-        state.apply(&event("a", "3", "view"));
+        state.apply(&Event::new("a", "4", "purchase"));
+        state.apply(&Event::new("a", "3", "view"));
         assert_eq!(rows(&state, "a"), [4, 3]);
         assert_eq!((state.n_users(), state.n_entries()), (2, 3));
     }
@@ -300,13 +300,13 @@ mod tests {
     #[test]
     fn an_event_id_takes_effect_once() {
         let state = state(EventsConfig::default());
-        let first = Event { event_id: "e1", ..event("a", "3", "like") };
-        let other = Event { event_id: "e1", ..event("b", "3", "like") };
+        let first = Event { event_id: "e1", ..Event::new("a", "3", "like") };
+        let other = Event { event_id: "e1", ..Event::new("b", "3", "like") };
         assert_eq!(
             [&first, &first, &other].map(|e| state.apply(e)),
             [Effect::Applied, Effect::Duplicate, Effect::Applied]
         );
-        let again = record(&[first.clone(), Event { event_id: "e2", ..event("a", "x", "like") }], 1);
+        let again = record(&[first, Event { event_id: "e2", ..Event::new("a", "x", "like") }], 1);
         let receipt = state.apply_record(&again).unwrap();
         assert_eq!(receipt, Receipt { accepted: 2, duplicates: 1, unknown_items: 1, durable: false });
     }
@@ -315,14 +315,14 @@ mod tests {
     fn the_users_word_replaces_what_a_view_only_raises() {
         let state = state(EventsConfig::default());
         let weight = || state.read("a", |u| u.entries().last().unwrap().weight).unwrap();
-        state.apply(&event("a", "1", "purchase"));
-        state.apply(&event("a", "1", "view"));
+        state.apply(&Event::new("a", "1", "purchase"));
+        state.apply(&Event::new("a", "1", "view"));
         assert_eq!(weight(), 1.0);
-        state.apply(&Event { value: 3.5, ..event("a", "1", "rating") });
+        state.apply(&Event { value: 3.5, ..Event::new("a", "1", "rating") });
         assert_eq!(weight(), 0.5);
-        state.apply(&event("a", "1", "dislike"));
+        state.apply(&Event::new("a", "1", "dislike"));
         assert_eq!(weight(), 0.0);
-        state.apply(&event("a", "1", "rating"));
+        state.apply(&Event::new("a", "1", "rating"));
         assert_eq!(weight(), 0.2);
     }
 
@@ -331,12 +331,12 @@ mod tests {
         let config = EventsConfig { history_per_user: 3, max_users: STRIPES as u32, ..EventsConfig::default() };
         let state = state(config);
         for item in 0..10 {
-            state.apply(&event("a", &item.to_string(), "view"));
+            state.apply(&Event::new("a", &item.to_string(), "view"));
         }
         assert_eq!(rows(&state, "a"), [7, 8, 9]);
         let users: Vec<String> = (0..3000).map(|n| format!("u{n}")).collect();
         for user in &users {
-            state.apply(&event(user, "1", "view"));
+            state.apply(&Event::new(user, "1", "view"));
             assert_eq!(rows(&state, user), [1], "{user}: the newest stays");
         }
         assert!(state.n_users() <= STRIPES, "{}", state.n_users());
@@ -353,7 +353,7 @@ mod tests {
             let state = state(EventsConfig { history_per_user: 4, ..EventsConfig::default() });
             let mut want: HashMap<u32, Vec<(u32, f32)>> = HashMap::new();
             for (user, item, kind) in events {
-                state.apply(&event(&user.to_string(), &item.to_string(), kinds[kind]));
+                state.apply(&Event::new(&user.to_string(), &item.to_string(), kinds[kind]));
                 if kind == 5 { continue; }
                 let weight = [0.2, 0.5, 1.0, 0.0, 0.2][kind];
                 let list = want.entry(user).or_default();

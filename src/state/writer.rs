@@ -27,7 +27,7 @@ const BATCH: usize = 512;
 /// A call on its way to the log.
 #[derive(Debug)]
 pub struct Submission {
-    /// What [`super::event::encode`] made of its events.
+    /// What [`super::event::Encoder`] made of its events.
     pub record: Vec<u8>,
     /// Whether the answer waits for the disk.
     pub durable: bool,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, Vector, WIPOffset};
+use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, UnionWIPOffset, Vector, WIPOffset};
 use smallvec::SmallVec;
 
 use super::schema::{self, Body};
@@ -131,8 +131,7 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
         return Ok(then(request_id, Request::Call(Call::Rank(call))));
     }
     if let Some(put) = message.body_as_put_events() {
-        let mut record = Vec::new();
-        event::encode(put.events().iter().map(event_of), now_ms(), &mut record).map_err(wrong)?;
+        let record = record_of(put.events()).map_err(wrong)?;
         let call = EventsCall { record: &record, durable: put.durable(), deadline: budget(put.deadline_us()) };
         return Ok(then(request_id, Request::Call(Call::Events(call))));
     }
@@ -161,16 +160,24 @@ fn item_ids<'a>(ids: Option<Vector<'a, ForwardsUOffset<&'a str>>>) -> Result<Sma
     Ok(out)
 }
 
-fn event_of(event: schema::Event<'_>) -> Event<'_> {
-    Event {
-        event_id: event.event_id().unwrap_or_default(),
-        user_id: event.user_id(),
-        item_id: event.item_id(),
-        kind: event.kind(),
-        value: event.value().unwrap_or(f32::NAN),
-        time_ms: event.time_ms(),
-        context: event.context().into_iter().flatten().map(|pair| (pair.key(), pair.value())).collect(),
+/// The limits of events are checked where they become a record, for both protocols the same.
+fn record_of(events: Vector<'_, ForwardsUOffset<schema::Event<'_>>>) -> Result<Vec<u8>, Error> {
+    let mut encoder = event::Encoder::new(events.len(), now_ms())?;
+    let mut context: SmallVec<[(&str, &str); 16]> = SmallVec::new();
+    for event in events {
+        context.clear();
+        context.extend(event.context().into_iter().flatten().map(|pair| (pair.key(), pair.value())));
+        encoder.push(&Event {
+            event_id: event.event_id().unwrap_or_default(),
+            user_id: event.user_id(),
+            item_id: event.item_id(),
+            kind: event.kind(),
+            value: event.value().unwrap_or(f32::NAN),
+            time_ms: event.time_ms(),
+            context: &context,
+        })?;
     }
+    Ok(encoder.record())
 }
 
 /// Conditions of a search.
@@ -310,8 +317,8 @@ pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, 
         Request::Call(Call::Events(call)) => {
             let mut events = Vec::new();
             // What is no record becomes what the server refuses.
-            let _ = event::decode(call.record, |event| events.push(event));
-            return encode_events(builder, request_id, &events, call.durable, call.deadline);
+            let _ = event::decode(call.record, |event| events.push(event_offset(builder, event)));
+            (Body::PutEvents, put_events_offset(builder, &events, call.durable, call.deadline))
         }
     };
     super::response::finish(builder, request_id, kind, body)
@@ -326,24 +333,33 @@ pub fn encode_events<'b>(
     deadline: Option<Duration>,
 ) -> &'b [u8] {
     builder.reset();
-    let mut offsets = Vec::with_capacity(events.len());
-    for event in events {
-        let event_id = (!event.event_id.is_empty()).then(|| builder.create_string(event.event_id));
-        let args = schema::EventArgs {
-            user_id: Some(builder.create_string(event.user_id)),
-            item_id: Some(builder.create_string(event.item_id)),
-            kind: Some(builder.create_string(event.kind)),
-            event_id,
-            value: (!event.value.is_nan()).then_some(event.value),
-            time_ms: event.time_ms,
-            context: context_offset(builder, &event.context),
-        };
-        offsets.push(schema::Event::create(builder, &args));
-    }
-    let events = Some(builder.create_vector(&offsets));
-    let args = schema::PutEventsArgs { events, durable, deadline_us: us(deadline) };
-    let body = schema::PutEvents::create(builder, &args).as_union_value();
+    let events: Vec<_> = events.iter().map(|event| event_offset(builder, event)).collect();
+    let body = put_events_offset(builder, &events, durable, deadline);
     super::response::finish(builder, request_id, Body::PutEvents, body)
+}
+
+fn event_offset<'a>(builder: &mut FlatBufferBuilder<'a>, event: &Event<'_>) -> WIPOffset<schema::Event<'a>> {
+    let args = schema::EventArgs {
+        user_id: Some(builder.create_string(event.user_id)),
+        item_id: Some(builder.create_string(event.item_id)),
+        kind: Some(builder.create_string(event.kind)),
+        event_id: (!event.event_id.is_empty()).then(|| builder.create_string(event.event_id)),
+        value: (!event.value.is_nan()).then_some(event.value),
+        time_ms: event.time_ms,
+        context: context_offset(builder, event.context),
+    };
+    schema::Event::create(builder, &args)
+}
+
+fn put_events_offset<'a>(
+    builder: &mut FlatBufferBuilder<'a>,
+    events: &[WIPOffset<schema::Event<'a>>],
+    durable: bool,
+    deadline: Option<Duration>,
+) -> WIPOffset<UnionWIPOffset> {
+    let events = Some(builder.create_vector(events));
+    let args = schema::PutEventsArgs { events, durable, deadline_us: us(deadline) };
+    schema::PutEvents::create(builder, &args).as_union_value()
 }
 
 type ContextOffset<'a> = WIPOffset<Vector<'a, ForwardsUOffset<schema::Pair<'a>>>>;
@@ -437,7 +453,7 @@ mod tests {
             let batch: Vec<f32> = vector.repeat(3);
             let event = |item_id, at: usize| Event {
                 event_id: &user[at % 2..], user_id: &user, item_id, kind: "view", value: bounds.len() as f32,
-                time_ms: at as i64, context: context.iter().copied().collect(),
+                time_ms: at as i64, context: &context,
             };
             let events: Vec<Event<'_>> = items.iter().chain(&["i"]).enumerate().map(|(at, item)| event(*item, at + 1)).collect();
             let record = event::tests::record(&events, 0);
@@ -526,7 +542,7 @@ mod tests {
             let frame = encode_events(&mut builder, 3, &vec![event; n], false, None).to_vec();
             described(&frame).unwrap_err().error.message.into_owned()
         };
-        let event = |user| event::tests::event(user, "i", "view");
+        let event = |user| Event::new(user, "i", "view");
         assert_eq!(error(event("u"), 1001), "1001 events, expected 1 to 1000");
         assert!(error(event(""), 3).contains("events[0].user_id"));
     }

@@ -187,6 +187,44 @@ def test_the_whole_way_with_stand_ins(source, tmp_path, server):
     assert (keep / "dataset" / "items.parquet").is_symlink()
 
 
+def test_readers_are_taken_out_and_come_as_events(source, tmp_path, server):
+    report = {"generation": "g", "users": 2, "n_candidates": 0.0, "rows": [["slate", quality(0.12, 0.21)]]}
+    binary = server(report)
+    keep = tmp_path / "keep"
+    arguments = [source, "--binary", binary, "--python", binary, "--keep", keep, "--fold-in", 2]
+    done = script("evaluate.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "PASS  slate ndcg@10 0.2100, floor 0.209" in done.stdout
+    hold, _, _, measure = (tmp_path / "calls").read_text().splitlines()
+    assert hold.split()[1:] == [str(source), str(keep / "dataset"), "--readers", "2"]
+    assert measure.startswith(f"eval {keep}/bundle --fold-in {keep}/dataset/fold_in.parquet --value-column rating --relevant")
+    report["rows"][0][1]["ndcg"]["10"] = 0.2
+    server(report)
+    assert script("evaluate.py", *arguments).returncode == 1
+
+
+def test_held_out_readers_are_in_one_place_only(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    readers = list(range(1, 51))
+    for name in prepare.required():
+        pq.write_table(pa.table({"user_id": readers, "item_id": readers}), source / name)
+    pq.write_table(pa.table({"user_id": readers, "item_id": [7] * 50}), source / "test.parquet")
+    done = script("hold_out.py", source, out, "--readers", 10)
+    assert done.returncode == 0, done.stderr
+    held = pq.read_table(out / "fold_in.parquet")
+    assert held.num_rows == 20
+    taken = set(held["user_id"].to_pylist())
+    assert len(taken) == 10 and max(taken) > 30 and min(taken) < 20
+    for name in ("train.parquet", "test.parquet", "users.parquet"):
+        left = pq.read_table(out / name)["user_id"].to_pylist()
+        assert set(left) == set(readers) - taken
+    assert pq.read_table(source / "train.parquet").num_rows == 50
+    (source / "items.parquet").unlink()
+    done = script("hold_out.py", source, out)
+    assert done.returncode == 1 and done.stderr == f"hold_out.py: {source}: missing items.parquet\n"
+
+
 def test_bad_figures_and_broken_steps_exit_1(source, tmp_path, server):
     report = copy.deepcopy(GOOD)
     report["rows"][0][1]["recall"]["10"] = 0.01

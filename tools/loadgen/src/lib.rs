@@ -18,7 +18,7 @@ pub struct Options {
     /// Binary protocol at this address.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     pub addr: SocketAddr,
-    /// HTTP `POST /v1/recommend` at this address instead.
+    /// HTTP at this address instead.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<SocketAddr>,
     /// Connections.
@@ -54,6 +54,18 @@ pub struct Options {
     /// Slate length.
     #[arg(short, long, default_value_t = 10)]
     pub n_items: u32,
+    /// Send events instead, this many a call, all of the call's user.
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    pub events: u32,
+    /// Items of the events: `PREFIX0` to `PREFIX(n-1)`.
+    #[arg(long, default_value_t = 10_000)]
+    pub n_event_items: u64,
+    /// What comes before the number.
+    #[arg(long, default_value = "item-")]
+    pub item_prefix: String,
+    /// Wait for the disk with each call of events.
+    #[arg(long)]
+    pub durable: bool,
     /// Text query of every call.
     #[arg(long)]
     pub query: Option<String>,
@@ -100,6 +112,7 @@ pub enum Arrivals {
 /// # Errors
 /// An option out of range, or as [`run::run`].
 pub fn measure(options: &Options) -> anyhow::Result<bool> {
+    ensure!(options.n_event_items > 0, "--n-event-items must be 1 or more");
     ensure!(options.seconds > 0.0 && options.seconds <= 86_400.0, "--seconds must be above 0");
     ensure!(options.warmup >= 0.0 && options.warmup <= 3600.0, "--warmup must be 0 or more");
     ensure!(options.rate >= 0.0 && options.rate.is_finite(), "--rate must be 0 or more");

@@ -1,10 +1,10 @@
 //! Requests and answers of the two protocols.
 
 use flatbuffers::FlatBufferBuilder;
-use tastemaker::api::{Call, RecommendCall};
+use tastemaker::api::{Call, Event, RecommendCall};
 use tastemaker::wire::client::{Answer, decode};
 use tastemaker::wire::frame::{self, PREFIX, Split};
-use tastemaker::wire::request::{Request, encode};
+use tastemaker::wire::request::{Request, encode, encode_events};
 
 use crate::Options;
 
@@ -37,8 +37,11 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Appends a request for `user`.
+    /// Appends a request for `user`, or events of the user.
     pub fn write(&mut self, options: &Options, id: u64, user: &str, out: &mut Vec<u8>) {
+        if options.events > 0 {
+            return self.write_events(options, id, user, out);
+        }
         match self {
             Protocol::Binary(builder) => {
                 let call = RecommendCall {
@@ -57,15 +60,28 @@ impl Protocol {
                 if options.no_cache {
                     body["no_cache"] = true.into();
                 }
-                let body = body.to_string();
-                out.extend_from_slice(
-                    format!(
-                        "POST /v1/recommend HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n\
-                         content-length: {}\r\n\r\n{body}",
-                        body.len()
-                    )
-                    .as_bytes(),
-                );
+                post(host, "/v1/recommend", &body.to_string(), out);
+            }
+        }
+    }
+
+    fn write_events(&mut self, options: &Options, id: u64, user: &str, out: &mut Vec<u8>) {
+        let number = |at: u32| (id * 1000 + u64::from(at)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+        let items: Vec<String> = (0..options.events)
+            .map(|at| format!("{}{}", options.item_prefix, number(at) % options.n_event_items))
+            .collect();
+        match self {
+            Protocol::Binary(builder) => {
+                let events: Vec<Event<'_>> = items.iter().map(|item| Event::new(user, item, "view")).collect();
+                frame::append(out, encode_events(builder, id, &events, options.durable, None));
+            }
+            Protocol::Http { host } => {
+                let events: Vec<_> = items
+                    .iter()
+                    .map(|item| serde_json::json!({ "user_id": user, "item_id": item, "kind": "view" }))
+                    .collect();
+                let body = serde_json::json!({ "events": events, "durable": options.durable });
+                post(host, "/v1/events", &body.to_string(), out);
             }
         }
     }
@@ -90,6 +106,7 @@ impl Protocol {
                             degraded: slate.degraded.iter().map(|(s, r)| format!("{s}:{r}")).collect(),
                             timings: slate.timings,
                         },
+                        Answer::Received(receipt) => Seen { id, items: receipt.accepted as usize, ..Seen::default() },
                         Answer::Error { name, .. } => Seen { id, error: Some(name), ..Seen::default() },
                         other => return Err(format!("unexpected {other:?}")),
                     };
@@ -99,6 +116,15 @@ impl Protocol {
             Protocol::Http { .. } => http_answer(input),
         }
     }
+}
+
+fn post(host: &str, path: &str, body: &str, out: &mut Vec<u8>) {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    out.extend_from_slice(head.as_bytes());
+    out.extend_from_slice(body.as_bytes());
 }
 
 fn http_answer(input: &[u8]) -> Result<Option<(Seen, usize)>, String> {
