@@ -54,13 +54,21 @@ fn events_change_the_next_answer() {
     let items: Vec<String> = answer.items.into_iter().map(|item| item.item_id).collect();
     assert_ne!(items[..10], unknown[..]);
     assert!(items.iter().all(|item| !history.contains(item)));
+    let near = SearchCall::new(SearchBy::User("new"), 20);
+    assert!(client.search(&near).unwrap()[0].iter().all(|(id, _)| !history.contains(id)));
+    client.put_events(&[Event::new("cold", "item-9", "dislike")], false).unwrap();
+    let ClientError::Server { name, .. } = client.search(&SearchCall::new(SearchBy::User("cold"), 5)).unwrap_err()
+    else {
+        panic!()
+    };
+    assert_eq!(name, "not_found");
     // More alike to the known user's slate than the unknown's was.
     let known = slate(&mut client, "user-5", 20);
     let common = |items: &[String]| items.iter().filter(|item| known.contains(item)).count();
     assert!(common(&items) > common(&unknown) && common(&items) >= 10, "{} of 20", common(&items));
 
-    assert_eq!(metric(&server, "tastemaker_live_users"), 2.0);
-    assert_eq!(metric(&server, "tastemaker_events_total"), 1.0 + history.len() as f64);
+    assert_eq!(metric(&server, "tastemaker_live_users"), 3.0);
+    assert_eq!(metric(&server, "tastemaker_events_total"), 2.0 + history.len() as f64);
     server.shut_down().unwrap();
 }
 

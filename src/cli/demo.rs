@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::progress::Reporter;
 use super::serve::Overrides;
-use crate::api::RecommendCall;
+use crate::api::{Event, RecommendCall};
 use crate::catalog::build::{self, BuildOptions};
 use crate::catalog::bundle;
 use crate::catalog::generation::Generation;
@@ -120,6 +120,17 @@ fn show(server: &Server, generation: &Generation) -> anyhow::Result<()> {
     say!("µs: {}", times.join(", "));
     let slate = client.recommend(&RecommendCall::new("somebody-new", 5))?;
     say!("\nrecommended to a user never seen before:");
+    print(generation, &slate)?;
+    let liked: Vec<u32> = history.iter().rev().take(3).map(|entry| entry.row).collect();
+    let events: Vec<Event<'_>> =
+        liked.iter().map(|&row| Event::new("somebody-new", generation.items.ids.id(row), "like")).collect();
+    server.shared().live.prepare_fold_in();
+    client.put_events(&events, false)?;
+    let slate = client.recommend(&RecommendCall::new("somebody-new", 5))?;
+    say!("\nand after three events, who liked:");
+    for &row in &liked {
+        say!("      {}", described(generation, row));
+    }
     print(generation, &slate)
 }
 

@@ -71,6 +71,7 @@ pub fn search(
     call: &SearchCall<'_>,
     generation: &Arc<Generation>,
     live: Option<&LiveState>,
+    config: &PipelineConfig,
     now: Instant,
     job: &mut Job,
 ) -> Result<(), Error> {
@@ -94,15 +95,22 @@ pub fn search(
                 return Err(Error::fixed(Code::BadRequest, "the query is empty"));
             }
         }
-        by => start(by, call, generation, job)?,
+        by => start(by, call, generation, live, config, job)?,
     }
-    restrict(&call.filter, call.by, generation, live, job)?;
+    restrict(&call.filter, matches!(call.by, SearchBy::User(_)), generation, job)?;
     job.enqueued = job.timings.lap(Stage::Plan, now);
     Ok(())
 }
 
 /// The vectors that a search starts from.
-fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: &mut Job) -> Result<(), Error> {
+fn start(
+    by: SearchBy<'_>,
+    call: &SearchCall<'_>,
+    generation: &Generation,
+    live: Option<&LiveState>,
+    config: &PipelineConfig,
+    job: &mut Job,
+) -> Result<(), Error> {
     let Some(items) = &generation.item_embeddings else {
         return Err(Error::fixed(Code::BadRequest, "the catalogue has no embeddings"));
     };
@@ -136,13 +144,14 @@ fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: 
             items.extend_row(row, vectors);
             job.search.exclude = Some(row);
         }
+        // The device searches by the user's vector, which events may have moved.
         SearchBy::User(id) => {
-            let row = generation.users.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such user"))?;
-            let users = generation.user_embeddings.as_ref();
-            users
-                .ok_or(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings"))?
-                .extend_row(row, vectors);
-            job.user.row = Some(row);
+            resolve_user(id, generation, live, config, job);
+            return match job.user.fold_in || !job.user.vector.is_empty() {
+                true => Ok(()),
+                false if job.user.row.is_none() => Err(Error::fixed(Code::NotFound, "no such user")),
+                false => Err(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings")),
+            };
         }
         SearchBy::Text(_) => {}
     }
@@ -153,13 +162,7 @@ fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: 
 }
 
 /// What a search may return.
-fn restrict(
-    filter: &SearchFilter<'_>,
-    by: SearchBy<'_>,
-    generation: &Generation,
-    live: Option<&LiveState>,
-    job: &mut Job,
-) -> Result<(), Error> {
+fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, job: &mut Job) -> Result<(), Error> {
     let items = &generation.items;
     for (name, demand) in filter.conditions {
         let wrong = |reason| Error::new(Code::BadRequest, format!("filter.{name}: {reason}"));
@@ -169,18 +172,11 @@ fn restrict(
     }
     // Thousands of ids would take a shard too long to look up.
     filter.exclude.iter().for_each(|id| job.search.exclude_ids.push(id));
-    match (filter.exclude_seen, by) {
-        (None | Some(true), SearchBy::User(id)) => {
-            let row = job.user.row.unwrap_or(NO_ROW);
-            job.user.seen.extend(generation.histories.of(row).map(|i| i.row));
-            if let Some(live) = live {
-                live.read(id, |user| job.user.seen.extend(user.entries().iter().filter(|e| e.seen).map(|e| e.row)));
-            }
-            job.user.seen.sort_unstable();
-        }
-        (Some(_), by) if !matches!(by, SearchBy::User(_)) => {
+    match (filter.exclude_seen, by_user) {
+        (Some(_), false) => {
             return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
         }
+        (Some(false), true) => job.user.seen.clear(),
         _ => {}
     }
     Ok(())

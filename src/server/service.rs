@@ -301,7 +301,7 @@ impl Service {
             }
             Call::Search(call) => {
                 let call = crate::api::SearchCall { deadline: budget(call.deadline), ..*call };
-                plan::search(&call, generation, live, now, &mut job)
+                plan::search(&call, generation, live, config, now, &mut job)
             }
             Call::Rank(call) => {
                 let call = crate::api::RankCall { deadline: budget(call.deadline), ..*call };

@@ -409,9 +409,15 @@ impl Loaded {
                 *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no text index"));
             }
             (results, _, Some(index)) => {
+                // Without vectors of its own a search is one by the user's.
+                let vectors = if plan.vectors.is_empty() { &user.vector } else { &plan.vectors };
                 match results {
-                    [found] => index.search(&plan.vectors, k, filtered, &plan.params, search, found),
-                    all => index.search_batch(&plan.vectors, k, filtered, &plan.params, search, all),
+                    _ if vectors.is_empty() => {
+                        *failure =
+                            Some(Error::fixed(Code::NotFound, "nothing that the user did says what to search for"));
+                    }
+                    [found] => index.search(vectors, k, filtered, &plan.params, search, found),
+                    all => index.search_batch(vectors, k, filtered, &plan.params, search, all),
                 }
                 timings.lap(Stage::Ann, clock);
             }
@@ -727,7 +733,7 @@ mod search_tests {
         let mut job = [Box::new(Job::new(generation.clone()))];
         let mut ask = |by, filter, params| {
             let call = SearchCall { filter, params, ..SearchCall::new(by, 4) };
-            plan::search(&call, &generation, None, Instant::now(), &mut job[0]).unwrap();
+            plan::search(&call, &generation, None, &PipelineConfig::default(), Instant::now(), &mut job[0]).unwrap();
             device.execute(&mut job).unwrap();
             assert_eq!(job[0].failure, None);
             let rows: Vec<u32> = job[0].ranked.items.iter().map(|item| item.row).collect();
