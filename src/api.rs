@@ -185,6 +185,8 @@ pub enum CacheStatus {
     Miss,
     /// From this process's memory.
     L1,
+    /// From Redis.
+    L2,
     /// Not asked: explain, `no_cache`, or the cache is off.
     Bypass,
 }
@@ -195,6 +197,7 @@ impl CacheStatus {
         match self {
             CacheStatus::Miss => "miss",
             CacheStatus::L1 => "l1",
+            CacheStatus::L2 => "l2",
             CacheStatus::Bypass => "bypass",
         }
     }

@@ -2,9 +2,13 @@
 
 pub mod key;
 pub mod memory;
+pub mod redis;
 pub mod singleflight;
+pub mod value;
 
 use serde::{Deserialize, Serialize};
+
+use redis::RedisConfig;
 
 /// `[cache]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -16,11 +20,13 @@ pub struct CacheConfig {
     pub capacity_bytes: u64,
     /// How long a result is served. 1 to 86400, default 300.
     pub ttl_seconds: u32,
+    /// Redis behind it, for several replicas.
+    pub redis: RedisConfig,
 }
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        CacheConfig { enabled: true, capacity_bytes: 64 << 20, ttl_seconds: 300 }
+        CacheConfig { enabled: true, capacity_bytes: 64 << 20, ttl_seconds: 300, redis: RedisConfig::default() }
     }
 }
 
@@ -36,6 +42,6 @@ impl CacheConfig {
         if !(1..=86_400).contains(&self.ttl_seconds) {
             return Err(format!("cache.ttl_seconds is {}, expected 1 to 86400", self.ttl_seconds));
         }
-        Ok(())
+        self.redis.validate()
     }
 }

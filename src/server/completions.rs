@@ -28,6 +28,13 @@ pub enum Completion {
         /// The shard's own name for the call.
         ticket: Ticket,
     },
+    /// The second level of the cache has looked.
+    Found {
+        /// The shard's own name for the call.
+        ticket: Ticket,
+        /// What it has; `None`: nothing.
+        value: Option<Vec<u8>>,
+    },
     /// Events of a call of this shard are logged, or not.
     Received {
         /// The shard's own name for the call.

@@ -615,6 +615,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 live_users: shared.live.n_users(),
                 live_entries: shared.live.n_entries(),
                 events: Some(&shared.events.counters),
+                redis: shared.redis.as_deref(),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

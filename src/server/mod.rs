@@ -223,6 +223,7 @@ pub struct Server {
     shards: Vec<JoinHandle<std::io::Result<()>>>,
     workers: Vec<JoinHandle<()>>,
     events: JoinHandle<()>,
+    redis: Option<JoinHandle<()>>,
     watchdog: JoinHandle<()>,
     watched: Arc<AtomicBool>,
 }
@@ -250,6 +251,10 @@ impl Server {
         let addrs = Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
         let stop = Stop { flag: Arc::new(AtomicBool::new(false)), shared: shared.clone() };
         let sink: Arc<dyn ReceiptSink> = shared.clone();
+        let redis = match &shared.redis {
+            Some(redis) => Some(redis.clone().spawn(shared.clone())?),
+            None => None,
+        };
         let events = state::writer::spawn(shared.live.clone(), log, shared.events.clone(), sink)?;
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
@@ -277,7 +282,7 @@ impl Server {
             move || watchdog::run(&shared, &watched)
         })?;
         drop(ready);
-        let server = Server { addrs, stop, shared, shards, workers, events, watchdog, watched };
+        let server = Server { addrs, stop, shared, shards, workers, events, redis, watchdog, watched };
         let failed = started.iter().take(server.shards.len()).find_map(Result::err);
         match failed {
             Some(error) => {
@@ -359,6 +364,12 @@ impl Server {
         self.shared.events.close();
         if self.events.join().is_err() {
             failed = failed.or(Some(anyhow::anyhow!("the event log's thread panicked")));
+        }
+        if let Some(redis) = &self.shared.redis {
+            redis.close();
+        }
+        if self.redis.is_some_and(|thread| thread.join().is_err()) {
+            failed = failed.or(Some(anyhow::anyhow!("the thread of Redis panicked")));
         }
         self.watched.store(true, Ordering::Release);
         for worker in self.workers {

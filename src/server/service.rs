@@ -6,12 +6,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::completions::{Completion, Completions};
 use crate::api::{CacheStatus, Call, EventsCall, InferCall, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
+use crate::cache::redis::{FoundSink, RedisCache};
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
+use crate::cache::value;
 use crate::catalog::generation::Generation;
 use crate::config::Config;
 use crate::context::Deadline;
@@ -42,6 +45,10 @@ pub struct Shared {
     pub completions: Vec<Completions>,
     /// Results; `None` when off.
     pub cache: Option<ResultCache>,
+    /// Results of all replicas; `None` when off.
+    pub redis: Option<Arc<RedisCache>>,
+    /// Of the configuration that shapes answers; replicas of another one must not share results.
+    scope: String,
     /// Keys being computed.
     pub flights: SingleFlight,
     /// Counters.
@@ -70,6 +77,13 @@ impl Shared {
             jobs: JobQueue::new(per_shard * n_shards, n_shards),
             completions: completions.context("making an eventfd")?,
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
+            redis: config
+                .cache
+                .enabled
+                .then(|| RedisCache::new(&config.cache.redis, config.cache.ttl_seconds))
+                .flatten()
+                .map(Arc::new),
+            scope: scope(&generation.version, &config)?,
             flights: SingleFlight::default(),
             metrics: Metrics::new(n_shards, rankers),
             events: Arc::new(EventQueue::new(&live)),
@@ -86,6 +100,20 @@ impl Shared {
         let limits = &self.config.server;
         let longest = Duration::from_millis(u64::from(limits.max_deadline_ms));
         Some(asked.unwrap_or(Duration::from_millis(u64::from(limits.default_deadline_ms))).min(longest))
+    }
+}
+
+/// Names everything but the request and the user that shapes an answer.
+fn scope(generation: &str, config: &Config) -> anyhow::Result<String> {
+    let shaping = serde_json::to_string(&(&config.pipeline, &config.rerank, &config.events))?;
+    Ok(format!("{generation} {:016x}", xxh3_64(shaping.as_bytes())))
+}
+
+impl FoundSink for Shared {
+    fn found(&self, shard: u16, ticket: Ticket, value: Option<Vec<u8>>) {
+        if let Some(completions) = self.completions.get(usize::from(shard)) {
+            completions.push(Completion::Found { ticket, value });
+        }
     }
 }
 
@@ -284,7 +312,7 @@ impl Service {
                     job.context.assign(call.context);
                     let query = call.query.unwrap_or_default().trim();
                     let of = key::recommend(
-                        &generation.version,
+                        &shared.scope,
                         call.user_id,
                         shared.live.version_of(call.user_id),
                         &job.context,
@@ -344,6 +372,13 @@ impl Service {
             flight.waiting = Some(job);
         } else {
             flight.leader = role == Some(Role::Leader);
+            if let (Some(redis), Some(key)) = (&shared.redis, key)
+                && redis.get(key, self.shard, internal, now)
+            {
+                flight.waiting = Some(job);
+                self.fly(slot, flight);
+                return None;
+            }
             if let Err(job) = shared.jobs.push(job) {
                 pool.push(job);
                 self.free.push(slot);
@@ -420,6 +455,7 @@ impl Service {
                     }
                 }
                 Completion::Retry { ticket } => self.retry(ticket, deliver),
+                Completion::Found { ticket, value } => self.found(ticket, value, now, deliver),
                 Completion::Received { ticket, result } => {
                     if let Some(flight) = self.take(ticket) {
                         let outcome = result.map_or_else(Outcome::Failed, Outcome::Received);
@@ -493,12 +529,42 @@ impl Service {
         if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.key, slate) {
             // Before the followers are let go: whoever comes after them finds it.
             cache.put(key, slate, now);
+            if let Some(redis) = self.shared.redis.as_ref().filter(|_| slate.degraded.is_empty()) {
+                redis.set(key, value::encode(slate));
+            }
         }
         if flight.leader {
             self.release_followers(flight.key, slate);
         }
         self.answer(&flight, outcome, deliver);
         self.pool.push(job);
+    }
+
+    /// The second level of the cache has answered: so is the call, or it is computed.
+    fn found(
+        &mut self,
+        ticket: Ticket,
+        value: Option<Vec<u8>>,
+        now: Instant,
+        deliver: &mut dyn FnMut(Ticket, Outcome),
+    ) {
+        let slate = value.and_then(|bytes| {
+            let slate = value::decode(&bytes, &self.shared.generation);
+            if let (None, Some(redis)) = (&slate, &self.shared.redis) {
+                redis.counters.unreadable.fetch_add(1, Relaxed);
+            }
+            slate
+        });
+        let Some(slate) = slate.map(Arc::new) else { return self.retry(ticket, deliver) };
+        let Some(mut flight) = self.take(ticket) else { return };
+        self.pool.extend(flight.waiting.take());
+        if let (Some(cache), Some(key)) = (&self.shared.cache, flight.key) {
+            cache.put(key, &slate, now);
+        }
+        if flight.leader {
+            self.release_followers(flight.key, Some(&slate));
+        }
+        self.answer(&flight, Outcome::Slate(slate, CacheStatus::L2), deliver);
     }
 
     /// Ends a single flight: hands the slate to whoever waited, or lets them compute for themselves.
@@ -515,6 +581,7 @@ impl Service {
         }
     }
 
+    /// Sends a job that waited to the workers.
     fn retry(&mut self, ticket: Ticket, deliver: &mut dyn FnMut(Ticket, Outcome)) {
         let slot = (ticket.0 & 0xffff_ffff) as usize;
         let Some(entry) = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32) else { return };
@@ -524,6 +591,9 @@ impl Service {
             Err(job) => {
                 self.pool.push(job);
                 if let Some(flight) = self.take(ticket) {
+                    if flight.leader {
+                        self.release_followers(flight.key, None);
+                    }
                     let error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
                     self.answer(&flight, Outcome::Failed(error), deliver);
                 }

@@ -26,7 +26,7 @@ pub struct LiveState {
     stripes: Vec<Mutex<Stripe>>,
     n_users: AtomicUsize,
     n_entries: AtomicUsize,
-    version: AtomicU64,
+    changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
     counts: Mutex<Counts>,
 }
@@ -40,7 +40,7 @@ impl std::fmt::Debug for LiveState {
 #[derive(Default)]
 struct Stripe {
     users: HashMap<Arc<str>, LiveUser>,
-    /// Every user once, with the version that it had when it was put here: those that did not change since go first.
+    /// Every user once, with the last change that it had when it was put here: those that did not change since go first.
     order: VecDeque<(Arc<str>, u64)>,
 }
 
@@ -51,8 +51,10 @@ pub struct LiveUser {
     entries: Vec<Entry>,
     /// Hashes of the newest event ids.
     ids: VecDeque<u64>,
-    /// Grows with every change of anybody; two states of a user never share one.
+    /// Of everything that changed it, in order: the same events make the same, in any process.
     version: u64,
+    /// Grows with every change of anybody.
+    changed: u64,
 }
 
 /// What a user did last with an item.
@@ -114,7 +116,7 @@ impl LiveState {
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             n_users: AtomicUsize::new(0),
             n_entries: AtomicUsize::new(0),
-            version: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
             trending: RwLock::new(None),
         }
     }
@@ -152,7 +154,7 @@ impl LiveState {
         self.stripe(user_id).lock().users.get(user_id).map(read)
     }
 
-    /// Names what is known of a user: changes with every event that has an effect, 0 without any.
+    /// Names what is known of a user, from its rows on: changes with every event that has an effect, 0 without any.
     pub fn version_of(&self, user_id: &str) -> u64 {
         self.read(user_id, LiveUser::version).unwrap_or(0)
     }
@@ -240,7 +242,13 @@ impl LiveState {
         }
         user.entries.push(entry);
         self.n_entries.fetch_add(user.entries.len() - before, Relaxed);
-        user.version = 1 + self.version.fetch_add(1, Relaxed);
+        user.changed = 1 + self.changes.fetch_add(1, Relaxed);
+        let mut change = [0; 17];
+        change[..8].copy_from_slice(&user.version.to_le_bytes());
+        change[8..12].copy_from_slice(&row.to_le_bytes());
+        change[12..16].copy_from_slice(&entry.weight.to_le_bytes());
+        change[16] = u8::from(entry.seen);
+        user.version = xxh3_64(&change).max(1);
         self.evict(&mut stripe);
         drop(stripe);
         if weight > 0.0 {
@@ -254,9 +262,9 @@ impl LiveState {
         let share = (self.config.max_users as usize).div_ceil(STRIPES);
         while users.len() > share {
             let Some((id, seen)) = order.pop_front() else { return };
-            let version = users.get(&id).map_or(0, LiveUser::version);
-            if version > seen {
-                order.push_back((id, version));
+            let changed = users.get(&id).map_or(0, |user| user.changed);
+            if changed > seen {
+                order.push_back((id, changed));
             } else if let Some(user) = users.remove(&id) {
                 self.n_users.fetch_sub(1, Relaxed);
                 self.n_entries.fetch_sub(user.entries.len(), Relaxed);
@@ -287,7 +295,12 @@ mod tests {
         assert_eq!(state.apply(&Event::new("a", "3", "view")), Effect::Applied);
         let first = state.version_of("a");
         assert_eq!(state.apply(&Event::new("b", "3", "view")), Effect::Applied);
-        assert!(first > 0 && state.version_of("a") == first && state.version_of("b") != first);
+        assert!(first > 0 && state.version_of("a") == first);
+        let other = self::state(EventsConfig::default());
+        other.apply(&Event::new("b", "5", "view"));
+        other.apply(&Event::new("a", "3", "view"));
+        assert_eq!(other.version_of("a"), first, "the same events are the same in every process");
+        assert_ne!(other.version_of("b"), first);
         assert_eq!(state.apply(&Event::new("a", "nope", "view")), Effect::UnknownItem);
         assert_eq!(state.apply(&Event::new("a", "4", "hovered")), Effect::Nothing);
         assert_eq!(state.version_of("a"), first);

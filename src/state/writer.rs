@@ -6,18 +6,17 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, Ordering::Relaxed};
-use std::thread::{JoinHandle, Thread};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use crossbeam_queue::ArrayQueue;
-use parking_lot::Mutex;
 
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use crate::api::Ticket;
 use crate::error::{Code, Error};
+use crate::inbox::Inbox;
 
 /// How often trending is made anew while events come, and old segments are looked for.
 const TICK: Duration = Duration::from_millis(250);
@@ -67,12 +66,9 @@ pub struct EventCounters {
 
 /// The way to the writer.
 pub struct EventQueue {
-    queue: ArrayQueue<Submission>,
+    inbox: Inbox<Submission>,
     /// Whether there is a log.
     durable: bool,
-    thread: Mutex<Option<Thread>>,
-    asleep: AtomicBool,
-    closed: AtomicBool,
     /// Counters.
     pub counters: EventCounters,
 }
@@ -81,11 +77,8 @@ impl EventQueue {
     /// For `state`'s configuration.
     pub fn new(state: &LiveState) -> Self {
         EventQueue {
-            queue: ArrayQueue::new(state.config().max_queued as usize),
+            inbox: Inbox::new(state.config().max_queued as usize),
             durable: !state.config().log_dir.as_os_str().is_empty(),
-            thread: Mutex::new(None),
-            asleep: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
             counters: EventCounters::default(),
         }
     }
@@ -99,36 +92,15 @@ impl EventQueue {
             let message = "this server keeps no event log (events.log_dir), so nothing is durable";
             return Err(Error::fixed(Code::BadRequest, message));
         }
-        self.queue.push(submission).map_err(|_| {
+        self.inbox.push(submission).map_err(|_| {
             self.counters.refused.fetch_add(1, Relaxed);
             Error::fixed(Code::Overloaded, "too many calls wait for the event log")
-        })?;
-        self.wake();
-        Ok(())
-    }
-
-    fn wake(&self) {
-        // Pairs with the swap in `sleep`: either this sees that it sleeps, or it sees what was pushed.
-        if self.asleep.swap(false, Ordering::SeqCst)
-            && let Some(thread) = &*self.thread.lock()
-        {
-            thread.unpark();
-        }
-    }
-
-    fn sleep(&self) {
-        self.asleep.store(true, Ordering::SeqCst);
-        if self.queue.is_empty() && !self.closed.load(Ordering::SeqCst) {
-            std::thread::park_timeout(TICK);
-        }
-        self.asleep.store(false, Ordering::SeqCst);
+        })
     }
 
     /// Lets the writer end when everything that was pushed is answered.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
-        self.asleep.store(true, Ordering::SeqCst);
-        self.wake();
+        self.inbox.close();
     }
 }
 
@@ -198,7 +170,7 @@ pub fn spawn(
         std::thread::Builder::new().name("fold-in".into()).spawn(move || state.prepare_fold_in())?;
     }
     std::thread::Builder::new().name("events".into()).spawn(move || {
-        *queue.thread.lock() = Some(std::thread::current());
+        queue.inbox.attend();
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
             .run();
     })
@@ -226,9 +198,9 @@ impl Writer<'_> {
         let mut ticked = Instant::now();
         let sync_within = Duration::from_millis(u64::from(self.state.config().sync_interval_ms));
         loop {
-            let closed = self.queue.closed.load(Ordering::SeqCst);
+            let closed = self.queue.inbox.closed();
             while self.batch.len() < BATCH
-                && let Some(submission) = self.queue.queue.pop()
+                && let Some(submission) = self.queue.inbox.pop()
             {
                 self.batch.push(submission);
             }
@@ -249,7 +221,7 @@ impl Writer<'_> {
                 if closed {
                     return;
                 }
-                self.queue.sleep();
+                self.queue.inbox.sleep(TICK);
             }
         }
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::api::{CacheStatus, Outcome, Slate};
+use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
 use crate::context::{Reason, Stage, StageTimings};
 use crate::device::{Job, Task};
@@ -133,6 +134,7 @@ pub struct ShardMetrics {
     served: [AtomicU64; Source::COUNT],
     backfilled: AtomicU64,
     cache_hits: AtomicU64,
+    l2_hits: AtomicU64,
     cache_misses: AtomicU64,
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
@@ -160,6 +162,7 @@ impl ShardMetrics {
             served: Default::default(),
             backfilled: AtomicU64::new(0),
             cache_hits: AtomicU64::new(0),
+            l2_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             candidates: Default::default(),
@@ -193,6 +196,7 @@ impl ShardMetrics {
     fn record_slate(&self, slate: &Slate, cache: CacheStatus) {
         match cache {
             CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
+            CacheStatus::L2 => self.l2_hits.fetch_add(1, Relaxed),
             CacheStatus::Miss => self.cache_misses.fetch_add(1, Relaxed),
             CacheStatus::Bypass => 0,
         };
@@ -296,6 +300,8 @@ pub struct Gauges<'a> {
     pub live_entries: usize,
     /// Events and their log.
     pub events: Option<&'a EventCounters>,
+    /// The second level of the cache, where there is one.
+    pub redis: Option<&'a RedisCache>,
     /// The bundle.
     pub generation: &'a str,
 }
@@ -366,6 +372,7 @@ impl Metrics {
         line(o, "recommendations_served_total", "source=\"backfill\"", self.sum(|m| &m.backfilled));
         head(o, "recommendation_cache_hits_total", "counter", "Cache hits");
         line(o, "recommendation_cache_hits_total", "cache_level=\"l1\"", self.sum(|m| &m.cache_hits));
+        line(o, "recommendation_cache_hits_total", "cache_level=\"l2\"", self.sum(|m| &m.l2_hits));
         head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
         for (at, ranker) in self.rankers.iter().enumerate() {
             let labels = format!("model_name=\"{}\"", escaped(ranker));
@@ -461,6 +468,23 @@ impl Metrics {
         }
         head(o, "tastemaker_event_log_sync_seconds_total", "counter", "Time spent in these");
         let _ = writeln!(o, "tastemaker_event_log_sync_seconds_total {}", event(|c| &c.sync_ns) as f64 * 1e-9);
+        if let Some(redis) = gauges.redis {
+            head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
+            line(o, "tastemaker_redis_breaker", "", redis.breaker() as u64);
+            let counters = &redis.counters;
+            let counted: [(&str, &str, &AtomicU64); 6] = [
+                ("tastemaker_redis_misses_total", "Lookups that found nothing", &counters.misses),
+                ("tastemaker_redis_unanswered_total", "Lookups beyond their budget", &counters.unanswered),
+                ("tastemaker_redis_unreadable_total", "Values that could not be read", &counters.unreadable),
+                ("tastemaker_redis_stored_total", "Results stored", &counters.stored),
+                ("tastemaker_redis_not_stored_total", "Results that could not be stored", &counters.not_stored),
+                ("tastemaker_redis_failures_total", "Connections lost or not made", &counters.failures),
+            ];
+            for (name, help, value) in counted {
+                head(o, name, "counter", help);
+                line(o, name, "", value.load(Relaxed));
+            }
+        }
         head(o, "tastemaker_info", "gauge", "Version and bundle");
         let labels = format!("version=\"{}\",generation=\"{}\"", env!("CARGO_PKG_VERSION"), escaped(gauges.generation));
         line(o, "tastemaker_info", &labels, 1);

@@ -15,13 +15,14 @@ extern crate alloc;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 pub const ENUM_MIN_CACHE: u8 = 0;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
-pub const ENUM_MAX_CACHE: u8 = 2;
+pub const ENUM_MAX_CACHE: u8 = 3;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 #[allow(non_camel_case_types)]
-pub const ENUM_VALUES_CACHE: [Cache; 3] = [
+pub const ENUM_VALUES_CACHE: [Cache; 4] = [
   Cache::Miss,
   Cache::L1,
   Cache::Bypass,
+  Cache::L2,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -32,13 +33,15 @@ impl Cache {
   pub const Miss: Self = Self(0);
   pub const L1: Self = Self(1);
   pub const Bypass: Self = Self(2);
+  pub const L2: Self = Self(3);
 
   pub const ENUM_MIN: u8 = 0;
-  pub const ENUM_MAX: u8 = 2;
+  pub const ENUM_MAX: u8 = 3;
   pub const ENUM_VALUES: &'static [Self] = &[
     Self::Miss,
     Self::L1,
     Self::Bypass,
+    Self::L2,
   ];
   /// Returns the variant's name or "" if unknown.
   pub fn variant_name(self) -> Option<&'static str> {
@@ -46,6 +49,7 @@ impl Cache {
       Self::Miss => Some("Miss"),
       Self::L1 => Some("L1"),
       Self::Bypass => Some("Bypass"),
+      Self::L2 => Some("L2"),
       _ => None,
     }
   }

@@ -97,6 +97,7 @@ fn encode_slate<'b>(
         cache: match cache {
             CacheStatus::Miss => schema::Cache::Miss,
             CacheStatus::L1 => schema::Cache::L1,
+            CacheStatus::L2 => schema::Cache::L2,
             CacheStatus::Bypass => schema::Cache::Bypass,
         },
         degraded: degraded(builder, &slate.degraded),

@@ -1,0 +1,250 @@
+//! The second level of the result cache against a real `redis-server`; skipped, visibly, where there is none.
+
+mod common;
+
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use common::*;
+use tastemaker::api::{Event, RecommendCall};
+use tastemaker::cache::redis::Breaker;
+use tastemaker::config::Config;
+use tastemaker::server::{Options, Server};
+use tastemaker::wire::client::{Client, SlateAnswer};
+
+/// A `redis-server` of its own on a free port of the loopback interface.
+struct Redis {
+    child: Child,
+    port: u16,
+    _dir: tempfile::TempDir,
+}
+
+impl Redis {
+    /// `None`, said out loud: there is no `redis-server` here.
+    fn start(more: &[&str]) -> Option<Self> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        Self::start_at(port, more)
+    }
+
+    fn start_at(port: u16, more: &[&str]) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let spawned = Command::new("redis-server")
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"])
+            .arg(dir.path())
+            .args(more)
+            .stdout(Stdio::null())
+            .spawn();
+        let Ok(child) = spawned else {
+            assert!(std::env::var_os("TASTEMAKER_REQUIRE_REDIS").is_none(), "redis-server is required and missing");
+            eprintln!("SKIPPED: there is no redis-server here");
+            return None;
+        };
+        let redis = Redis { child, port, _dir: dir };
+        eventually("redis-server listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        Some(redis)
+    }
+
+    fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    fn connect(&self) -> redis::Connection {
+        redis::Client::open(self.url()).unwrap().get_connection_with_timeout(PATIENCE).unwrap()
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: a signal to a child that has not been waited for: the process id is still its own.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn with_redis(url: String) -> Config {
+    let mut config = config();
+    config.cache.redis.url = url;
+    // The machine that tests run on stalls for longer than a production budget.
+    config.cache.redis.budget_ms = 200;
+    config
+}
+
+fn replica(config: Config) -> Server {
+    let server = start(config, Options::default());
+    eventually("Redis is connected", || breaker(&server) == Breaker::Closed);
+    server
+}
+
+fn breaker(server: &Server) -> Breaker {
+    server.shared().redis.as_ref().unwrap().breaker()
+}
+
+fn ask(server: &Server, user: &str) -> SlateAnswer {
+    client(server).recommend(&RecommendCall::new(user, 10)).unwrap()
+}
+
+fn stored(server: &Server, n: f64) {
+    eventually("results are stored", || metric(server, "tastemaker_redis_stored_total") >= n);
+}
+
+#[test]
+fn replicas_share_results_and_nothing_else() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let (a, b) = (replica(with_redis(redis.url())), replica(with_redis(redis.url())));
+    let computed = ask(&a, "user-1");
+    assert_eq!(computed.cache, "miss");
+    stored(&a, 1.0);
+    let shared = ask(&b, "user-1");
+    assert_eq!(shared.cache, "l2");
+    assert_eq!((&shared.items, shared.known_user), (&computed.items, computed.known_user));
+    assert_eq!(ask(&b, "user-1").cache, "l1");
+    assert_eq!(metric(&b, "recommendation_cache_hits_total{cache_level=\"l2\"}"), 1.0);
+
+    // What one replica alone knows of a user is its own; what both know they share.
+    let seen = Event::new("user-1", &computed.items[0].item_id, "click");
+    client(&a).put_events(&[seen], false).unwrap();
+    let moved = ask(&a, "user-1");
+    assert_eq!(moved.cache, "miss");
+    assert!(moved.items.iter().all(|item| item.item_id != computed.items[0].item_id));
+    stored(&a, 2.0);
+    assert_eq!(ask(&b, "user-1").cache, "l1");
+    client(&b).put_events(&[seen], false).unwrap();
+    let both = ask(&b, "user-1");
+    assert_eq!((both.cache.as_str(), &both.items), ("l2", &moved.items));
+
+    // Other rules, other answers.
+    let mut other = with_redis(redis.url());
+    other.rerank.mmr_lambda = 0.5;
+    let c = replica(other);
+    assert_eq!(ask(&c, "user-1").cache, "miss");
+    for server in [a, b, c] {
+        server.shut_down().unwrap();
+    }
+}
+
+#[test]
+fn what_is_no_value_of_ours_is_computed() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let (a, b) = (replica(with_redis(redis.url())), replica(with_redis(redis.url())));
+    let computed = ask(&a, "user-2");
+    stored(&a, 1.0);
+    let mut connection = redis.connect();
+    let keys: Vec<String> = redis::cmd("KEYS").arg("tastemaker:*").query(&mut connection).unwrap();
+    let [key] = &keys[..] else { panic!("{keys:?}") };
+    let ttl: i64 = redis::cmd("TTL").arg(key).query(&mut connection).unwrap();
+    assert!((290..=300).contains(&ttl), "{ttl}");
+    let () = redis::cmd("SET").arg(key).arg("a value of another version").query(&mut connection).unwrap();
+    let answer = ask(&b, "user-2");
+    assert_eq!((answer.cache.as_str(), &answer.items), ("miss", &computed.items));
+    assert_eq!(metric(&b, "tastemaker_redis_unreadable_total"), 1.0);
+    a.shut_down().unwrap();
+    b.shut_down().unwrap();
+}
+
+#[test]
+fn a_password_is_used_and_never_shown() {
+    let Some(redis) = Redis::start(&["--requirepass", "swordfish"]) else { return };
+    let url = |password: &str| format!("redis://:{password}@127.0.0.1:{}", redis.port);
+    let right = replica(with_redis(url("swordfish")));
+    ask(&right, "user-3");
+    stored(&right, 1.0);
+    right.shut_down().unwrap();
+    let wrong = start(with_redis(url("guess")), Options::default());
+    eventually("it was refused", || metric(&wrong, "tastemaker_redis_failures_total") >= 2.0);
+    assert_eq!((ask(&wrong, "user-3").cache.as_str(), breaker(&wrong) == Breaker::Closed), ("miss", false));
+    wrong.shut_down().unwrap();
+    let mut bad = config();
+    bad.cache.redis.url = "http://user:swordfish@host".into();
+    let error = bad.validate().unwrap_err();
+    assert!(error.contains("cache.redis.url") && !error.contains("swordfish"), "{error}");
+}
+
+/// Asks without end, for users that are mostly new; counts, and keeps the slowest answer.
+fn load(addr: std::net::SocketAddr, first: u64, stop: &AtomicBool, answered: &AtomicU64, slowest_us: &AtomicU64) {
+    let mut client = Client::connect(addr, PATIENCE).unwrap();
+    let mut n = first;
+    while !stop.load(Relaxed) {
+        n += 1;
+        let user = format!("user-{}", n % 3000);
+        let start = Instant::now();
+        let slate =
+            client.recommend(&RecommendCall { deadline: Some(PATIENCE), ..RecommendCall::new(&user, 10) }).unwrap();
+        assert_eq!(slate.items.len(), 10);
+        slowest_us.fetch_max(start.elapsed().as_micros() as u64, Relaxed);
+        answered.fetch_add(1, Relaxed);
+    }
+}
+
+/// Ends the load, also when the test fails.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+#[test]
+fn faults_of_redis_fail_no_call() {
+    let Some(mut redis) = Redis::start(&[]) else { return };
+    let mut config = with_redis(redis.url());
+    config.cache.redis.budget_ms = 20;
+    // Nothing stays in the first level for long, so that the second is asked.
+    config.cache.capacity_bytes = 1 << 20;
+    let server = replica(config);
+    let (stop, answered, slowest) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (addr, stop, answered, slowest) = (server.addrs.binary, &stop, &answered, &slowest);
+            scope.spawn(move || load(addr, thread * 1000, stop, answered, slowest));
+        }
+        let _stops = Stops(&stop);
+        let goes_on = |what: &str| {
+            let before = answered.load(Relaxed);
+            eventually(what, || answered.load(Relaxed) > before + 50);
+        };
+        let opens = || {
+            let since = Instant::now();
+            eventually("the breaker opens", || breaker(&server) != Breaker::Closed);
+            assert!(since.elapsed() < Duration::from_secs(1), "{:?}", since.elapsed());
+        };
+        let closes = || eventually("the breaker closes", || breaker(&server) == Breaker::Closed);
+        goes_on("healthy");
+
+        redis.signal(libc::SIGSTOP);
+        opens();
+        goes_on("stopped");
+        redis.signal(libc::SIGCONT);
+        closes();
+        goes_on("continued");
+
+        let port = redis.port;
+        drop(redis);
+        opens();
+        goes_on("gone");
+        redis = Redis::start_at(port, &[]).unwrap();
+        closes();
+        goes_on("back, and empty");
+
+        let mut connection = redis.connect();
+        let () = redis::cmd("FLUSHALL").query(&mut connection).unwrap();
+        goes_on("flushed");
+        let () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg("1mb").query(&mut connection).unwrap();
+        let refused = || metric(&server, "tastemaker_redis_not_stored_total");
+        let before = refused();
+        eventually("it refuses what it has no room for", || refused() > before);
+        goes_on("full");
+        assert_eq!(breaker(&server), Breaker::Closed, "a full Redis still answers lookups");
+    });
+    assert_eq!(
+        metric(&server, "recommendation_requests_total{endpoint=\"recommend\",status=\"ok\"}"),
+        answered.load(Relaxed) as f64
+    );
+    println!("{} calls, the slowest took {} µs", answered.load(Relaxed), slowest.load(Relaxed));
+    server.shut_down().unwrap();
+}
