@@ -642,6 +642,7 @@ impl Reader {
             shared_index: index.map_or_else(OnceLock::new, |index| OnceLock::from(Some(index))),
             shared_filters: Default::default(),
             shared_rankers: OnceLock::new(),
+            ranker_reports: OnceLock::new(),
             items,
             users,
         })

@@ -13,6 +13,7 @@ use crate::catalog::text::TextIndex;
 use crate::index::{BruteForce, Kernel, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
 use crate::ranking::manifest::RankerManifest;
+use crate::ranking::precision::Report;
 
 /// A row that stands for "none".
 pub const NO_ROW: u32 = u32::MAX;
@@ -56,6 +57,8 @@ pub struct Generation {
     pub(super) shared_filters: OnceLock<FilterCache>,
     /// What a kind of device made of the rankers once, for all its workers.
     pub(crate) shared_rankers: OnceLock<Box<dyn Any + Send + Sync>>,
+    /// How each ranker is computed, once the first worker has loaded them.
+    pub(crate) ranker_reports: OnceLock<Vec<Report>>,
 }
 
 impl Generation {
@@ -454,6 +457,7 @@ pub mod testing {
             shared_index: OnceLock::new(),
             shared_filters: OnceLock::new(),
             shared_rankers: OnceLock::new(),
+            ranker_reports: OnceLock::new(),
         }
     }
 

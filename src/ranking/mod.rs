@@ -6,11 +6,13 @@ pub mod expression;
 pub mod graph;
 pub mod manifest;
 pub mod onnx;
+pub mod onnxruntime;
 pub mod precision;
 pub mod signature;
 pub mod tree_model;
 mod tree_nodes;
 pub mod trees;
+mod wiring;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -52,9 +54,7 @@ pub trait Ranker: Send {
     }
 
     /// How it is computed.
-    fn report(&self) -> Report {
-        Report::other("onnx", None)
-    }
+    fn report(&self) -> Report;
 
     /// The same as a dense network, which may be scored in parts.
     fn dense(&mut self) -> Option<&mut DenseRanker> {
@@ -128,8 +128,8 @@ mod tests {
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
         let reason = recognise(&mut general, &onnx, &other).unwrap_err();
-        let refused = general.because(reason).report();
-        assert!(refused.engine == "onnx" && refused.reason.is_some(), "{refused}");
+        let refused = general.because(Some(reason)).report();
+        assert!(refused.engine == "rten" && refused.reason.is_some(), "{refused}");
         let load = |manifest: &RankerManifest| {
             OnnxRanker::load("demo", &onnx, manifest, &widths, Arc::new(ThreadPool::with_num_threads(1)))
         };

@@ -7,9 +7,9 @@ use rten::{Model, NodeId, RunOptions, ThreadPool, Value, ValueOrView};
 use rten_tensor::prelude::*;
 use rten_tensor::{NdTensorView, Tensor};
 
-use super::expression::Expression;
 use super::manifest::RankerManifest;
 use super::precision::Report;
+use super::wiring::{Wiring, one_per_row};
 use super::{RankError, Ranker};
 
 /// An ONNX model on the CPU, one thread.
@@ -18,8 +18,7 @@ pub struct OnnxRanker {
     model: Model,
     inputs: Vec<(NodeId, usize)>,
     outputs: Vec<NodeId>,
-    /// What makes one score of them.
-    score: Expression,
+    wiring: Wiring,
     options: RunOptions,
     /// What keeps the model from a faster engine.
     reason: Option<String>,
@@ -45,42 +44,19 @@ impl OnnxRanker {
             let name = |&id: &NodeId| model.node_info(id).and_then(|info| info.name()).unwrap_or("?").to_owned();
             ids.iter().map(name).collect::<Vec<_>>()
         };
-        let mut inputs = Vec::new();
-        for (input, &width) in manifest.inputs.iter().zip(widths) {
-            let known = names_of(model.input_ids());
-            let Some(at) = known.iter().position(|n| *n == input.name) else {
-                return Err(wrong(format!("no input `{}`; the model has {}", input.name, known.join(", "))));
-            };
-            inputs.push((model.input_ids()[at], width));
-        }
-        if inputs.len() != model.input_ids().len() {
-            let known = names_of(model.input_ids());
-            return Err(wrong(format!(
-                "the manifest fills {} of the model's inputs {}",
-                inputs.len(),
-                known.join(", ")
-            )));
-        }
-        let known = names_of(model.output_ids());
-        let (score, names) = manifest.output.expression().map_err(wrong)?;
-        let place = |name: &String| match known.iter().position(|n| n == name) {
-            Some(at) => Ok(model.output_ids()[at]),
-            None => Err(wrong(format!("no output `{name}`; the model has {}", known.join(", ")))),
-        };
-        let outputs = names.iter().map(place).collect::<Result<Vec<_>, _>>()?;
+        let (known_inputs, known_outputs) = (names_of(model.input_ids()), names_of(model.output_ids()));
+        let wiring = Wiring::new(manifest, widths, &known_inputs, &known_outputs).map_err(wrong)?;
+        let inputs = wiring.inputs.iter().map(|&(at, width)| (model.input_ids()[at], width)).collect();
+        let outputs = wiring.outputs.iter().map(|&at| model.output_ids()[at]).collect();
         let options = RunOptions::default().with_thread_pool(Some(pool));
-        let mut ranker = OnnxRanker { name: name.to_owned(), model, inputs, outputs, score, options, reason: None };
-        // One row and many: a graph exported with a fixed batch fails here and not at the first request.
-        for n in [1, 7, 900] {
-            let features: Vec<Vec<f32>> = widths.iter().map(|width| vec![0.0; n * width]).collect();
-            ranker.score(&features, n, &mut Vec::new())?;
-        }
+        let mut ranker = OnnxRanker { name: name.to_owned(), model, inputs, outputs, wiring, options, reason: None };
+        Wiring::try_batches(&mut ranker, widths)?;
         Ok(ranker)
     }
 
     /// The same, with what keeps the model from a faster engine for its report.
-    pub fn because(self, reason: String) -> Self {
-        OnnxRanker { reason: Some(reason), ..self }
+    pub fn because(self, reason: Option<String>) -> Self {
+        OnnxRanker { reason, ..self }
     }
 
     /// Values of a row, for each input of the manifest.
@@ -111,23 +87,16 @@ impl Ranker for OnnxRanker {
         for value in self.run(inputs, n).map_err(wrong)? {
             let output: Tensor<f32> =
                 value.try_into().map_err(|_| wrong("the output is not of type float32".to_owned()))?;
-            if output.shape() != [n] && output.shape() != [n, 1] {
-                return Err(wrong(format!("the output's shape is {:?}, expected [{n}] or [{n}, 1]", output.shape())));
-            }
+            one_per_row(output.shape(), n).map_err(wrong)?;
             outputs.push(output);
         }
-        match (&self.score, &outputs[..]) {
-            (Expression::Output(0), [output]) => scores.extend(output.iter()),
-            (score, outputs) => {
-                let columns: Vec<_> = outputs.iter().map(|output| output.to_contiguous()).collect();
-                let columns: Vec<&[f32]> = columns.iter().map(|output| output.data()).collect();
-                scores.extend((0..n).map(|row| score.value(&|at| columns[at][row])));
-            }
-        }
+        let outputs: Vec<_> = outputs.iter().map(|output| output.to_contiguous()).collect();
+        let outputs: Vec<&[f32]> = outputs.iter().map(|output| output.data()).collect();
+        self.wiring.combine(&outputs, n, scores);
         Ok(())
     }
 
     fn report(&self) -> Report {
-        Report::other("onnx", self.reason.clone())
+        Report::other("rten", self.reason.clone())
     }
 }
