@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use rten::{Model, NodeId, RunOptions, ThreadPool, Value, ValueOrView};
+use rten::{DataType, Model, NodeId, RunOptions, ThreadPool, Value, ValueOrView, ValueType};
 use rten_tensor::prelude::*;
 use rten_tensor::{NdTensorView, Tensor};
 
@@ -17,6 +17,8 @@ pub struct OnnxRanker {
     name: String,
     model: Model,
     inputs: Vec<(NodeId, usize)>,
+    /// By input: its values as whole numbers, where the model wants these.
+    whole: Vec<Option<Vec<i32>>>,
     outputs: Vec<NodeId>,
     wiring: Wiring,
     options: RunOptions,
@@ -46,10 +48,13 @@ impl OnnxRanker {
         };
         let (known_inputs, known_outputs) = (names_of(model.input_ids()), names_of(model.output_ids()));
         let wiring = Wiring::new(manifest, widths, &known_inputs, &known_outputs).map_err(wrong)?;
-        let inputs = wiring.inputs.iter().map(|&(at, width)| (model.input_ids()[at], width)).collect();
+        let inputs: Vec<_> = wiring.inputs.iter().map(|&(at, width)| (model.input_ids()[at], width)).collect();
+        let is_whole = |id| model.node_info(id).and_then(|i| i.dtype()) == Some(ValueType::Tensor(DataType::Int32));
+        let whole = inputs.iter().map(|(id, _)| is_whole(*id).then(Vec::new)).collect();
         let outputs = wiring.outputs.iter().map(|&at| model.output_ids()[at]).collect();
         let options = RunOptions::default().with_thread_pool(Some(pool));
-        let mut ranker = OnnxRanker { name: name.to_owned(), model, inputs, outputs, wiring, options, reason: None };
+        let mut ranker =
+            OnnxRanker { name: name.to_owned(), model, inputs, whole, outputs, wiring, options, reason: None };
         Wiring::try_batches(&mut ranker, widths)?;
         Ok(ranker)
     }
@@ -64,12 +69,19 @@ impl OnnxRanker {
         self.inputs.iter().map(|(_, width)| *width)
     }
 
-    fn run(&self, inputs: &[Vec<f32>], n: usize) -> Result<Vec<Value>, String> {
+    fn run(&mut self, inputs: &[Vec<f32>], n: usize) -> Result<Vec<Value>, String> {
         let mut values: Vec<(NodeId, ValueOrView<'_>)> = Vec::with_capacity(inputs.len());
-        for ((id, width), values_of) in self.inputs.iter().zip(inputs) {
-            let view = NdTensorView::<f32, 2>::try_from_data([n, *width], values_of.as_slice())
-                .map_err(|e| format!("input of {} values for {n} x {width}: {e}", values_of.len()))?;
-            values.push((*id, view.into()));
+        for (((id, width), given), whole) in self.inputs.iter().zip(inputs).zip(&mut self.whole) {
+            let value = match whole {
+                None => NdTensorView::try_from_data([n, *width], given.as_slice()).map(ValueOrView::from),
+                Some(whole) => {
+                    whole.clear();
+                    whole.extend(given.iter().map(|&v| v as i32));
+                    NdTensorView::try_from_data([n, *width], whole.as_slice()).map(ValueOrView::from)
+                }
+            };
+            let value = value.map_err(|e| format!("input of {} values for {n} x {width}: {e}", given.len()))?;
+            values.push((*id, value));
         }
         self.model.run(values, &self.outputs, Some(self.options.clone())).map_err(|e| e.to_string())
     }
@@ -82,9 +94,10 @@ impl Ranker for OnnxRanker {
 
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {
         scores.clear();
+        let values = self.run(inputs, n);
         let wrong = |reason: String| RankError { ranker: self.name.clone(), reason };
         let mut outputs: Vec<Tensor<f32>> = Vec::with_capacity(self.outputs.len());
-        for value in self.run(inputs, n).map_err(wrong)? {
+        for value in values.map_err(wrong)? {
             let output: Tensor<f32> =
                 value.try_into().map_err(|_| wrong("the output is not of type float32".to_owned()))?;
             one_per_row(output.shape(), n).map_err(wrong)?;

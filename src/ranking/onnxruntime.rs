@@ -1,6 +1,7 @@
 //! Any ONNX model, by an ONNX Runtime that is installed on the machine. Its library is opened when the first model wants it and
 //! never linked, so that neither building nor serving needs one.
 
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,7 +42,12 @@ fn environment(configured: &str) -> Result<Environment, String> {
     }
     let builder = ort::init_from(&path).map_err(|e| {
         let hint = "`pipeline.onnxruntime` or ORT_DYLIB_PATH names an ONNX Runtime library, 1.24 or later";
-        format!("ONNX Runtime can't be used: {e}; {hint}")
+        let cause = match &e {
+            // The loader's own words, which `error` leaves out.
+            ort::LoadDynamicError::Dlopen { error, .. } => error.source().map(|cause| format!(": {cause}")),
+            _ => None,
+        };
+        format!("ONNX Runtime can't be used: {e}{}; {hint}", cause.unwrap_or_default())
     })?;
     let log = |level: LogLevel, _: &str, _: &str, place: &str, message: &str| match level {
         LogLevel::Fatal | LogLevel::Error => tracing::error!(place, "ONNX Runtime: {message}"),
@@ -55,13 +61,50 @@ fn environment(configured: &str) -> Result<Environment, String> {
     Ok(environment)
 }
 
+/// What an input is made of, with room for the values where they are not passed on as they are.
+enum Wanted {
+    Float,
+    Int32(Vec<i32>),
+    Int64(Vec<i64>),
+}
+
+impl Wanted {
+    /// # Errors
+    /// A type that features don't become.
+    fn of(outlet: &Outlet) -> Result<Self, String> {
+        match outlet.dtype() {
+            ValueType::Tensor { ty: TensorElementType::Float32, .. } => Ok(Wanted::Float),
+            ValueType::Tensor { ty: TensorElementType::Int32, .. } => Ok(Wanted::Int32(Vec::new())),
+            ValueType::Tensor { ty: TensorElementType::Int64, .. } => Ok(Wanted::Int64(Vec::new())),
+            other => Err(format!("input `{}` is {other}, expected float32, int32 or int64", outlet.name())),
+        }
+    }
+
+    /// The values `[n, width]` as the model wants them.
+    fn tensor<'v>(&'v mut self, values: &'v [f32], shape: [usize; 2]) -> ort::Result<SessionInputValue<'v>> {
+        Ok(match self {
+            Wanted::Float => TensorRef::from_array_view((shape, values))?.into(),
+            Wanted::Int32(whole) => {
+                whole.clear();
+                whole.extend(values.iter().map(|&v| v as i32));
+                TensorRef::from_array_view((shape, whole.as_slice()))?.into()
+            }
+            Wanted::Int64(whole) => {
+                whole.clear();
+                whole.extend(values.iter().map(|&v| v as i64));
+                TensorRef::from_array_view((shape, whole.as_slice()))?.into()
+            }
+        })
+    }
+}
+
 /// An ONNX model on the CPU, one thread; a worker's own.
 pub struct OnnxRuntimeRanker {
     name: String,
     session: Session,
     wiring: Wiring,
-    /// The model's inputs, each by its place in the manifest.
-    order: Vec<usize>,
+    /// The model's inputs: the place in the manifest, and how the model wants the values.
+    order: Vec<(usize, Wanted)>,
     /// What keeps the model from another engine; none where this one was asked for.
     reason: Option<String>,
 }
@@ -86,13 +129,11 @@ impl OnnxRuntimeRanker {
         let names = |outlets: &[Outlet]| outlets.iter().map(|o| o.name().to_owned()).collect::<Vec<_>>();
         let wiring = Wiring::new(manifest, widths, &names(session.inputs()), &names(session.outputs()));
         let wiring = wiring.map_err(wrong)?;
-        for outlet in session.inputs() {
-            if !matches!(outlet.dtype(), ValueType::Tensor { ty: TensorElementType::Float32, .. }) {
-                return Err(wrong(format!("input `{}` is {}, expected float32", outlet.name(), outlet.dtype())));
-            }
+        let mut order = Vec::new();
+        for (at, outlet) in session.inputs().iter().enumerate() {
+            let place = wiring.inputs.iter().position(|(input, _)| *input == at);
+            order.extend(place.map(|place| Wanted::of(outlet).map(|w| (place, w))).transpose().map_err(wrong)?);
         }
-        let place = |at: usize| wiring.inputs.iter().position(|(input, _)| *input == at);
-        let order = (0..session.inputs().len()).filter_map(place).collect();
         let mut ranker = OnnxRuntimeRanker { name: name.to_owned(), session, wiring, order, reason: None };
         Wiring::try_batches(&mut ranker, widths)?;
         Ok(ranker)
@@ -123,10 +164,9 @@ impl Ranker for OnnxRuntimeRanker {
         let OnnxRuntimeRanker { name, session, wiring, order, .. } = self;
         let wrong = |reason: String| RankError { ranker: name.clone(), reason };
         let mut values: Vec<SessionInputValue<'_>> = Vec::with_capacity(inputs.len());
-        for &at in &*order {
-            let shape = [n, wiring.inputs[at].1];
-            let view = TensorRef::from_array_view((shape, inputs[at].as_slice()));
-            values.push(view.map_err(|e| wrong(e.to_string()))?.into());
+        for (at, wanted) in order {
+            let tensor = wanted.tensor(&inputs[*at], [n, wiring.inputs[*at].1]);
+            values.push(tensor.map_err(|e| wrong(e.to_string()))?);
         }
         let answer = session.run(&values[..]).map_err(|e| wrong(e.to_string()))?;
         let mut outputs: Vec<&[f32]> = Vec::with_capacity(wiring.outputs.len());
@@ -180,6 +220,7 @@ mod tests {
         let error = OnnxRuntimeRanker::load("demo", &onnx, &manifest, &widths, "/nowhere/libonnxruntime.so");
         let error = error.err().unwrap().to_string();
         assert!(error.contains("`demo`") && error.contains("/nowhere/libonnxruntime.so"), "{error}");
+        assert!(error.contains("cannot open shared object file") || error.contains("is open already"), "{error}");
     }
 
     #[test]
