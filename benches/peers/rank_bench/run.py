@@ -52,12 +52,12 @@ class Peer:
         self.process.wait(30)
 
 
-def built(*arguments) -> Path:
-    """Builds what the arguments of cargo name and gives the executable's place."""
+def built(target: str, *arguments) -> Path:
+    """Builds what the arguments of cargo name and gives the place of the target's executable."""
     command = ["cargo", *arguments, "--message-format=json-render-diagnostics", "-q"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    made = (json.loads(line).get("executable") for line in lines if line.startswith("{"))
-    return Path([executable for executable in made if executable][-1])
+    made = [json.loads(line) for line in lines if line.startswith("{")]
+    return Path(next(m["executable"] for m in made if m.get("executable") and m["target"]["name"] == target))
 
 
 def requests(model: Model, items: np.ndarray, rng: np.random.Generator) -> list[dict]:
@@ -239,10 +239,10 @@ def main() -> None:
     parser.add_argument("--turn-ms", type=float, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    binary = args.binary or built("bench", "--bench", "rank", "--no-run")
+    binary = args.binary or built("rank", "bench", "--bench", "rank", "--no-run")
     manifest = Path(__file__).parent / "tract/Cargo.toml"
     tract_binary = None if args.no_tract else args.tract or built(
-        "build", "--release", "--manifest-path", manifest, "--target-dir", ROOT / "target/tract")  # fmt: skip
+        "tract_peer", "build", "--release", "--manifest-path", manifest, "--target-dir", ROOT / "target/tract")  # fmt: skip
     if args.cpu is not None:
         os.sched_setaffinity(0, {args.cpu})
     ours, tract = Peer(binary, "--json"), tract_binary and Peer(tract_binary)
