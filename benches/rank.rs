@@ -19,7 +19,7 @@ use tastemaker::ranking::dense::{DenseRanker, Items, Model, Sample, Setting};
 use tastemaker::ranking::manifest::{Calibration, RankerInput, RankerManifest, RankerOutput};
 use tastemaker::ranking::onnx::OnnxRanker;
 use tastemaker::ranking::precision::Wanted;
-use tastemaker::ranking::{self, Ranker};
+use tastemaker::ranking::{self, Ranker, tree_model};
 
 #[derive(Deserialize)]
 #[serde(tag = "command", rename_all = "lowercase")]
@@ -141,6 +141,10 @@ fn load(command: &Command, pool: &Arc<ThreadPool>) -> anyhow::Result<(Loaded, Va
         output: RankerOutput { name: "score".to_owned(), ..RankerOutput::default() },
         ..RankerManifest::default()
     };
+    if let Some(trees) = tree_model::load(name, onnx, &manifest, &widths)? {
+        let engines = HashMap::from([("trees".to_owned(), Engine::Whole(Box::new(trees)))]);
+        return Ok((Loaded { engines, columns, samples: requests }, json!({ "engines": ["trees"] })));
+    }
     let mut general = OnnxRanker::load(name, onnx, &manifest, &widths, pool.clone())?;
     let mut engines = HashMap::new();
     let mut answer = json!({ "engines": ["rten"] });

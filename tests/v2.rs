@@ -85,6 +85,9 @@ fn models_describe_themselves() {
     assert_eq!(metadata["outputs"], json!([{ "name": "variable", "datatype": "FP32", "shape": [-1, 1] }]));
     let (_, config) = get(&server, "/v2/models/demo/config");
     assert_eq!(config["input"], json!([{ "name": "features", "data_type": "TYPE_FP32", "dims": [13] }]));
+    let computed = &config["parameters"]["computed"]["string_value"];
+    assert!(computed.as_str().unwrap().starts_with("dense, "), "{config}");
+    assert_eq!(metadata["properties"]["computed"], "trees, f32");
     for path in
         ["/v2/models/nobody", "/v2/models/nobody/ready", "/v2/models/trees/versions/x", "/v2/nothing", "/v2/models"]
     {

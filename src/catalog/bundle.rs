@@ -643,6 +643,7 @@ impl Reader {
             shared_filters: Default::default(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
+            ranker_reports: OnceLock::new(),
             items,
             users,
         })

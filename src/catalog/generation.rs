@@ -13,6 +13,7 @@ use crate::catalog::text::TextIndex;
 use crate::index::{BruteForce, Kernel, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
 use crate::ranking::manifest::RankerManifest;
+use crate::ranking::precision::Report;
 use crate::state::fold_in::{FoldIn, FoldInParams};
 
 /// A row that stands for "none".
@@ -59,6 +60,8 @@ pub struct Generation {
     pub(super) shared_fold_in: OnceLock<Option<FoldIn>>,
     /// What a kind of device made of the rankers once, for all its workers.
     pub(crate) shared_rankers: OnceLock<Box<dyn Any + Send + Sync>>,
+    /// How each ranker is computed, once the first worker has loaded them.
+    pub(crate) ranker_reports: OnceLock<Vec<Report>>,
 }
 
 impl Generation {
@@ -468,6 +471,7 @@ pub mod testing {
             shared_filters: OnceLock::new(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
+            ranker_reports: OnceLock::new(),
         }
     }
 

@@ -6,7 +6,6 @@ use clap::Args;
 
 use crate::catalog::bundle;
 use crate::device::cpu;
-use crate::pipeline::PipelineConfig;
 
 /// `tastemaker inspect`
 #[derive(Debug, Args)]
@@ -16,15 +15,19 @@ pub struct Inspect {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Configuration file: `pipeline.engines` and the like decide what computes a ranker.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 }
 
 impl Inspect {
     pub fn run(self) -> anyhow::Result<()> {
+        let config = super::config(self.config.as_deref())?;
         let info = bundle::describe(&self.bundle)?;
         // Loaded as a server would: what a ranker is computed in is measured, and not the same on every machine.
         let reports = match info.rankers.is_empty() {
             true => Ok(Vec::new()),
-            false => cpu::reports(PipelineConfig::default(), &Arc::new(bundle::open(&self.bundle)?)),
+            false => cpu::reports(config.pipeline, &Arc::new(bundle::open(&self.bundle)?)),
         };
         if self.json {
             let mut info = serde_json::to_value(&info)?;

@@ -16,6 +16,7 @@ use crate::catalog::generation::Generation;
 use crate::context::{Degradation, Reason, Stage};
 use crate::device::{Device, Job};
 use crate::error::{Code, Error};
+use crate::ranking::manifest::Engine;
 use crate::rerank::{RerankInput, RerankScratch, Reranker};
 use crate::response;
 
@@ -43,6 +44,11 @@ pub struct PipelineConfig {
     pub filter_cache_bytes: u64,
     /// Weights of rankers by name; empty: the bundle's first one alone.
     pub rankers: BTreeMap<String, f32>,
+    /// What computes a ranker, by name; before what its manifest says.
+    pub engines: BTreeMap<String, Engine>,
+    /// The library of ONNX Runtime, 1.24 or later, for rankers whose engine it is, and for what the embedded runtime lacks. Empty:
+    /// `ORT_DYLIB_PATH`, then the loader's usual places, for the former alone.
+    pub onnxruntime: String,
     /// Memory for what a ranker computes of each item ahead, per ranker and shared by all workers; one that needs more computes
     /// it for every candidate. 0: none does. Default 2 GiB.
     pub item_table_bytes: u64,
@@ -61,6 +67,8 @@ impl Default for PipelineConfig {
             search_weight: 1.0,
             filter_cache_bytes: 64 << 20,
             rankers: BTreeMap::new(),
+            engines: BTreeMap::new(),
+            onnxruntime: String::new(),
             item_table_bytes: 2 << 30,
         }
     }

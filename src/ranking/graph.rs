@@ -1033,6 +1033,8 @@ mod tests {
             floats("table", &[2, 2], &[1.0, 2.0, -3.0, 4.0]),
         ];
         let softplus = |v: f32| (1.0 + v.exp()).ln();
+        let graph = read(&model(&[("x", 3)], nodes.clone(), constants.clone()), &[("x", 3)], &["y"]).unwrap();
+        assert_eq!(graph.places(), [[2, 0, 0]]);
         let got = scores(&[("x", 3)], nodes, constants, &[&[1.0, 0.5, 0.25, 5.0, 1.0, 1.0]]);
         near(&got[..1], &[(softplus(-1.5) + softplus(1.0)) / 2.0]);
         assert!(got[1].is_nan(), "no row 5");

@@ -9,6 +9,9 @@ use super::precision::Wanted;
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RankerManifest {
+    /// What computes it; `pipeline.engines` of the configuration goes before.
+    #[serde(default)]
+    pub engine: Engine,
     /// Inputs by name.
     #[serde(default)]
     pub inputs: Vec<RankerInput>,
@@ -17,6 +20,23 @@ pub struct RankerManifest {
     /// In which numbers it may be computed.
     #[serde(default)]
     pub calibration: Calibration,
+}
+
+/// What computes a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The fastest that can.
+    #[default]
+    Auto,
+    /// The engine for dense networks.
+    Dense,
+    /// The evaluator of tree ensembles.
+    Trees,
+    /// The embedded general runtime.
+    Rten,
+    /// ONNX Runtime, which has to be installed.
+    OnnxRuntime,
 }
 
 /// One ONNX input.

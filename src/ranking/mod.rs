@@ -6,11 +6,13 @@ pub mod expression;
 pub mod graph;
 pub mod manifest;
 pub mod onnx;
+pub mod onnxruntime;
 pub mod precision;
 pub mod signature;
 pub mod tree_model;
 mod tree_nodes;
 pub mod trees;
+mod wiring;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -52,9 +54,7 @@ pub trait Ranker: Send {
     }
 
     /// How it is computed.
-    fn report(&self) -> Report {
-        Report::other("onnx", None)
-    }
+    fn report(&self) -> Report;
 
     /// The same as a dense network, which may be scored in parts.
     fn dense(&mut self) -> Option<&mut DenseRanker> {
@@ -84,7 +84,15 @@ pub fn recognise(general: &mut OnnxRanker, onnx: &Path, manifest: &RankerManifes
     let graph = graph.simplified();
     let mut dense = DenseRanker::new(Arc::new(Model::plain(general.name(), &graph, Kernel::detect())));
     let n = 64;
-    let features = trial_rows(&inputs.iter().map(|(_, width)| *width).collect::<Vec<_>>(), n);
+    let mut features = trial_rows(&inputs.iter().map(|(_, width)| *width).collect::<Vec<_>>(), n);
+    for (values, places) in features.iter_mut().zip(graph.places()) {
+        for (at, value) in values.iter_mut().enumerate() {
+            // The general runtime refuses what is no row of a table.
+            if let Some(place) = (at * 7919).checked_rem(places[at % places.len()]) {
+                *value = place as f32;
+            }
+        }
+    }
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     general.score(&features, n, &mut theirs).map_err(|e| e.reason)?;
     dense.score(&features, n, &mut ours).map_err(|e| e.reason)?;
@@ -109,6 +117,45 @@ mod tests {
     use rten::ThreadPool;
 
     #[test]
+    fn inputs_of_whole_numbers_pick_rows_of_tables() {
+        let onnx = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/ids/ids.onnx");
+        let input = |name: &str| manifest::RankerInput { name: name.into(), columns: Vec::new() };
+        let manifest = RankerManifest {
+            inputs: vec![input("ids"), input("numbers")],
+            output: manifest::RankerOutput { name: "score".into(), ..Default::default() },
+            ..Default::default()
+        };
+        let pool = Arc::new(ThreadPool::with_num_threads(1));
+        let mut general = OnnxRanker::load("ids", &onnx, &manifest, &[2, 3], pool).unwrap();
+        let graph = recognise(&mut general, &onnx, &manifest).unwrap();
+        let mut engines: Vec<Box<dyn Ranker>> = vec![
+            Box::new(DenseRanker::new(Arc::new(Model::plain("ids", &graph, Kernel::detect())))),
+            Box::new(general),
+        ];
+        if let Some(library) = onnxruntime::library_for_tests() {
+            let theirs = onnxruntime::OnnxRuntimeRanker::load("ids", &onnx, &manifest, &[2, 3], &library);
+            engines.push(Box::new(theirs.unwrap()));
+        }
+        let inputs = [vec![6.0, 0.0, -7.0, 3.0], vec![0.5, -1.0, 2.0, 0.0, 0.0, 0.0]];
+        let scores = engines.iter_mut().map(|engine| {
+            let mut scores = Vec::new();
+            engine.score(&inputs, 2, &mut scores).unwrap();
+            scores
+        });
+        let scores: Vec<Vec<f32>> = scores.collect();
+        assert!(scores[0][0] != scores[0][1]);
+        for other in &scores[1..] {
+            assert!(scores[0].iter().zip(other).all(|(a, b)| (a - b).abs() < 1e-5), "{scores:?}");
+        }
+        // No row 7 in the table: an error here, and NaN on the dense engine.
+        let beyond = [vec![7.0, 0.0], vec![0.0; 3]];
+        assert!(engines[1..].iter_mut().all(|engine| engine.score(&beyond, 1, &mut Vec::new()).is_err()));
+        let mut none = Vec::new();
+        engines[0].score(&beyond, 1, &mut none).unwrap();
+        assert!(none[0].is_nan());
+    }
+
+    #[test]
     fn the_demo_ranker_is_a_dense_network() {
         let engines = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
         let manifest: RankerManifest =
@@ -120,8 +167,8 @@ mod tests {
         let mut other = manifest.clone();
         other.output.name = "nowhere".into();
         let reason = recognise(&mut general, &onnx, &other).unwrap_err();
-        let refused = general.because(reason).report();
-        assert!(refused.engine == "onnx" && refused.reason.is_some(), "{refused}");
+        let refused = general.because(Some(reason)).report();
+        assert!(refused.engine == "rten" && refused.reason.is_some(), "{refused}");
         let load = |manifest: &RankerManifest| {
             OnnxRanker::load("demo", &onnx, manifest, &widths, Arc::new(ThreadPool::with_num_threads(1)))
         };

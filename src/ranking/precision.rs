@@ -95,9 +95,9 @@ fn ndcg(reference: &[f32], scores: &[f32]) -> f64 {
 /// How a model is computed, and what that costs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Report {
-    /// `dense`, `trees` or `onnx`.
+    /// `dense`, `trees`, `rten` or `onnxruntime`.
     pub engine: &'static str,
-    /// For `onnx`: what kept it from another engine.
+    /// For the general runtimes: what kept it from another engine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Of products.

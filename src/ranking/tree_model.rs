@@ -8,6 +8,7 @@ use std::path::Path;
 use rten_onnx::onnx::{GraphProto, NodeProto};
 
 use super::manifest::RankerManifest;
+use super::precision::Report;
 use super::tree_nodes::{self, Attributes, attribute, numbers};
 use super::trees::{Column, Forest, Node, ROWS, Tree};
 use super::{RankError, Ranker};
@@ -199,6 +200,10 @@ impl Ranker for TreeRanker {
 
     fn rows_are_independent(&self) -> bool {
         true
+    }
+
+    fn report(&self) -> Report {
+        Report::other("trees", None)
     }
 
     fn score(&mut self, inputs: &[Vec<f32>], n: usize, scores: &mut Vec<f32>) -> Result<(), RankError> {

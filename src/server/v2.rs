@@ -12,9 +12,11 @@ use super::http::{Answer, Failure, HttpState, body, only, respond, unexpected};
 use super::service::Shared;
 use super::tensors;
 use crate::api::{InferCall, Outcome};
+use crate::catalog::generation::Generation;
 use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::plan::MAX_K;
+use crate::ranking::precision::Report;
 use crate::telemetry::metrics::{Endpoint, InferStats};
 
 /// Bodies of the admin port.
@@ -109,15 +111,24 @@ pub async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
             let (place, _) = found(shared, name, version)?;
             answered(&json!({ "model_stats": [stats(shared, place)] }))
         }
-        (["models", ..], "config") => answered(&config(found(shared, name, version)?.1, shared)),
+        (["models", ..], "config") => {
+            let (place, model) = found(shared, name, version)?;
+            answered(&config(model, shared, place))
+        }
         (["models", _] | ["models", _, "versions", _], "") => {
-            answered(&metadata(found(shared, name, version)?.1, &shared.generation.version))
+            let (place, model) = found(shared, name, version)?;
+            answered(&metadata(model, &shared.generation, place))
         }
         _ => Err(NO_SUCH_PATH.into()),
     }
 }
 
-fn metadata(model: &Model, version: &str) -> Value {
+/// How a model is computed, in words; empty before a worker has loaded it.
+fn computed(generation: &Generation, place: usize) -> String {
+    generation.ranker_reports.get().and_then(|reports| reports.get(place)).map(Report::to_string).unwrap_or_default()
+}
+
+fn metadata(model: &Model, generation: &Generation, place: usize) -> Value {
     let inputs: Vec<Value> = model
         .inputs
         .iter()
@@ -125,12 +136,13 @@ fn metadata(model: &Model, version: &str) -> Value {
         .collect();
     let shape: &[i64] = if model.output.flat { &[-1] } else { &[-1, 1] };
     json!({
-        "name": model.name, "versions": [version], "platform": "tastemaker_onnx", "inputs": inputs,
+        "name": model.name, "versions": [generation.version], "platform": "tastemaker_onnx", "inputs": inputs,
         "outputs": [{ "name": model.output.name, "datatype": "FP32", "shape": shape }],
+        "properties": { "computed": computed(generation, place) },
     })
 }
 
-fn config(model: &Model, shared: &Shared) -> Value {
+fn config(model: &Model, shared: &Shared, place: usize) -> Value {
     let inputs: Vec<Value> = model
         .inputs
         .iter()
@@ -145,6 +157,7 @@ fn config(model: &Model, shared: &Shared) -> Value {
         "name": model.name, "platform": "tastemaker_onnx", "backend": "tastemaker", "max_batch_size": MAX_K,
         "version_policy": { "latest": { "num_versions": 1 } }, "input": inputs, "output": [output],
         "instance_group": [{ "name": model.name, "kind": "KIND_CPU", "count": shared.completions.len() }],
+        "parameters": { "computed": { "string_value": computed(&shared.generation, place) } },
     })
 }
 

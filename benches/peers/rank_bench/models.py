@@ -1,15 +1,18 @@
-"""The models: common shapes of recommender networks as ONNX, made with numpy. Perceptrons are trained on a teacher, so that
-their scores have an order worth keeping; the others have random weights."""
+"""The models: common shapes of recommenders as ONNX. Perceptrons and trees are trained on a teacher, so that their scores have an
+order worth keeping; the other networks have random weights."""
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import lightgbm
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "train"))
+for tool in ("train", "export"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / tool))
+import trees  # noqa: E402
 from network import Mlp  # noqa: E402
 
 
@@ -23,6 +26,8 @@ class Model:
     # The same with the item's part looked up by id, for ONNX Runtime; perceptrons only.
     rewritten: Path | None = None
     peers: list[str] = field(default_factory=list)
+    # Trees only: the library's own model.
+    booster: lightgbm.Booster | None = None
 
     def width(self, name: str) -> int:
         return sum(n for _, n in dict(self.inputs)[name])
@@ -187,6 +192,18 @@ def din(items, folder, rng) -> Model:
     return Model("din", "DIN, attention over 20 of 32, 200-80", inputs, file)
 
 
+def tree_ensemble(items, folder, rng) -> Model:
+    runs = [("request", 20), ("item", 20), ("candidate", 10)]
+    x = rng.standard_normal((20_000, 50)).astype(np.float32)
+    y = x[:, 0] * x[:, 20] + np.sin(x[:, 2] * 3) + np.abs(x[:, 20:30]).sum(1) + x[:, 40] + 0.5 * rng.standard_normal(len(x))
+    options = {"objective": "regression", "num_leaves": 31, "verbose": -1, "num_threads": 1, "seed": 1, "deterministic": True}
+    booster = lightgbm.train(options, lightgbm.Dataset(x, y), 300)
+    ensemble, link = trees.lightgbm(booster.dump_model())
+    file = folder / "lightgbm.onnx"
+    onnx.save(trees.onnx_model(ensemble, link, "features", "score"), file)
+    return Model("lightgbm", "LightGBM, 300 trees of 31 leaves, 50 features", [("features", runs)], file, booster=booster)
+
+
 def all_models(items: np.ndarray, folder: Path) -> list[Model]:
     def rng(seed: int) -> np.random.Generator:
         return np.random.default_rng(seed)
@@ -201,4 +218,5 @@ def all_models(items: np.ndarray, folder: Path) -> list[Model]:
         dlrm(items, folder, rng(6)),
         deepfm(items, folder, rng(7)),
         din(items, folder, rng(8)),
+        tree_ensemble(items, folder, rng(9)),
     ]

@@ -1,7 +1,6 @@
-"""Rankers on one core: ONNX Runtime, rten and ours take turns on the same models and the same requests.
+"""Rankers on one core: ONNX Runtime, rten, tract, LightGBM and ours take turns on the same models and the same requests.
 
-    cargo bench --bench rank --no-run          # prints the binary's place
-    taskset -c 1 python run.py --binary target/release/deps/rank-HASH [--out record.md]
+    python benches/peers/rank_bench/run.py --cpu 1 --out record.md
 """
 
 import argparse
@@ -18,8 +17,9 @@ import numpy as np
 import onnxruntime as ort
 from models import Model, all_models
 
+ROOT = Path(__file__).resolve().parents[3]
 N_ITEMS, N_ROWS, N_REQUESTS = 20_000, 900, 24
-OURS = ["f32", "f32 table", "bf16", "bf16 table", "int8", "int8 table"]
+OURS = ["trees", "f32", "f32 table", "bf16", "bf16 table", "int8", "int8 table"]
 # Model, ours, peer, least ratio of the peer's time to ours at 900 rows.
 BARS = [
     *[(m, ours, "ort", least) for m in "SVL" for ours, least in (("f32", 1.0), ("f32 table", 1.8), ("int8 table", 5.5))],
@@ -29,11 +29,11 @@ BARS = [
 ]
 
 
-class Ours:
-    """The bench binary, a line of JSON at a time."""
+class Peer:
+    """A binary that answers a line of JSON at a time."""
 
-    def __init__(self, binary: Path):
-        command = [str(binary), "--json"]
+    def __init__(self, *command):
+        command = [str(part) for part in command]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __call__(self, command: str, **arguments) -> dict:
@@ -41,15 +41,23 @@ class Ours:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit("the bench binary ended")
+            sys.exit(f"{self.process.args[0]} ended")
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
-            sys.exit(f"{command}: {answer['error']}")
+            raise RuntimeError(answer["error"])
         return answer
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(30)
+
+
+def built(target: str, *arguments) -> Path:
+    """Builds what the arguments of cargo name and gives the place of the target's executable."""
+    command = ["cargo", *arguments, "--message-format=json-render-diagnostics", "-q"]
+    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    made = [json.loads(line) for line in lines if line.startswith("{")]
+    return Path(next(m["executable"] for m in made if m.get("executable") and m["target"]["name"] == target))
 
 
 def requests(model: Model, items: np.ndarray, rng: np.random.Generator) -> list[dict]:
@@ -116,7 +124,7 @@ def feeds(model: Model, request: dict, batch: int, rewritten: bool) -> dict:
     return {"request": request["inputs"]["features"][:1, is_request], "rows": request["rows"][:batch].astype(np.int64)}
 
 
-def measure(model: Model, ours: Ours, items: np.ndarray, folder: Path, args) -> list[dict]:
+def measure(model: Model, ours: Peer, tract: Peer | None, items: np.ndarray, folder: Path, args) -> list[dict]:
     rng = np.random.default_rng(11)
     made = requests(model, items, rng)
     files = []
@@ -134,30 +142,47 @@ def measure(model: Model, ours: Ours, items: np.ndarray, folder: Path, args) -> 
     for key in ("f32", "bf16", "int8", "reason"):
         if key in loaded:
             print(f"  {key}: {loaded[key]}")
+    others = []
+    if tract and not model.booster:
+        widths = [(name, model.width(name)) for name, _ in model.inputs]
+        try:
+            tract("load", name=model.name, onnx=str(model.file), inputs=widths, samples=[str(f) for f in files], n=N_ROWS)
+            others.append("tract")
+        except RuntimeError as error:
+            print(f"  tract: {error}")
+    if model.booster:
+        others.append("lightgbm")
     sessions = {"ort": (session(model.file), False)}
     if model.rewritten:
         sessions["ort rewritten"] = (session(model.rewritten), True)
     if "ort int8" in model.peers:
         sessions["ort int8"] = (session(static_int8(model, made, folder)), False)
     reference = [sessions["ort"][0].run(["score"], r["inputs"])[0][:, 0] for r in made]
-    engines = [*sessions, *[e for e in ["rten", *OURS] if e in loaded["engines"]]]
+    engines = [*sessions, *others, *[e for e in ["rten", *OURS] if e in loaded["engines"]]]
     flops = loaded.get("flops", [None, None])
     results = []
     for batch in args.batches:
         asked = {name: [feeds(model, r, batch, rewritten) for r in made] for name, (_, rewritten) in sessions.items()}
 
         def turn(engine: str, rounds: int, scores: bool = False) -> tuple[list[int], list | None]:
-            if engine not in sessions:
+            if engine == "tract":
+                answer = tract("run", name=model.name, batch=batch, rounds=rounds, scores=scores)
+                return answer["ns"], answer.get("scores")
+            if engine in sessions:
+                run, given = (lambda r: sessions[engine][0].run(["score"], r)[0][:, 0]), asked[engine]
+            elif engine == "lightgbm":
+                run, given = (lambda r: model.booster.predict(r, num_threads=1)), [r["features"] for r in asked["ort"]]
+            else:
                 answer = ours("run", name=model.name, engine=engine, batch=batch, rounds=rounds, scores=scores)
                 return answer["ns"], answer.get("scores")
-            run, times = sessions[engine][0].run, []
-            run(["score"], asked[engine][0])
+            times = []
+            run(given[0])
             for round in range(rounds):
-                request = asked[engine][round % N_REQUESTS]
+                request = given[round % N_REQUESTS]
                 start = time.thread_time_ns()
-                run(["score"], request)
+                run(request)
                 times.append(time.thread_time_ns() - start)
-            return times, [run(["score"], r)[0][:, 0] for r in asked[engine]] if scores else None
+            return times, [run(r) for r in given] if scores else None
 
         fidelity, rounds = {}, {}
         for engine in engines:
@@ -204,20 +229,30 @@ def report(results: list[dict], peak: list[float], titles: dict[str, str]) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--binary", type=Path, required=True)
+    parser.add_argument("--binary", type=Path, help="the bench, where it is not to be built: target/release/deps/rank-HASH")
+    parser.add_argument("--tract", type=Path, help="the same of tract_peer")
+    parser.add_argument("--no-tract", action="store_true", help="without tract, which takes some 9 minutes of CPU time to build once")
+    parser.add_argument("--cpu", type=int, help="the core to run on; none where the command is pinned already")
     parser.add_argument("--models", nargs="*", help="names; all by default")
     parser.add_argument("--batches", nargs="*", type=int, default=[900, 64, 1])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--turn-ms", type=float, default=15)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    ours = Ours(args.binary)
+    binary = args.binary or built("rank", "bench", "--bench", "rank", "--no-run")
+    manifest = Path(__file__).parent / "tract/Cargo.toml"
+    tract_binary = None if args.no_tract else args.tract or built(
+        "tract_peer", "build", "--release", "--manifest-path", manifest, "--target-dir", ROOT / "target/tract")  # fmt: skip
+    if args.cpu is not None:
+        os.sched_setaffinity(0, {args.cpu})
+    ours, tract = Peer(binary, "--json"), tract_binary and Peer(tract_binary)
     peak = ours("peak")
     items = np.random.default_rng(5).standard_normal((N_ITEMS, 128)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         models = [m for m in all_models(items, Path(folder)) if not args.models or m.name in args.models]
-        results = [r for model in models for r in measure(model, ours, items, Path(folder), args)]
-    ours.close()
+        results = [r for model in models for r in measure(model, ours, tract, items, Path(folder), args)]
+    for peer in filter(None, (ours, tract)):
+        peer.close()
     text = report(results, peak, {m.name: m.title for m in models})
     print(text)
     if args.out:

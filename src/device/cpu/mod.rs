@@ -620,6 +620,10 @@ mod tests {
             "flaky"
         }
 
+        fn report(&self) -> crate::ranking::precision::Report {
+            crate::ranking::precision::Report::other("flaky", None)
+        }
+
         fn rows_are_independent(&self) -> bool {
             true
         }

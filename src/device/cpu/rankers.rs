@@ -14,8 +14,9 @@ use crate::features::assemble::{FeatureScratch, Layout};
 use crate::index::{Kernel, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::dense::{DenseRanker, Items, Model, Sample, Setting};
-use crate::ranking::manifest::Calibration;
+use crate::ranking::manifest::{Calibration, Engine};
 use crate::ranking::onnx::OnnxRanker;
+use crate::ranking::onnxruntime::OnnxRuntimeRanker;
 use crate::ranking::precision::{Report, Wanted};
 use crate::ranking::tree_model::{self, TreeRanker};
 use crate::ranking::{self, Ranker};
@@ -46,8 +47,10 @@ enum Prepared {
     Dense(Arc<Model>),
     /// The evaluator of tree ensembles.
     Trees,
-    /// The general runtime, and what keeps the model from a faster engine.
-    General(String),
+    /// The embedded general runtime, and what keeps the model from a faster engine.
+    General(Option<String>),
+    /// ONNX Runtime, and what keeps the model from others.
+    OnnxRuntime(Option<String>),
 }
 
 /// By ranker.
@@ -62,8 +65,10 @@ pub fn load(
     requests: Option<&dyn Fn() -> Vec<Request>>,
 ) -> Result<Vec<LoadedRanker>, DeviceError> {
     let wrong = |reason: String| DeviceError::Load { version: generation.version.clone(), reason };
-    if let Some(name) = config.rankers.keys().find(|name| generation.rankers.iter().all(|r| r.name != **name)) {
-        return Err(wrong(format!("pipeline.rankers names `{name}`, which the bundle does not have")));
+    let unknown = |name: &&String| generation.rankers.iter().all(|r| r.name != **name);
+    let keys = [("rankers", config.rankers.keys().find(unknown)), ("engines", config.engines.keys().find(unknown))];
+    if let Some((key, Some(name))) = keys.iter().find(|(_, name)| name.is_some()) {
+        return Err(wrong(format!("pipeline.{key} names `{name}`, which the bundle does not have")));
     }
     let shared = match requests {
         Some(requests) => {
@@ -92,6 +97,9 @@ pub fn load(
                 Box::new(trees.ok_or_else(|| wrong(format!("ranker `{}`: its trees are gone", model.name)))?)
             }
             Prepared::General(reason) => Box::new(general(model, &layouts, pool).map_err(wrong)?.because(reason)),
+            Prepared::OnnxRuntime(reason) => {
+                Box::new(onnxruntime(config, model, &layouts).map_err(wrong)?.because(reason))
+            }
         };
         let weight = match config.rankers.get(&model.name) {
             Some(weight) => *weight,
@@ -99,6 +107,9 @@ pub fn load(
             None => 0.0,
         };
         rankers.push(LoadedRanker { layouts, ranker, parts, weight });
+    }
+    if requests.is_some() {
+        generation.ranker_reports.get_or_init(|| rankers.iter().map(|r| r.ranker.report()).collect());
     }
     Ok(rankers)
 }
@@ -121,6 +132,12 @@ fn general(model: &RankerModel, layouts: &[Layout], pool: &Arc<ThreadPool>) -> R
     OnnxRanker::load(&model.name, &model.onnx, &model.manifest, &widths, pool.clone()).map_err(|e| e.to_string())
 }
 
+fn onnxruntime(config: &PipelineConfig, model: &RankerModel, layouts: &[Layout]) -> Result<OnnxRuntimeRanker, String> {
+    let widths: Vec<usize> = layouts.iter().map(Layout::width).collect();
+    let loaded = OnnxRuntimeRanker::load(&model.name, &model.onnx, &model.manifest, &widths, &config.onnxruntime);
+    loaded.map_err(|e| e.to_string())
+}
+
 /// Finds out what computes each ranker, and compiles what the engine for dense networks can.
 fn prepare(
     config: &PipelineConfig,
@@ -132,17 +149,42 @@ fn prepare(
     let mut models = Vec::new();
     for model in &generation.rankers {
         let layouts = layouts(model, generation)?;
+        let engine = config.engines.get(&model.name).copied().unwrap_or(model.manifest.engine);
+        let refused =
+            |engine: &str, reason: &str| format!("ranker `{}`: not on engine `{engine}`: {reason}", model.name);
         // Tree ensembles are each worker's own, and not of the general runtime.
-        if trees(model, &layouts)?.is_some() {
+        if matches!(engine, Engine::Auto | Engine::Trees) && trees(model, &layouts)?.is_some() {
             models.push(Prepared::Trees);
             continue;
         }
-        let mut general = general(model, &layouts, pool)?;
+        if engine == Engine::Trees {
+            return Err(refused("trees", "it is no ensemble of trees"));
+        }
+        if engine == Engine::OnnxRuntime {
+            onnxruntime(config, model, &layouts)?;
+            models.push(Prepared::OnnxRuntime(None));
+            continue;
+        }
+        let mut general = match general(model, &layouts, pool) {
+            Ok(general) => general,
+            Err(reason) if engine == Engine::Auto && !config.onnxruntime.is_empty() => {
+                onnxruntime(config, model, &layouts).map_err(|also| format!("{reason}; {also}"))?;
+                tracing::info!(ranker = model.name, reason, "runs on ONNX Runtime");
+                models.push(Prepared::OnnxRuntime(Some(reason)));
+                continue;
+            }
+            Err(reason) => return Err(reason),
+        };
+        if engine == Engine::Rten {
+            models.push(Prepared::General(None));
+            continue;
+        }
         let graph = match ranking::recognise(&mut general, &model.onnx, &model.manifest) {
             Ok(graph) => graph,
+            Err(reason) if engine == Engine::Dense => return Err(refused("dense", &reason)),
             Err(reason) => {
                 tracing::info!(ranker = model.name, reason, "runs on the general ONNX runtime");
-                models.push(Prepared::General(reason));
+                models.push(Prepared::General(Some(reason)));
                 continue;
             }
         };
@@ -361,6 +403,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_engine_is_what_was_asked_for() {
+        let load = |manifest: Engine, config: PipelineConfig| {
+            let mut generation = Arc::into_inner(generation(Wanted::F32)).unwrap();
+            generation.rankers[0].manifest.engine = manifest;
+            reports(config, &Arc::new(generation)).map(|reports| reports[0].1.engine).map_err(|e| e.to_string())
+        };
+        let asked = |engine: Engine| PipelineConfig {
+            engines: [("main".to_owned(), engine)].into(),
+            ..PipelineConfig::default()
+        };
+        assert_eq!(load(Engine::Auto, PipelineConfig::default()), Ok("dense"));
+        assert_eq!(load(Engine::Dense, PipelineConfig::default()), Ok("dense"));
+        assert_eq!(load(Engine::Rten, PipelineConfig::default()), Ok("rten"));
+        assert_eq!(load(Engine::Trees, asked(Engine::Rten)), Ok("rten"));
+        let error = load(Engine::Trees, PipelineConfig::default()).unwrap_err();
+        assert!(error.contains("ranker `main`: not on engine `trees`: it is no ensemble of trees"), "{error}");
+        let other = PipelineConfig { engines: [("other".to_owned(), Engine::Rten)].into(), ..asked(Engine::Rten) };
+        let error = load(Engine::Auto, other).unwrap_err();
+        assert!(error.contains("pipeline.engines names `other`"), "{error}");
+        let Some(library) = crate::ranking::onnxruntime::library_for_tests() else { return };
+        let config = PipelineConfig { onnxruntime: library, ..PipelineConfig::default() };
+        assert_eq!(load(Engine::OnnxRuntime, config.clone()), Ok("onnxruntime"));
+        // A model that the embedded runtime runs stays there, whatever is installed.
+        assert_eq!(load(Engine::Auto, config), Ok("dense"));
     }
 
     #[test]

@@ -163,6 +163,30 @@ impl Graph {
         self.nodes.len()
     }
 
+    /// By input and column: rows of the smallest table that the column picks from, 0 where it picks from none.
+    pub fn places(&self) -> Vec<Vec<usize>> {
+        let mut places: Vec<Vec<usize>> = self.inputs.iter().map(|&width| vec![0; width]).collect();
+        // By value and column: the input's column that it is.
+        let mut origins: Vec<Vec<Option<(usize, usize)>>> = Vec::with_capacity(self.nodes.len());
+        for (op, width) in &self.nodes {
+            let origin = match op {
+                Op::Input(input) => (0..*width).map(|column| Some((*input, column))).collect(),
+                Op::Take { x, columns } => columns.iter().map(|&column| origins[*x][column as usize]).collect(),
+                Op::Concat(parts) => parts.iter().flat_map(|&part| origins[part].iter().copied()).collect(),
+                Op::Embedding { x, table, dim } => {
+                    for &(input, column) in origins[*x].iter().flatten() {
+                        let (least, rows) = (&mut places[input][column], table.len() / dim);
+                        *least = if *least == 0 { rows } else { rows.min(*least) };
+                    }
+                    vec![None; *width]
+                }
+                _ => vec![None; *width],
+            };
+            origins.push(origin);
+        }
+        places
+    }
+
     /// Adds a value; the same operation is not added twice, and one that changes nothing not at all.
     pub fn push(&mut self, op: Op) -> Id {
         let op = match op {
