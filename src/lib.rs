@@ -19,6 +19,7 @@ pub mod ranking;
 pub mod rerank;
 pub mod response;
 pub mod retrieval;
+pub mod ring;
 pub mod server;
 pub mod telemetry;
 #[cfg(test)]
