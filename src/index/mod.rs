@@ -207,24 +207,85 @@ pub struct SearchScratch {
     scores: Vec<f32>,
     block: Vec<f32>,
     best: Vec<Packed>,
-    coarse: coarse::CoarseQuery,
     lower: Vec<f32>,
     upper: Vec<f32>,
     /// Places of a block that pass the threshold.
     passing: Vec<u32>,
-    /// Rows that may be among the best, and the most that the score of each can be.
     maybe: Vec<u32>,
-    most: Vec<f32>,
-    /// Those of them that must be scored exactly, and the scores.
+    /// Rows that must be scored exactly, and the scores.
     rows: Vec<u32>,
     exact: Vec<f32>,
+    /// By query.
+    exact_scans: Vec<brute_force::Progress>,
     ivf: ivf::IvfScratch,
+    ivf_batch: ivf::BatchScratch,
     hnsw: hnsw::Walk,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::generation::MatrixData;
+
+    #[test]
+    fn batches_answer_as_queries_one_by_one_to_the_bit() {
+        let (n, dim, n_queries) = (480, 20, 7);
+        let mut noise = crate::testing::noise(11);
+        // Duplicates among them: ties at every threshold.
+        let values: Vec<f32> = (0..n / 2 * dim).map(|_| noise()).collect();
+        let values = [&values[..], &values[..]].concat();
+        let mut queries: Vec<f32> = (0..n_queries * dim).map(|_| noise()).collect();
+        queries[5 * dim] = f32::NAN;
+        queries[6 * dim..7 * dim].fill(0.0);
+        let ivf = IvfOptions { n_lists: Some(25), kmeans_n_iters: Some(3), ..Default::default() };
+        let stored = |storage| IndexOptions::IvfFlat(IvfOptions { storage: Some(storage), ..ivf.clone() });
+        let kinds = [
+            IndexOptions::BruteForce {},
+            stored(Storage::F32),
+            stored(Storage::F16),
+            stored(Storage::Bf16),
+            IndexOptions::IvfPq(ivf.clone()),
+            IndexOptions::IvfRabitq(ivf.clone()),
+            IndexOptions::Hnsw(HnswOptions { graph_degree: 8, ef_construction: 20, seed: 0 }),
+        ];
+        let half = |row: u32| row.is_multiple_of(2);
+        let bits = vec![0xfff0_0000_ffff_ff00; n.div_ceil(64)];
+        let few = [0x0100_0000_0000_0000];
+        let mut scratch = SearchScratch::default();
+        for (options, metric, in_halves) in kinds.iter().flat_map(|options| {
+            let metrics = [Metric::InnerProduct, Metric::Cosine, Metric::L2];
+            metrics.map(|metric| (options, metric, false)).into_iter().chain([(options, Metric::L2, true)])
+        }) {
+            let data = match in_halves {
+                true => MatrixData::F16(values.iter().map(|&v| half::f16::from_f32(v)).collect::<Vec<_>>().into()),
+                false => MatrixData::F32(values.clone().into()),
+            };
+            let matrix = Matrix { dim, data };
+            let whole = build(options, &matrix, metric, &|_, _, _| {}).unwrap();
+            let index = &*whole;
+            for (k, n_probes) in [(1, None), (10, Some(3)), (150, Some(7)), (2000, None)] {
+                let params = SearchParams { n_probes, ..Default::default() };
+                for filter in [
+                    Filter::ALL,
+                    Filter::predicate(&half),
+                    Filter::ALL.within(&bits),
+                    Filter::predicate(&half).within(&few),
+                ] {
+                    let mut want = vec![Vec::new(); n_queries];
+                    for (query, want) in queries.chunks_exact(dim).zip(&mut want) {
+                        index.search(query, k, filter, &params, &mut scratch, want);
+                    }
+                    for size in [1, 3, n_queries] {
+                        let mut got = vec![Vec::new(); n_queries];
+                        for (queries, got) in queries.chunks(size * dim).zip(got.chunks_mut(size)) {
+                            index.search_batch(queries, k, filter, &params, &mut scratch, got);
+                        }
+                        assert_eq!(got, want, "{options:?} {metric:?} {k} {params:?} {filter:?} {size}");
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn filters_agree_with_themselves() {
