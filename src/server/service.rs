@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 
 use super::completions::{Completion, Completions};
+use super::index::IndexAdmin;
 use crate::api::{CacheStatus, Call, InferCall, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
@@ -42,6 +43,8 @@ pub struct Shared {
     pub cache: Option<ResultCache>,
     /// Keys being computed.
     pub flights: SingleFlight,
+    /// The index in partitions: who searches them, and its division into others.
+    pub index: Arc<IndexAdmin>,
     /// Counters.
     pub metrics: Metrics,
 }
@@ -64,6 +67,7 @@ impl Shared {
             completions: completions.context("making an eventfd")?,
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
             flights: SingleFlight::default(),
+            index: Arc::new(IndexAdmin::new(generation.clone())),
             metrics: Metrics::new(n_shards, rankers),
             generation,
             config,
