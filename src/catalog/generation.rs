@@ -65,6 +65,11 @@ impl Generation {
         self.shared_index.get(self.item_embeddings.as_ref(), self.metric)
     }
 
+    /// The same, if somebody has asked for it before: costs nothing.
+    pub fn made_index(&self) -> Option<Arc<dyn VectorIndex>> {
+        self.shared_index.made()
+    }
+
     /// How often [`Self::index`] was exchanged: who keeps it asks for it anew when this has changed.
     pub fn index_changes(&self) -> u32 {
         self.shared_index.n_changes()

@@ -121,6 +121,11 @@ impl SharedIndex {
         self.current.get_or_init(|| RwLock::new(matrix.map(make))).read().clone()
     }
 
+    /// See [`super::generation::Generation::made_index`].
+    pub fn made(&self) -> Option<Arc<dyn VectorIndex>> {
+        self.current.get().and_then(|current| current.read().clone())
+    }
+
     /// See [`super::generation::Generation::index_changes`].
     pub fn n_changes(&self) -> u32 {
         self.n_changes.load(Acquire)

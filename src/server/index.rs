@@ -44,7 +44,7 @@ impl IndexAdmin {
 
     /// Lets `searchers` search its partitions, and those of every division to come.
     pub fn serve(&self, searchers: Arc<Searchers>) {
-        if let Some(index) = self.generation.index()
+        if let Some(index) = self.generation.made_index()
             && let Stored::Partitions(whole) = index.stored()
         {
             whole.give(searchers.clone());
@@ -54,7 +54,7 @@ impl IndexAdmin {
 
     /// What there is to say of each partition; none for an index of one piece.
     pub fn states(&self) -> Vec<State> {
-        match self.generation.index() {
+        match self.generation.made_index() {
             Some(index) => match index.stored() {
                 Stored::Partitions(whole) => whole.pieces().iter().map(|piece| piece.state()).collect(),
                 _ => Vec::new(),
@@ -130,7 +130,7 @@ impl IndexAdmin {
                 json!({ "state": "failed", "partitions": partitions, "reason": reason })
             }
         };
-        let index = self.generation.index();
+        let index = self.generation.made_index();
         let pieces: Vec<Value> = match index.as_ref().map(|index| index.stored()) {
             Some(Stored::Partitions(whole)) => whole
                 .pieces()

@@ -18,7 +18,7 @@ mod search;
 pub use batch::BatchScratch;
 pub use codes::Codes;
 pub use parts::{IvfParts, Lists, Vectors, padded};
-pub use search::IvfScratch;
+pub use search::{EXACT_BELOW, IvfScratch};
 
 use codes::Codebook;
 

@@ -20,7 +20,7 @@ pub(super) const AT_ONCE: usize = 8;
 /// Candidates for the lists, as a multiple of the lists that are scanned.
 const COARSE_RATIO: usize = 3;
 /// Up to so many results are scored exactly in the end: 8 bits would cost recall there.
-const EXACT_BELOW: usize = 128;
+pub const EXACT_BELOW: usize = 128;
 /// Vectors that pay for one random read of a whole vector, when it is decided to read all that a filter admits.
 const READS: f64 = 40.0;
 /// How the scanned share grows as the share that a filter admits falls.

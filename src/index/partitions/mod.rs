@@ -28,6 +28,7 @@ pub use searchers::Searchers;
 use searchers::{Answered, Flight, Question};
 
 use super::exact::Exact;
+use super::ivf::EXACT_BELOW;
 use super::{Filter, IndexKind, IndexOptions, Kernel, SearchParams, SearchScratch, Stored, VectorIndex, build_over};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Matrix, Metric};
@@ -208,10 +209,11 @@ impl Partitioned {
         self.whole.rows().n_rows()
     }
 
-    /// How many a partition is asked for, of `n` that are asked: its share of `k` and more than four standard deviations.
+    /// How many a partition is asked for, of `n` that are asked: its share of `k` and more than four standard deviations. Where one
+    /// index would not score exactly in the end, partitions are not made to by being asked for few.
     fn share_of(k: usize, n: usize) -> usize {
         let mean = k as f64 / n.max(1) as f64;
-        ((mean + 4.0 * mean.sqrt()).ceil() as usize + 8).min(k)
+        ((mean + 4.0 * mean.sqrt()).ceil() as usize + 8).max(EXACT_BELOW + 1).min(k)
     }
 
     fn run(
@@ -242,27 +244,25 @@ impl Partitioned {
                 out.extend(best.iter().map(|&p| Scored::from(p)));
             }
         } else {
-            self.ask_all(queries, k, share, filter, params, scratch, &mut own, out);
+            let Question { queries: asked, n_queries, params: with, share: admitted, .. } = &mut own.question;
+            asked.clear();
+            asked.extend_from_slice(queries);
+            (*n_queries, *with, *admitted) = (out.len(), *params, share);
+            self.ask_all(k, filter, scratch, &mut own, out);
         }
         scratch.partitions = own;
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the inside of a search")]
+    /// Answers `own.question`, for the best `k` of each query.
     fn ask_all(
         &self,
-        queries: &[f32],
         k: usize,
-        share: f64,
         filter: Filter<'_>,
-        params: &SearchParams,
         scratch: &mut SearchScratch,
         own: &mut PartitionScratch,
         out: &mut [Vec<Scored>],
     ) {
-        let PartitionScratch { question, asked, answers, answered, .. } = own;
-        question.queries.clear();
-        question.queries.extend_from_slice(queries);
-        (question.n_queries, question.params, question.share) = (out.len(), *params, share);
+        let PartitionScratch { asked, answers, answered, .. } = own;
         answers.resize_with(answers.len().max(self.pieces.len()), Vec::new);
         answered.clear();
         answered.resize(self.pieces.len(), 0);
@@ -275,33 +275,44 @@ impl Partitioned {
         }
         own.question.k = Self::share_of(k, own.asked.len());
         self.ask(filter, scratch, own);
-        // What a partition may have beyond what it was asked for, where all of that is among the best.
-        let again = own.question.k < k;
-        for (at, out) in out.iter_mut().enumerate() {
-            self.merge(at, k, own, &mut scratch.best);
-            if again {
-                let worst = scratch.best.get(k - 1).copied();
-                let PartitionScratch { answers, answered, asked, .. } = own;
-                asked.clear();
-                asked.extend(
-                    (0..self.pieces.len())
-                        .filter(|&piece| {
-                            let found = &answers[piece];
-                            let is_short =
-                                answered[piece] > 0 && answered[piece] < k && found[at].len() == answered[piece];
-                            let last = |found: &Vec<Scored>| found.last().map(|&last| Packed::from(last));
-                            is_short && worst.is_none_or(|worst| last(&found[at]).is_some_and(|last| last <= worst))
-                        })
-                        .map(|piece| piece as u32),
-                );
-                if !asked.is_empty() {
-                    own.question.k = k;
-                    self.ask(filter, scratch, own);
-                    self.merge(at, k, own, &mut scratch.best);
-                }
+        let all_told = own.question.k == k;
+        for (query, out) in out.iter_mut().enumerate() {
+            self.merge(query, k, own, &mut scratch.best);
+            if !all_told && self.ask_again(query, k, filter, scratch, own) {
+                self.merge(query, k, own, &mut scratch.best);
             }
             out.extend(scratch.best.iter().map(|&p| Scored::from(p)));
         }
+    }
+
+    /// Asks partitions for `k` that may have more of the best of a query than they were asked for: all that they gave is among
+    /// `scratch.best`. Says whether there are any.
+    fn ask_again(
+        &self,
+        query: usize,
+        k: usize,
+        filter: Filter<'_>,
+        scratch: &mut SearchScratch,
+        own: &mut PartitionScratch,
+    ) -> bool {
+        let PartitionScratch { question, asked, answers, answered, .. } = own;
+        let worst = scratch.best.get(k - 1);
+        let may_have_more = |found: &[Scored], asked: usize| {
+            let last = found.last().map(|&last| Packed::from(last));
+            asked < k && found.len() == asked && worst.is_none_or(|worst| last.as_ref() <= Some(worst))
+        };
+        asked.clear();
+        for (at, (found, &n)) in answers.iter().zip(&*answered).enumerate() {
+            if n > 0 && may_have_more(&found[query], n) {
+                asked.push(at as u32);
+            }
+        }
+        if asked.is_empty() {
+            return false;
+        }
+        question.k = k;
+        self.ask(filter, scratch, own);
+        true
     }
 
     /// The best `k` of what was found for a query, best first.

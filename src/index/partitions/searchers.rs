@@ -343,3 +343,48 @@ impl Drop for Searchers {
         self.tasks.close();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_asks_a_filter_after_its_gate_is_closed() {
+        let (gate, done) = (Gate::default(), AtomicBool::new(false));
+        let asked = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(SeqCst) {
+                    if gate.ask(7) {
+                        asked.fetch_add(1, Relaxed);
+                    }
+                }
+            });
+            let began = Instant::now();
+            for round in 0.. {
+                if round >= 20_000 && (asked.load(Relaxed) > 0 || began.elapsed() > Duration::from_secs(10)) {
+                    break;
+                }
+                let is_open = AtomicBool::new(true);
+                let admits = |row: u32| {
+                    // Time for the other to close the gate in between.
+                    (0..round % 50).for_each(|_| std::hint::spin_loop());
+                    assert!(is_open.load(Relaxed), "asked after the gate was closed");
+                    row == 7
+                };
+                let filter = Filter::predicate(&admits);
+                gate.filter.store(std::ptr::from_ref(&filter).cast::<Filter<'static>>().cast_mut(), SeqCst);
+                match round % 70 {
+                    // On one CPU the other thread would never find it open.
+                    0 => std::thread::yield_now(),
+                    n => (0..n).for_each(|_| std::hint::spin_loop()),
+                }
+                gate.close();
+                is_open.store(false, Relaxed);
+            }
+            done.store(true, SeqCst);
+        });
+        assert!(asked.load(Relaxed) > 0);
+        assert!(!gate.ask(7));
+    }
+}

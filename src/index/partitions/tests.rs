@@ -68,7 +68,7 @@ proptest! {
     fn exact_kinds_answer_as_one_index_does(
         rows in prop::collection::vec(prop::collection::vec(-4i8..5, 3), 1..900),
         queries in prop::collection::vec(prop::collection::vec(-4i8..5, 3), 1..4),
-        k in 1usize..60, every in 1u32..5, strict in any::<bool>(), n_partitions in 1u32..9, n_searchers in 0usize..3,
+        k in 1usize..400, every in 1u32..5, strict in any::<bool>(), n_partitions in 1u32..9, n_searchers in 0usize..3,
         metric in prop::sample::select(vec![Metric::InnerProduct, Metric::Cosine, Metric::L2]),
     ) {
         // Small integers make many ties.
