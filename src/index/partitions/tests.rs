@@ -294,7 +294,7 @@ fn hangs(n_searchers: usize) {
     index.give(searchers(n_searchers));
     let mut scratch = SearchScratch::default();
     scripted.open(false);
-    let budget = Duration::from_millis(60);
+    let budget = Duration::from_millis(600);
     scratch.until = Some(Instant::now() + budget);
     {
         let asked = AtomicUsize::new(0);
@@ -312,7 +312,7 @@ fn hangs(n_searchers: usize) {
     }
     // While it hangs, others neither wait for it nor give it a thread.
     for _ in 0..50 {
-        scratch.until = Some(Instant::now() + Duration::from_secs(1));
+        scratch.until = Some(Instant::now() + Duration::from_secs(2));
         assert_eq!(search(&index, Filter::ALL, &mut scratch), best(&index, true));
         assert!(scratch.coverage.late);
         if scripted.asked.load(SeqCst) > 1 {
