@@ -307,7 +307,8 @@ pub fn valid_answer(kind: u8, values: &[u8]) -> Vec<u8> {
             // They add up to the number of items, or not.
             let lengths = [u32::from(value(3) % 8), u32::from(value(4) / 128)];
             let result_lengths = (value(5) > 0).then(|| b.create_vector(&lengths));
-            let args = schema::ScoredItemsArgs { items, model_version, ranker, degraded, result_lengths };
+            let args =
+                schema::ScoredItemsArgs { items, model_version, ranker, degraded, result_lengths, coverage: 0.5 };
             (schema::Body::ScoredItems, schema::ScoredItems::create(&mut b, &args).as_union_value())
         }
         _ => {
@@ -338,6 +339,7 @@ pub fn valid_answer(kind: u8, values: &[u8]) -> Vec<u8> {
                 degraded: degraded(&mut b),
                 timings: Some(b.create_vector(&times)),
                 known_user: true,
+                coverage: 0.5,
             };
             (schema::Body::Slate, schema::Slate::create(&mut b, &args).as_union_value())
         }

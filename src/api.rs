@@ -218,6 +218,8 @@ pub struct Slate {
     pub known_user: bool,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
+    /// Share of the items that the search for nearest neighbours saw, 0 to 1; 1 also where there was none to do.
+    pub coverage: f32,
 }
 
 impl Slate {
@@ -276,6 +278,8 @@ pub struct ScoredItems {
     pub degraded: Vec<Degradation>,
     /// Where the time went.
     pub timings: StageTimings,
+    /// As in [`Slate::coverage`].
+    pub coverage: f32,
 }
 
 impl ScoredItems {

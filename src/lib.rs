@@ -20,6 +20,7 @@ pub mod ranking;
 pub mod rerank;
 pub mod response;
 pub mod retrieval;
+pub mod ring;
 pub mod server;
 pub mod state;
 pub mod telemetry;

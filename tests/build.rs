@@ -15,7 +15,10 @@ use parquet::arrow::ArrowWriter;
 use tastemaker::catalog::build::{self, BuildOptions, BuildReport, Silent};
 use tastemaker::catalog::generation::{Generation, MatrixData, Metric};
 use tastemaker::catalog::{CatalogError, bundle};
-use tastemaker::index::{Filter, IndexKind, IndexOptions, IvfOptions, SearchParams, SearchScratch, Storage};
+use tastemaker::index::partitions::place;
+use tastemaker::index::{
+    Filter, IndexKind, IndexOptions, IvfOptions, Partitioned, SearchParams, SearchScratch, Storage,
+};
 
 const ITEMS: [&str; 4] = ["a", "b", "c", "d"];
 
@@ -715,7 +718,7 @@ fn every_kind_of_index_comes_back_as_it_was_built() {
     // Enough items for several lists.
     let (n, dim) = (200, 12);
     let ids: Vec<String> = (0..n).map(|at| format!("i{at}")).collect();
-    parquet(&work.data().join("items.parquet"), &[("item_id", Arc::new(StringArray::from(ids)) as ArrayRef)]);
+    parquet(&work.data().join("items.parquet"), &[("item_id", Arc::new(StringArray::from(ids.clone())) as ArrayRef)]);
     std::fs::remove_file(work.data().join("interactions.parquet")).unwrap();
     std::fs::remove_file(work.data().join("user_embeddings.npy")).unwrap();
     let values: Vec<f32> = (0..n * dim).map(|at| ((at * 7919) % 1009) as f32 / 1009.0 - 0.4).collect();
@@ -734,20 +737,32 @@ fn every_kind_of_index_comes_back_as_it_was_built() {
             IndexOptions::IvfRabitq(ivf(None, 200)),
             IndexOptions::of(IndexKind::Hnsw),
         ] {
-            let options = BuildOptions { overwrite: true, index: index.clone(), ..BuildOptions::default() };
-            versions.push(build::build(&work.data(), &work.out(), &options, &Silent).unwrap().version);
-            let generation = bundle::open(&work.out()).unwrap();
-            let (read, items) = (generation.index().unwrap(), generation.item_embeddings.as_ref().unwrap());
-            let made = tastemaker::index::build(&index, items, generation.metric, &|_, _, _| {}).unwrap();
-            assert_eq!(read.kind(), index.kind());
-            let (mut scratch, mut found) = (SearchScratch::default(), [Vec::new(), Vec::new()]);
-            for query in values.chunks_exact(dim).step_by(17) {
-                for (index, found) in [&read, &made].into_iter().zip(&mut found) {
-                    index.search(query, 30, Filter::ALL, &SearchParams::default(), &mut scratch, found);
+            for partitions in [1, 3] {
+                let options =
+                    BuildOptions { overwrite: true, index: index.clone(), partitions, ..BuildOptions::default() };
+                versions.push(build::build(&work.data(), &work.out(), &options, &Silent).unwrap().version);
+                let info = bundle::describe(&work.out()).unwrap();
+                assert_eq!(info.format_version, if partitions > 1 { 4 } else { 3 });
+                assert_eq!(info.to_string().contains("in 3 partitions"), partitions > 1);
+                let generation = bundle::open(&work.out()).unwrap();
+                let (read, items) = (generation.index().unwrap(), generation.item_embeddings.as_ref().unwrap());
+                assert_eq!((read.kind(), read.n_partitions()), (index.kind(), partitions));
+                let (metric, params) = (generation.metric, SearchParams::default());
+                let made = if partitions == 1 {
+                    tastemaker::index::build(&index, items, metric, &|_, _, _| {}).unwrap()
+                } else {
+                    let places = place(ids.iter().map(String::as_str), partitions).unwrap();
+                    Arc::new(Partitioned::build(&index, items, metric, places, params, &|_, _, _| {}).unwrap())
+                };
+                let (mut scratch, mut found) = (SearchScratch::default(), [Vec::new(), Vec::new()]);
+                for query in values.chunks_exact(dim).step_by(17) {
+                    for (index, found) in [&read, &made].into_iter().zip(&mut found) {
+                        index.search(query, 30, Filter::ALL, &params, &mut scratch, found);
+                    }
                 }
+                assert_eq!(found[0], found[1]);
+                assert_eq!(found[0].len(), 30 * 12);
             }
-            assert_eq!(found[0], found[1]);
-            assert_eq!(found[0].len(), 30 * 12);
         }
     }
     let all = versions.len();

@@ -199,6 +199,33 @@ fn build_speaks_plainly_to_a_pipe() {
 }
 
 #[test]
+fn an_index_in_partitions_is_built_inspected_and_tuned() {
+    let work = tempfile::tempdir().unwrap();
+    let (data, out) = (dataset(work.path()), work.path().join("bundle"));
+    let build = |partitions| {
+        run([
+            "build",
+            path(&data),
+            "--out",
+            path(&out),
+            "--overwrite",
+            "--index",
+            "ivf_flat",
+            "--partitions",
+            partitions,
+        ])
+    };
+    assert!(build("0").failed().contains("--partitions 0: must be 1 to 256"));
+    assert!(build("257").failed().contains("must be 1 to 256"));
+    build("3").ok();
+    let shown = |what: &str| run(["inspect", path(&out)]).ok().out.lines().any(|line| line.contains(what));
+    assert!(shown("ivf_flat in 3 partitions") && !shown("when tuned"));
+    let tuned = run(["tune", path(&out), "--recall", "0.9", "--k", "20"]).ok();
+    assert!(tuned.out.contains("ivf_flat in 3 partitions, n_probes "), "{tuned:?}");
+    assert!(shown("when tuned"));
+}
+
+#[test]
 fn build_tries_the_rankers() {
     let work = tempfile::tempdir().unwrap();
     let data = dataset(work.path());

@@ -52,6 +52,7 @@ fn unsafe_is_fenced() {
         "src/index/select.rs",
         "src/index/simd.rs",
         "src/index/hnsw/codes.rs",
+        "src/index/partitions/searchers.rs",
         "src/memory.rs",
         "src/ranking/dense/elementwise.rs",
         "src/ranking/dense/kernels.rs",

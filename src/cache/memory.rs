@@ -94,6 +94,7 @@ mod tests {
             timings: Default::default(),
             known_user: true,
             n_candidates: 1,
+            coverage: 1.0,
         }
     }
 

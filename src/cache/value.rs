@@ -67,6 +67,7 @@ pub fn decode(bytes: &[u8], generation: &Arc<Generation>) -> Option<Slate> {
         items,
         degraded: Vec::new(),
         timings: StageTimings::default(),
+        coverage: 1.0,
         known_user: known != 0,
         n_candidates: u32::from_le_bytes(*n_candidates),
     })
@@ -90,7 +91,7 @@ mod tests {
             };
             let slate = Slate {
                 generation: generation.clone(), items: items.iter().map(item).collect(), degraded: Vec::new(),
-                timings: StageTimings::default(), known_user: known, n_candidates,
+                timings: StageTimings::default(), coverage: 1.0, known_user: known, n_candidates,
             };
             let mut bytes = encode(&slate);
             let back = decode(&bytes, &generation).unwrap();

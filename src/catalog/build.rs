@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use super::cooccurrence::{self, MAX_NEIGHBOURS};
 use super::dataset::{Dataset, EmbeddingsConfig, RawInteraction, Table, optional};
 use super::generation::{Entities, Generation, Histories, Lists, Matrix};
+use super::index::make;
 use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
-use crate::index::{self, IndexOptions, VectorIndex};
+use crate::index::{IndexOptions, SearchParams, VectorIndex};
 use parking_lot::Mutex;
 
 /// What can't be served of a generation's rankers.
@@ -25,11 +26,13 @@ pub struct BuildOptions {
     pub try_rankers: Option<TryRankers>,
     /// The index over the item embeddings.
     pub index: IndexOptions,
+    /// What it is divided into; 1: nothing.
+    pub partitions: u32,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        BuildOptions { overwrite: false, try_rankers: None, index: IndexOptions::BruteForce {} }
+        BuildOptions { overwrite: false, try_rankers: None, index: IndexOptions::BruteForce {}, partitions: 1 }
     }
 }
 
@@ -123,7 +126,7 @@ pub fn build(
     let (trending, trending_by_category, popularity) =
         popularity::trending(&dataset.interactions, n_items, half_life, category);
 
-    let index = make_index(&dataset, item_embeddings.as_ref(), &options.index, progress)?;
+    let index = make_index(&dataset, item_embeddings.as_ref(), options, progress)?;
     let parent = match out.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -260,7 +263,7 @@ fn embeddings(dataset: &Dataset, warnings: &mut Vec<String>) -> Result<(Option<M
 fn make_index(
     dataset: &Dataset,
     matrix: Option<&Matrix>,
-    options: &IndexOptions,
+    options: &BuildOptions,
     progress: &dyn Progress,
 ) -> Result<Option<Arc<dyn VectorIndex>>, CatalogError> {
     let Some(matrix) = matrix else { return Ok(None) };
@@ -276,7 +279,8 @@ fn make_index(
         stage.1 = stage.1.max(done);
     };
     let config = &dataset.config.embeddings;
-    let index = index::build(options, matrix, config.metric, &told);
+    let (ids, search) = (&dataset.items.ids, SearchParams::default());
+    let index = make(&options.index, matrix, config.metric, ids, options.partitions, search, &told);
     index.map(Some).map_err(|reason| CatalogError::file(&dataset.directory.join(&config.items), reason))
 }
 

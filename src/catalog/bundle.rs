@@ -24,13 +24,15 @@ use super::generation::{
     Column, ColumnData, Entities, Generation, Histories, IdTable, Lists, Matrix, MatrixData, Metric, NO_CODE, NO_ROW,
     RankedList, RankerModel, Roles,
 };
-use super::index::{self, IndexSpec, Tuned};
+use super::index::{self, IndexSpec, SharedIndex, Tuned};
 use super::text::TextIndex;
 use crate::index::{IndexOptions, SearchParams, VectorIndex};
 use crate::ranking::manifest::RankerManifest;
 
 /// Raised with every change that an older server can't read.
 pub const FORMAT_VERSION: u32 = 3;
+/// Of bundles whose index is in partitions, which servers that read version 3 alone do not know.
+const PARTITIONED_FORMAT_VERSION: u32 = 4;
 const ALIGNMENT: u64 = 64;
 const MANIFEST: &str = "manifest.json";
 const ARRAYS: &str = "arrays.bin";
@@ -280,8 +282,12 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
         ("series_position", content.roles.series_position),
         ("title", content.roles.title),
     ];
+    let (options, n_partitions) = match content.index {
+        Some((options, index)) => (options.clone(), index.n_partitions()),
+        None => (IndexOptions::BruteForce {}, 1),
+    };
     let mut manifest = Manifest {
-        format_version: FORMAT_VERSION,
+        format_version: if n_partitions > 1 { PARTITIONED_FORMAT_VERSION } else { FORMAT_VERSION },
         version: String::new(),
         metric: content.metric,
         n_items: content.items.len(),
@@ -293,7 +299,7 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
         roles: roles.into_iter().filter_map(|(name, at)| Some((name.to_owned(), at?))).collect(),
         rankers: content.rankers.to_vec(),
         text: !content.texts.is_empty(),
-        index: IndexSpec::new(content.index.map_or(IndexOptions::BruteForce {}, |(options, _)| options.clone())),
+        index: IndexSpec::new(options, n_partitions),
         arrays: sections,
         files,
     };
@@ -336,6 +342,7 @@ fn content_hash(manifest: &Manifest, texts: &[(String, Vec<String>)]) -> String 
     }
     let Manifest { metric, roles, integer_item_ids, integer_user_ids, index, .. } = manifest;
     add(format!("{metric:?} {roles:?} {integer_item_ids} {integer_user_ids} {:?}", index.options).as_bytes());
+    index.partitions.iter().for_each(|partitions| add(format!("{partitions:?}").as_bytes()));
     for (column, texts) in texts {
         add(column.as_bytes());
         texts.iter().for_each(|text| add(text.as_bytes()));
@@ -379,8 +386,9 @@ impl Reader {
         }
         let damaged = |e: serde_json::Error| CatalogError::corrupt(&path, e.to_string());
         let Version { format_version } = serde_json::from_slice(&text).map_err(damaged)?;
-        if format_version != FORMAT_VERSION {
-            let reason = format!("format version {format_version}; this server reads {FORMAT_VERSION}: build it anew");
+        if !(FORMAT_VERSION..=PARTITIONED_FORMAT_VERSION).contains(&format_version) {
+            let known = format!("{FORMAT_VERSION} and {PARTITIONED_FORMAT_VERSION}");
+            let reason = format!("format version {format_version}; this server reads {known}: build it anew");
             return Err(CatalogError::file(&path, reason));
         }
         if !seal_holds(&text) {
@@ -623,7 +631,7 @@ impl Reader {
             return Err(self.corrupt("users.embeddings", "its dim is not the items'"));
         }
         let index = match &item_embeddings {
-            Some(matrix) => index::read(&self, &m.index, matrix, m.metric)?,
+            Some(matrix) => index::read(&self, &m.index, matrix, m.metric, &items.ids)?,
             None => None,
         };
         Ok(Generation {
@@ -639,7 +647,7 @@ impl Reader {
             text: m.text.then(|| TextIndex::open(&self.directory.join("text"))).transpose()?,
             rankers: self.rankers()?,
             roles,
-            shared_index: index.map_or_else(OnceLock::new, |index| OnceLock::from(Some(index))),
+            shared_index: SharedIndex::new(m.index.clone(), index),
             shared_filters: Default::default(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),

@@ -9,8 +9,9 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::catalog::array::Array;
 use crate::catalog::conditions::FilterCache;
+use crate::catalog::index::SharedIndex;
 use crate::catalog::text::TextIndex;
-use crate::index::{BruteForce, Kernel, VectorIndex};
+use crate::index::{Searchers, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
 use crate::ranking::manifest::RankerManifest;
 use crate::ranking::precision::Report;
@@ -53,7 +54,7 @@ pub struct Generation {
     /// Which item columns play a part beyond being features.
     pub roles: Roles,
     /// See [`Generation::index`].
-    pub(super) shared_index: OnceLock<Option<Arc<dyn VectorIndex>>>,
+    pub(super) shared_index: SharedIndex,
     /// See [`Generation::filters`].
     pub(super) shared_filters: OnceLock<FilterCache>,
     /// See [`Generation::fold_in`].
@@ -67,10 +68,37 @@ pub struct Generation {
 impl Generation {
     /// The index over the item embeddings, which all workers share; made by the first that asks, `None` without embeddings.
     pub fn index(&self) -> Option<Arc<dyn VectorIndex>> {
-        let make = |matrix: &Matrix| {
-            Arc::new(BruteForce::new(matrix.clone(), self.metric, Kernel::detect())) as Arc<dyn VectorIndex>
-        };
-        self.shared_index.get_or_init(|| self.item_embeddings.as_ref().map(make)).clone()
+        self.shared_index.get(self.item_embeddings.as_ref(), self.metric)
+    }
+
+    /// The same, if somebody has asked for it before: costs nothing.
+    pub fn made_index(&self) -> Option<Arc<dyn VectorIndex>> {
+        self.shared_index.made()
+    }
+
+    /// How often [`Self::index`] was exchanged: who keeps it asks for it anew when this has changed.
+    pub fn index_changes(&self) -> u32 {
+        self.shared_index.n_changes()
+    }
+
+    /// Puts another index over the same items in the place of [`Self::index`]. Searches that run keep the one that they began with.
+    pub fn exchange_index(&self, index: Arc<dyn VectorIndex>) {
+        self.shared_index.exchange(index);
+    }
+
+    /// Divides the index into `n_partitions` (1: none) and exchanges it: builds the new one while the old one serves. `searchers`
+    /// search the partitions then.
+    ///
+    /// # Errors
+    /// No embeddings, a number out of range, options that do not fit, or another call that is not done.
+    pub fn rebalance(
+        &self,
+        n_partitions: u32,
+        searchers: &Arc<Searchers>,
+        progress: &(dyn Fn(&str, u64, u64) + Sync),
+    ) -> Result<(), String> {
+        let matrix = self.item_embeddings.as_ref().ok_or("the catalogue has no embeddings")?;
+        self.shared_index.rebalance(matrix, self.metric, &self.items.ids, n_partitions, searchers, progress)
     }
 
     /// What computes users' vectors from histories, made by the first that asks and shared by all; `None` without embeddings.
@@ -467,7 +495,7 @@ pub mod testing {
             text: None,
             rankers: Vec::new(),
             roles: Roles::default(),
-            shared_index: OnceLock::new(),
+            shared_index: SharedIndex::default(),
             shared_filters: OnceLock::new(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),

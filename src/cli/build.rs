@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 
 use super::progress::Reporter;
 use crate::catalog::build::{self, BuildOptions, Progress};
+use crate::index::partitions::MAX_PARTITIONS;
 use crate::index::{HnswOptions, IndexOptions, IvfOptions, Storage};
 
 /// `tastemaker build`
@@ -42,6 +43,9 @@ pub struct IndexArgs {
     /// hnsw: candidates that are looked at for a vector's neighbours; 200 when absent.
     #[arg(long, value_name = "N")]
     ef_construction: Option<u32>,
+    /// Divide the index into so many partitions, by a hash of the items' ids: 1 to 256. Parameters are each partition's own.
+    #[arg(long, value_name = "P", default_value_t = 1)]
+    partitions: u32,
     /// Seed of everything random in the index.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -116,9 +120,14 @@ impl Progress for Reporter {
 
 impl Build {
     pub fn run(self) -> anyhow::Result<()> {
-        let index = self.index.options()?;
+        let (index, partitions) = (self.index.options()?, self.index.partitions);
+        anyhow::ensure!(
+            (1..=MAX_PARTITIONS).contains(&partitions),
+            "--partitions {partitions}: must be 1 to {MAX_PARTITIONS}"
+        );
         let progress = Reporter::new();
-        let options = BuildOptions { overwrite: self.overwrite, try_rankers: Some(super::try_rankers), index };
+        let options =
+            BuildOptions { overwrite: self.overwrite, try_rankers: Some(super::try_rankers), index, partitions };
         let report = build::build(&self.dataset, &self.out, &options, &progress)?;
         progress.finish();
         say!("{report}");

@@ -310,6 +310,8 @@ pub struct Ranked {
     pub backfill: Vec<Scored>,
     /// Scores that were not a number; they rank last.
     pub n_nan: u32,
+    /// Share of the items that the index did not search: partitions that did not answer.
+    pub uncovered: f32,
     /// Time spent inside each ranker, by position in [`Generation::rankers`].
     pub inference: smallvec::SmallVec<[std::time::Duration; 2]>,
 }
@@ -326,6 +328,7 @@ impl Ranked {
         self.candidates.clear();
         self.backfill.clear();
         self.n_nan = 0;
+        self.uncovered = 0.0;
         self.inference.clear();
     }
 }

@@ -5,7 +5,7 @@
 //! what is left out is left out rightly and the search stays exact.
 #![allow(unsafe_code)] // Calls of a function compiled for CPU features that were detected.
 
-use crate::catalog::generation::Matrix;
+use super::exact::Rows as VectorRows;
 use crate::memory::prefetch;
 
 /// Bytes ahead of their use that codes are asked for.
@@ -69,11 +69,11 @@ impl Coarse {
     }
 
     /// Rounds every row; `None` where it is not supported.
-    pub fn new(matrix: &Matrix) -> Option<Self> {
+    pub fn new(rows: &VectorRows) -> Option<Self> {
         if !Self::is_supported() {
             return None;
         }
-        let (n, dim) = (matrix.n_rows(), matrix.dim);
+        let (n, dim) = (rows.n_rows(), rows.dim());
         let (groups, steps) = (n.div_ceil(GROUP), dim.div_ceil(4));
         let mut coarse = Coarse {
             steps,
@@ -87,7 +87,7 @@ impl Coarse {
         let mut row = Vec::with_capacity(dim);
         for at in 0..n {
             row.clear();
-            matrix.extend_row(at as u32, &mut row);
+            rows.extend_row(at as u32, &mut row);
             let scale = scale_of(&row);
             let (group, lane) = (at / GROUP, at % GROUP);
             for (column, &value) in row.iter().enumerate() {
@@ -126,13 +126,22 @@ impl Coarse {
         out.residual = size(query.iter().map(|&v| f64::from(v) - rounded(v)));
     }
 
-    /// Bounds of the inner products of the rows from `GROUP * first`; `lower.len()` is a multiple of [`GROUP`].
+    /// Bounds of the inner products of the rows from `GROUP * first` with some queries, whose codes are read once for all of
+    /// them; the lengths of `lower` and `upper` are alike, and multiples of [`GROUP`].
     ///
     /// # Panics
-    /// If `lower` and `upper` differ in length or reach beyond the last group.
-    pub fn bounds(&self, query: &CoarseQuery, first: usize, lower: &mut [f32], upper: &mut [f32]) {
-        assert!(lower.len() == upper.len() && lower.len().is_multiple_of(GROUP) && query.codes.len() == self.steps);
-        let (from, to) = (first * GROUP, first * GROUP + lower.len());
+    /// If the lengths differ or reach beyond the last group.
+    pub fn bounds<const N: usize>(
+        &self,
+        queries: [&CoarseQuery; N],
+        first: usize,
+        lower: [&mut [f32]; N],
+        upper: [&mut [f32]; N],
+    ) {
+        let n = lower.first().map_or(0, |lower| lower.len());
+        assert!(n.is_multiple_of(GROUP) && lower.iter().chain(&upper).all(|bounds| bounds.len() == n));
+        assert!(queries.iter().all(|query| query.codes.len() == self.steps));
+        let (from, to) = (first * GROUP, first * GROUP + n);
         let codes = &self.codes[from * self.steps * 4..to * self.steps * 4];
         let rows = Rows {
             codes,
@@ -143,10 +152,12 @@ impl Coarse {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a `Coarse` exists only where the features were detected.
         unsafe {
-            bounds_vnni(rows, query, lower, upper);
+            bounds_vnni(rows, queries, lower, upper);
         }
         #[cfg(not(target_arch = "x86_64"))]
-        bounds_portable(rows, query, lower, upper);
+        for (query, (lower, upper)) in queries.into_iter().zip(lower.into_iter().zip(upper)) {
+            bounds_portable(rows, query, lower, upper);
+        }
     }
 }
 
@@ -160,41 +171,55 @@ struct Rows<'a> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn bounds_vnni(rows: Rows<'_>, query: &CoarseQuery, lower: &mut [f32], upper: &mut [f32]) {
+fn bounds_vnni<const N: usize>(
+    rows: Rows<'_>,
+    queries: [&CoarseQuery; N],
+    lower: [&mut [f32]; N],
+    upper: [&mut [f32]; N],
+) {
     use std::arch::x86_64::*;
-    let offset = _mm512_set1_epi32(query.offset);
-    let (scale, size, residual) =
-        (_mm512_set1_ps(query.scale), _mm512_set1_ps(query.size), _mm512_set1_ps(query.residual));
-    let groups = rows.codes.chunks_exact(query.codes.len() * GROUP * 4).zip(rows.scales.as_chunks::<GROUP>().0);
+    let steps = queries.first().map_or(1, |query| query.codes.len());
+    let pairs_of = queries.map(|query| &query.codes.as_chunks::<2>().0[..steps / 2]);
+    let groups = rows.codes.chunks_exact(steps * GROUP * 4).zip(rows.scales.as_chunks::<GROUP>().0);
     let errors = rows.residuals.as_chunks::<GROUP>().0.iter().zip(rows.sizes.as_chunks::<GROUP>().0);
-    let outs = lower.as_chunks_mut::<GROUP>().0.iter_mut().zip(upper.as_chunks_mut::<GROUP>().0);
-    for (((codes, scales), (residuals, sizes)), (lower, upper)) in groups.zip(errors).zip(outs) {
-        let mut sums = [_mm512_setzero_si512(); 2];
+    for (group, ((codes, scales), (residuals, sizes))) in groups.zip(errors).enumerate() {
+        let mut sums = [[_mm512_setzero_si512(); 2]; N];
         let (pairs, last) = codes.as_chunks::<128>();
-        let (two, one) = query.codes.as_chunks::<2>();
-        for (codes, query) in pairs.iter().zip(two) {
+        for (step, codes) in pairs[..steps / 2].iter().enumerate() {
             // The CPU looks ahead by itself within a page of memory only.
             prefetch(codes, AHEAD);
             prefetch(codes, AHEAD + 64);
-            for (part, sum) in sums.iter_mut().enumerate() {
+            for part in 0..2 {
                 // SAFETY: 64 bytes from `64 * part` lie within the 128 of the chunk.
                 let codes = unsafe { _mm512_loadu_si512(codes.as_ptr().add(64 * part).cast()) };
-                *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(query[part]));
+                for (sums, pairs) in sums.iter_mut().zip(&pairs_of) {
+                    sums[part] = _mm512_dpbusd_epi32(sums[part], codes, _mm512_set1_epi32(pairs[step][part]));
+                }
             }
         }
-        if let ([one], Some(last)) = (one, last.first_chunk::<64>()) {
+        if let Some(last) = last.first_chunk::<64>() {
             // SAFETY: the chunk has 64 bytes.
             let codes = unsafe { _mm512_loadu_si512(last.as_ptr().cast()) };
-            sums[0] = _mm512_dpbusd_epi32(sums[0], codes, _mm512_set1_epi32(*one));
+            for (sums, query) in sums.iter_mut().zip(&queries) {
+                sums[0] = _mm512_dpbusd_epi32(sums[0], codes, _mm512_set1_epi32(query.codes[steps - 1]));
+            }
         }
-        let whole = _mm512_sub_epi32(_mm512_add_epi32(sums[0], sums[1]), offset);
         // SAFETY: each array has the 16 values that a register takes.
-        unsafe {
-            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(scale, _mm512_loadu_ps(scales.as_ptr())));
-            let error = _mm512_fmadd_ps(size, _mm512_loadu_ps(residuals.as_ptr()), _mm512_set1_ps(f32::MIN_POSITIVE));
-            let error = _mm512_fmadd_ps(residual, _mm512_loadu_ps(sizes.as_ptr()), error);
-            _mm512_storeu_ps(lower.as_mut_ptr(), _mm512_sub_ps(dot, error));
-            _mm512_storeu_ps(upper.as_mut_ptr(), _mm512_add_ps(dot, error));
+        let (scales, residuals, sizes) = unsafe {
+            (_mm512_loadu_ps(scales.as_ptr()), _mm512_loadu_ps(residuals.as_ptr()), _mm512_loadu_ps(sizes.as_ptr()))
+        };
+        for (at, (query, sums)) in queries.iter().zip(&sums).enumerate() {
+            let whole = _mm512_sub_epi32(_mm512_add_epi32(sums[0], sums[1]), _mm512_set1_epi32(query.offset));
+            let dot = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_mul_ps(_mm512_set1_ps(query.scale), scales));
+            let error = _mm512_fmadd_ps(_mm512_set1_ps(query.size), residuals, _mm512_set1_ps(f32::MIN_POSITIVE));
+            let error = _mm512_fmadd_ps(_mm512_set1_ps(query.residual), sizes, error);
+            let place = group * GROUP..(group + 1) * GROUP;
+            let (lower, upper) = (&mut lower[at][place.clone()], &mut upper[at][place]);
+            // SAFETY: both have the 16 values that a register gives.
+            unsafe {
+                _mm512_storeu_ps(lower.as_mut_ptr(), _mm512_sub_ps(dot, error));
+                _mm512_storeu_ps(upper.as_mut_ptr(), _mm512_add_ps(dot, error));
+            }
         }
     }
 }
@@ -222,7 +247,7 @@ fn bounds_portable(rows: Rows<'_>, query: &CoarseQuery, lower: &mut [f32], upper
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::generation::MatrixData;
+    use crate::catalog::generation::{Matrix, MatrixData};
     use proptest::prelude::*;
 
     proptest! {
@@ -235,14 +260,21 @@ mod tests {
             let mut next = || noise().powi(3) * spread;
             let query: Vec<f32> = (0..dim).map(|_| next()).collect();
             let values: Vec<f32> = (0..n * dim).map(|_| next()).collect();
-            let Some(coarse) = Coarse::new(&Matrix { dim, data: MatrixData::F32(values.clone().into()) }) else {
+            let Some(coarse) = Coarse::new(&Matrix { dim, data: MatrixData::F32(values.clone().into()) }.into()) else {
                 return Ok(());
             };
             let mut prepared = CoarseQuery::default();
             coarse.prepare(&query, &mut prepared);
             let padded = n.next_multiple_of(GROUP);
             let (mut lower, mut upper) = (vec![0.0; padded], vec![0.0; padded]);
-            coarse.bounds(&prepared, 0, &mut lower, &mut upper);
+            coarse.bounds([&prepared], 0, [&mut lower], [&mut upper]);
+            // Beside others it is bounded as it is alone.
+            let mut other = CoarseQuery::default();
+            coarse.prepare(&values[..dim], &mut other);
+            let mut twice = [(); 4].map(|()| vec![0.0; padded]);
+            let [a, b, c, d] = &mut twice;
+            coarse.bounds([&other, &prepared], 0, [a, b], [c, d]);
+            prop_assert!(twice[1] == lower && twice[3] == upper);
             for (at, row) in values.chunks_exact(dim).enumerate() {
                 let dot: f64 = query.iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
                 prop_assert!(f64::from(lower[at]) <= dot && dot <= f64::from(upper[at]), "{} {dot} {}", lower[at], upper[at]);

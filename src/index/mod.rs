@@ -10,6 +10,7 @@ mod ivf;
 mod kmeans;
 pub mod live;
 mod options;
+pub mod partitions;
 mod refine;
 mod rotation;
 mod select;
@@ -23,9 +24,11 @@ pub use fastscan::Blocks;
 pub use hnsw::{Hnsw, HnswParts, NO_LINK};
 pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
+pub use partitions::{Coverage, Partitioned, Searchers};
 pub use simd::Simd;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::candidates::{Packed, Scored};
 use crate::catalog::generation::{Matrix, Metric};
@@ -79,6 +82,14 @@ pub trait VectorIndex: Send + Sync + std::fmt::Debug {
         Stored::Nothing
     }
 
+    /// Number of partitions; 1 for an index of one piece.
+    fn n_partitions(&self) -> u32 {
+        match self.stored() {
+            Stored::Partitions(whole) => whole.pieces().len() as u32,
+            _ => 1,
+        }
+    }
+
     /// Appends the metric's exact score of each of `rows`, which may be any of the index's.
     fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>);
 }
@@ -92,6 +103,8 @@ pub enum Stored<'a> {
     Ivf(&'a IvfParts),
     /// A graph.
     Hnsw(&'a HnswParts),
+    /// An index for each partition.
+    Partitions(&'a Partitioned),
 }
 
 /// Makes an index over `matrix`. `progress` is told of every step: its name, and how many of how many units are done.
@@ -104,24 +117,37 @@ pub fn build(
     metric: Metric,
     progress: &(dyn Fn(&str, u64, u64) + Sync),
 ) -> Result<Arc<dyn VectorIndex>, String> {
-    if matrix.n_rows() == 0 {
-        return Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect())));
-    }
-    let exact = || exact::Exact::new(matrix.clone(), metric, Kernel::detect());
-    match options {
-        IndexOptions::BruteForce {} => Ok(Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect()))),
+    let exact = Exact::new(matrix.clone(), metric, Kernel::detect());
+    build_over(options, exact, SearchParams::default(), progress)
+}
+
+/// As [`build`], over the rows of `exact`, with what a search does that does not say.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_over(
+    options: &IndexOptions,
+    exact: Exact,
+    defaults: SearchParams,
+    progress: &(dyn Fn(&str, u64, u64) + Sync),
+) -> Result<Arc<dyn VectorIndex>, String> {
+    Ok(match options {
+        _ if exact.rows().n_rows() == 0 => Arc::new(BruteForce::over(exact)),
+        IndexOptions::BruteForce {} => Arc::new(BruteForce::over(exact)),
         IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) => {
-            Ok(Arc::new(Ivf::build(options.kind(), ivf, exact(), progress)?))
+            Arc::new(Ivf::build(options.kind(), ivf, exact, progress)?.with_defaults(defaults))
         }
-        IndexOptions::Hnsw(hnsw) => Ok(Arc::new(Hnsw::build(hnsw, exact(), progress)?)),
-    }
+        IndexOptions::Hnsw(hnsw) => Arc::new(Hnsw::build(hnsw, exact, progress)?.with_defaults(defaults)),
+    })
 }
 
 /// Which rows a search may return: those that are in a set and that a predicate admits.
 #[derive(Clone, Copy, Default)]
 pub struct Filter<'a> {
     bits: Option<&'a [u64]>,
-    predicate: Option<&'a dyn Fn(u32) -> bool>,
+    predicate: Option<&'a (dyn Fn(u32) -> bool + Sync)>,
+    /// See [`Self::in_piece`].
+    piece: Option<(&'a [u32], f64)>,
 }
 
 impl std::fmt::Debug for Filter<'_> {
@@ -132,11 +158,11 @@ impl std::fmt::Debug for Filter<'_> {
 
 impl<'a> Filter<'a> {
     /// Admits every row.
-    pub const ALL: Filter<'static> = Filter { bits: None, predicate: None };
+    pub const ALL: Filter<'static> = Filter { bits: None, predicate: None, piece: None };
 
     /// Admits what the predicate admits. It is asked about few rows only: those that would be among the best.
-    pub fn predicate(predicate: &'a dyn Fn(u32) -> bool) -> Self {
-        Filter { bits: None, predicate: Some(predicate) }
+    pub fn predicate(predicate: &'a (dyn Fn(u32) -> bool + Sync)) -> Self {
+        Filter { predicate: Some(predicate), ..Self::ALL }
     }
 
     /// Further demands that row `i` has bit `i % 64` of word `i / 64`; rows beyond the last word are out.
@@ -144,9 +170,19 @@ impl<'a> Filter<'a> {
         Filter { bits: Some(bits), ..self }
     }
 
+    /// The same for a part of the rows: its row `i` is `rows[i]` here. `share` is the share that is admitted, which is then not
+    /// counted again.
+    ///
+    /// # Panics
+    /// Later, if a row is asked about that the part does not have.
+    pub fn in_piece(self, rows: &'a [u32], share: f64) -> Self {
+        if self.is_all() { self } else { Filter { piece: Some((rows, share)), ..self } }
+    }
+
     /// Whether it admits `row`.
     #[inline]
     pub fn allows(&self, row: u32) -> bool {
+        let row = self.piece.map_or(row, |(rows, _)| rows[row as usize]);
         self.bits.is_none_or(|bits| bits.get(row as usize / 64).is_some_and(|word| word >> (row % 64) & 1 == 1))
             && self.predicate.is_none_or(|allows| allows(row))
     }
@@ -160,6 +196,9 @@ impl<'a> Filter<'a> {
     pub fn share(&self, n: usize) -> f64 {
         if self.is_all() || n == 0 {
             return 1.0;
+        }
+        if let Some((_, share)) = self.piece {
+            return share;
         }
         let in_set = match self.bits {
             Some(bits) if self.predicate.is_none() => {
@@ -184,7 +223,7 @@ impl<'a> Filter<'a> {
     /// Calls `take` for every admitted row below `n`, in order.
     pub fn each(&self, n: usize, mut take: impl FnMut(u32)) {
         match self.bits {
-            Some(bits) => {
+            Some(bits) if self.piece.is_none() => {
                 for (at, &word) in bits.iter().enumerate().take(n.div_ceil(64)) {
                     let mut left = word;
                     while left != 0 {
@@ -196,35 +235,106 @@ impl<'a> Filter<'a> {
                     }
                 }
             }
-            None => (0..n as u32).filter(|&row| self.allows(row)).for_each(take),
+            _ => (0..n as u32).filter(|&row| self.allows(row)).for_each(take),
         }
     }
 }
 
-/// Buffers of a search, reused from search to search.
+/// Buffers of a search, reused from search to search, and what only an index in partitions asks and tells.
 #[derive(Debug, Default)]
 pub struct SearchScratch {
+    /// When partitions must have answered; `None`: whenever they do.
+    pub until: Option<Instant>,
+    /// What the partitions did not answer in the last search; nothing where there are none.
+    pub coverage: Coverage,
+    partitions: partitions::PartitionScratch,
     scores: Vec<f32>,
     block: Vec<f32>,
     best: Vec<Packed>,
-    coarse: coarse::CoarseQuery,
     lower: Vec<f32>,
     upper: Vec<f32>,
     /// Places of a block that pass the threshold.
     passing: Vec<u32>,
-    /// Rows that may be among the best, and the most that the score of each can be.
     maybe: Vec<u32>,
-    most: Vec<f32>,
-    /// Those of them that must be scored exactly, and the scores.
+    /// Rows that must be scored exactly, and the scores.
     rows: Vec<u32>,
     exact: Vec<f32>,
+    /// By query.
+    exact_scans: Vec<brute_force::Progress>,
     ivf: ivf::IvfScratch,
+    ivf_batch: ivf::BatchScratch,
     hnsw: hnsw::Walk,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::generation::MatrixData;
+
+    #[test]
+    fn batches_answer_as_queries_one_by_one_to_the_bit() {
+        let (n, dim, n_queries) = (480, 20, 7);
+        let mut noise = crate::testing::noise(11);
+        // Duplicates among them: ties at every threshold.
+        let values: Vec<f32> = (0..n / 2 * dim).map(|_| noise()).collect();
+        let values = [&values[..], &values[..]].concat();
+        let mut queries: Vec<f32> = (0..n_queries * dim).map(|_| noise()).collect();
+        queries[5 * dim] = f32::NAN;
+        queries[6 * dim..7 * dim].fill(0.0);
+        let ivf = IvfOptions { n_lists: Some(25), kmeans_n_iters: Some(3), ..Default::default() };
+        let stored = |storage| IndexOptions::IvfFlat(IvfOptions { storage: Some(storage), ..ivf.clone() });
+        let kinds = [
+            IndexOptions::BruteForce {},
+            stored(Storage::F32),
+            stored(Storage::F16),
+            stored(Storage::Bf16),
+            IndexOptions::IvfPq(ivf.clone()),
+            IndexOptions::IvfRabitq(ivf.clone()),
+            IndexOptions::Hnsw(HnswOptions { graph_degree: 8, ef_construction: 20, seed: 0 }),
+        ];
+        let ids: Vec<String> = (0..n).map(|row| row.to_string()).collect();
+        let half = |row: u32| row.is_multiple_of(2);
+        let bits = vec![0xfff0_0000_ffff_ff00; n.div_ceil(64)];
+        let few = [0x0100_0000_0000_0000];
+        let mut scratch = SearchScratch::default();
+        for (options, metric, in_halves) in kinds.iter().flat_map(|options| {
+            let metrics = [Metric::InnerProduct, Metric::Cosine, Metric::L2];
+            metrics.map(|metric| (options, metric, false)).into_iter().chain([(options, Metric::L2, true)])
+        }) {
+            let data = match in_halves {
+                true => MatrixData::F16(values.iter().map(|&v| half::f16::from_f32(v)).collect::<Vec<_>>().into()),
+                false => MatrixData::F32(values.clone().into()),
+            };
+            let matrix = Matrix { dim, data };
+            let whole = build(options, &matrix, metric, &|_, _, _| {}).unwrap();
+            let places = partitions::place(ids.iter().map(String::as_str), 3).unwrap();
+            let params = SearchParams::default();
+            let divided = Partitioned::build(options, &matrix, metric, places, params, &|_, _, _| {}).unwrap();
+            for index in [&*whole, &divided] {
+                for (k, n_probes) in [(1, None), (10, Some(3)), (150, Some(7)), (2000, None)] {
+                    let params = SearchParams { n_probes, ..Default::default() };
+                    for filter in [
+                        Filter::ALL,
+                        Filter::predicate(&half),
+                        Filter::ALL.within(&bits),
+                        Filter::predicate(&half).within(&few),
+                    ] {
+                        let mut want = vec![Vec::new(); n_queries];
+                        for (query, want) in queries.chunks_exact(dim).zip(&mut want) {
+                            index.search(query, k, filter, &params, &mut scratch, want);
+                        }
+                        for size in [1, 3, n_queries] {
+                            let mut got = vec![Vec::new(); n_queries];
+                            for (queries, got) in queries.chunks(size * dim).zip(got.chunks_mut(size)) {
+                                index.search_batch(queries, k, filter, &params, &mut scratch, got);
+                            }
+                            assert_eq!(got, want, "{options:?} {metric:?} {k} {params:?} {filter:?} {size}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 
     #[test]
     fn filters_agree_with_themselves() {

@@ -65,6 +65,14 @@ impl IndexOptions {
         }
     }
 
+    /// The number of lists that was asked for.
+    pub fn n_lists(&self) -> Option<u32> {
+        match self {
+            IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) => ivf.n_lists,
+            IndexOptions::BruteForce {} | IndexOptions::Hnsw(_) => None,
+        }
+    }
+
     /// For `n` vectors, which may be fewer than the lists that were asked for.
     pub fn at_most(mut self, n: usize) -> Self {
         if let IndexOptions::IvfFlat(ivf) | IndexOptions::IvfPq(ivf) | IndexOptions::IvfRabitq(ivf) = &mut self

@@ -42,6 +42,9 @@ pub struct PipelineConfig {
     pub search_weight: f32,
     /// Memory for the bitmaps of search filters, shared by all workers. 64 KiB to 1 TiB, default 64 MiB.
     pub filter_cache_bytes: u64,
+    /// Time that partitions of the index have for a search, milliseconds, and never more than half of what the call has left; those
+    /// that have not answered are left out, and the answer says so. 0 to 600000; 0, the default: that half.
+    pub partition_budget_ms: u32,
     /// Weights of rankers by name; empty: the bundle's first one alone.
     pub rankers: BTreeMap<String, f32>,
     /// What computes a ranker, by name; before what its manifest says.
@@ -66,6 +69,7 @@ impl Default for PipelineConfig {
             max_n_items: 500,
             search_weight: 1.0,
             filter_cache_bytes: 64 << 20,
+            partition_budget_ms: 0,
             rankers: BTreeMap::new(),
             engines: BTreeMap::new(),
             onnxruntime: String::new(),
@@ -88,6 +92,7 @@ impl PipelineConfig {
             ("history_length", self.history_length, 1, 10_000),
             ("max_n_items", self.max_n_items, 1, 10_000),
             ("default_n_items", self.default_n_items, 1, self.max_n_items),
+            ("partition_budget_ms", self.partition_budget_ms, 0, 600_000),
         ];
         for (key, value, low, high) in ranges {
             if !(low..=high).contains(&value) {
@@ -180,6 +185,7 @@ pub fn finish_recommend(
         timings: job.timings,
         known_user: job.user.row.is_some(),
         n_candidates: job.ranked.n_candidates,
+        coverage: 1.0 - job.ranked.uncovered,
     })
 }
 
@@ -204,6 +210,7 @@ pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
         ranker,
         degraded: job.degraded.to_vec(),
         timings: job.timings,
+        coverage: 1.0 - job.ranked.uncovered,
     })
 }
 

@@ -22,7 +22,7 @@ use hyper::{Method, Request, Response};
 
 use super::json::{self, ConditionBody, EventsBody, RankBody, RecommendBody, SearchBody, VectorBody};
 use super::service::Service;
-use super::{tensors, v2};
+use super::{index, tensors, v2};
 use crate::api::{
     Call, Event, EventsCall, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket,
 };
@@ -48,7 +48,7 @@ const MAX_CONNECTIONS: usize = 1024;
 pub enum Routes {
     /// `/v1/…`, `/v2/…`
     Api,
-    /// `/metrics`, `/healthz`, `/readyz`, `/generations`, `/v2/repository/…`
+    /// `/metrics`, `/healthz`, `/readyz`, `/generations`, `/index`, `/v2/repository/…`
     Admin,
 }
 
@@ -319,6 +319,7 @@ async fn answer(request: Request<Incoming>, state: &HttpState, routes: Routes) -
         Routes::Api if v2 => v2::api(request, state).await,
         Routes::Api => api(request, state).await,
         Routes::Admin if v2 => v2::admin(request, state).await,
+        Routes::Admin if request.uri().path().starts_with("/index") => index::admin(request, state).await,
         Routes::Admin => admin(&request, state),
     };
     let mut response = match result {
@@ -599,7 +600,7 @@ fn context<'a>(
 fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz" | "/readyz" | "/generations") {
-        let message = "no such path; there are /metrics, /healthz, /readyz, /generations and /v2/repository";
+        let message = "no such path; there are /metrics, /healthz, /readyz, /generations, /index and /v2/repository";
         return Err(Error::fixed(Code::NotFound, message).into());
     }
     only(request.method(), &Method::GET)?;
@@ -607,7 +608,12 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
     let shared = service.shared();
     match path {
         "/metrics" => {
+            let pieces = shared.index.states();
             let gauges = Gauges {
+                partitions: pieces.len(),
+                partitions_down: pieces.iter().filter(|state| !state.is_up).count(),
+                partition_failures: pieces.iter().map(|state| state.failures).sum(),
+                partition_latenesses: pieces.iter().map(|state| state.latenesses).sum(),
                 queue_depth: shared.jobs.len(),
                 cache_bytes: shared.cache.as_ref().map_or(0, |c| c.bytes()),
                 cache_entries: shared.cache.as_ref().map_or(0, |c| c.len()),

@@ -307,6 +307,9 @@ impl Serialize for SlateJson<'_> {
         map.serialize_entry("cache", cache.name())?;
         map.serialize_entry("known_user", &slate.known_user)?;
         map.serialize_entry("degraded", &DegradedJson(&slate.degraded))?;
+        if slate.coverage < 1.0 {
+            map.serialize_entry("coverage", &slate.coverage)?;
+        }
         if *timings {
             map.serialize_entry("timings_us", &TimingsJson(&slate.timings))?;
         }
@@ -456,6 +459,8 @@ pub fn scored(scored: &ScoredItems) -> Vec<u8> {
         #[serde(skip_serializing_if = "str::is_empty")]
         ranker: &'a str,
         degraded: DegradedJson<'a>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        coverage: Option<f32>,
     }
     let several = !scored.result_lengths.is_empty();
     let body = Body {
@@ -464,6 +469,7 @@ pub fn scored(scored: &ScoredItems) -> Vec<u8> {
         model_version: &scored.generation.version,
         ranker: &scored.ranker,
         degraded: DegradedJson(&scored.degraded),
+        coverage: (scored.coverage < 1.0).then_some(scored.coverage),
     };
     let mut out = Vec::with_capacity(128 + scored.items.len() * 48);
     // As in `slate`.

@@ -2,6 +2,7 @@
 
 pub mod completions;
 pub mod http;
+mod index;
 pub mod json;
 pub mod ring;
 pub mod service;
@@ -27,9 +28,13 @@ use crate::config::Config;
 use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
+use crate::index::Searchers;
 use crate::state::{self, writer::ReceiptSink};
 use completions::Completions;
 use service::Shared;
+
+/// Threads for partitions where the configuration names no number.
+const MOST_SEARCHERS: usize = 16;
 
 /// `[server]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -46,6 +51,10 @@ pub struct ServerConfig {
     pub admin_token: String,
     /// CPUs to run on, one shard and one worker each. Empty: all that the process may use.
     pub cpus: Vec<usize>,
+    /// Threads that search the partitions of an index in partitions; with none, workers search them one after another. 0 to 1024;
+    /// absent, the default: one on each CPU that the process may use and `cpus` leaves out, at most 16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub searchers: Option<u32>,
     /// Calls in flight per shard; more are answered `overloaded`. 1 to 65536, default 256.
     pub max_in_flight: u32,
     /// Binary connections per shard. 1 to 1048576, default 4096.
@@ -72,6 +81,7 @@ impl Default for ServerConfig {
             admin: SocketAddr::from(([127, 0, 0, 1], 8002)),
             admin_token: String::new(),
             cpus: Vec::new(),
+            searchers: None,
             max_in_flight: 256,
             max_connections: 4096,
             max_frame_bytes: 1 << 20,
@@ -95,6 +105,7 @@ impl ServerConfig {
             return Err("server.admin_token is not of 16 to 256 visible ASCII characters".to_owned());
         }
         let ranges = [
+            ("searchers", self.searchers.unwrap_or(0), 0, 1024),
             ("max_in_flight", self.max_in_flight, 1, 65_536),
             ("max_connections", self.max_connections, 1, 1 << 20),
             ("max_frame_bytes", self.max_frame_bytes, 1024, 64 << 20),
@@ -242,6 +253,7 @@ impl Server {
         };
         let shared = Arc::new(Shared::new(generation, config, cpus.len())?);
         let log = state::writer::open(&shared.live)?;
+        shared.index.serve(Self::start_searchers(&shared.config.server, &cpus)?);
         let workers = Self::start_workers(&shared, &cpus, options.device)?;
 
         let server = &shared.config.server;
@@ -292,6 +304,17 @@ impl Server {
             }
             None => Ok(server),
         }
+    }
+
+    fn start_searchers(config: &ServerConfig, cpus: &[usize]) -> anyhow::Result<Arc<Searchers>> {
+        let spare: Vec<usize> = signals::allowed_cpus().into_iter().filter(|cpu| !cpus.contains(cpu)).collect();
+        let n = config.searchers.map_or(spare.len().min(MOST_SEARCHERS), |n| n as usize);
+        let begin = move |at: usize| {
+            if !spare.is_empty() {
+                signals::pin(spare[at % spare.len()]);
+            }
+        };
+        Searchers::start(n, begin).context("starting the threads that search partitions")
     }
 
     fn start_workers(shared: &Arc<Shared>, cpus: &[usize], kind: DeviceKind) -> anyhow::Result<Vec<JoinHandle<()>>> {

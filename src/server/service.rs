@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::completions::{Completion, Completions};
+use super::index::IndexAdmin;
 use crate::api::{CacheStatus, Call, EventsCall, InferCall, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
@@ -51,6 +52,8 @@ pub struct Shared {
     scope: String,
     /// Keys being computed.
     pub flights: SingleFlight,
+    /// The index in partitions: who searches them, and its division into others.
+    pub index: Arc<IndexAdmin>,
     /// Counters.
     pub metrics: Metrics,
     /// What events changed.
@@ -85,6 +88,7 @@ impl Shared {
                 .map(Arc::new),
             scope: scope(&generation.version, &config)?,
             flights: SingleFlight::default(),
+            index: Arc::new(IndexAdmin::new(generation.clone())),
             metrics: Metrics::new(n_shards, rankers),
             events: Arc::new(EventQueue::new(&live)),
             live: Arc::new(live),

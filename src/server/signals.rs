@@ -43,6 +43,14 @@ pub fn pin(cpu: usize) {
     }
 }
 
+/// Lets every other thread go before the calling one, where the machine is busy.
+pub fn give_way() {
+    // SAFETY: changes a number of the calling thread alone; that it may fail changes nothing else.
+    unsafe {
+        libc::nice(19);
+    }
+}
+
 /// The CPUs that this process may use.
 pub fn allowed_cpus() -> Vec<usize> {
     // SAFETY: the set is zeroed and written by the call.

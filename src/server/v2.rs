@@ -258,7 +258,7 @@ async fn set_unloaded(request: Request<Incoming>, shared: &Shared, name: &str, u
 }
 
 /// The options of a repository call: an object, or nothing.
-async fn options(request: Request<Incoming>) -> Result<Value, Error> {
+pub(super) async fn options(request: Request<Incoming>) -> Result<Value, Error> {
     let bytes = body(request, ADMIN_BODY_BYTES).await?;
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(Value::Null);
@@ -271,7 +271,7 @@ async fn options(request: Request<Incoming>) -> Result<Value, Error> {
 }
 
 /// Whether a request carries the token, compared in a time that does not depend on where they differ.
-fn authorised(request: &Request<Incoming>, token: &str) -> Result<(), Error> {
+pub(super) fn authorised(request: &Request<Incoming>, token: &str) -> Result<(), Error> {
     if token.is_empty() {
         return Err(Error::fixed(
             Code::Unauthorized,

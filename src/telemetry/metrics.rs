@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::api::{CacheStatus, Outcome, Slate};
 use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
-use crate::context::{Reason, Stage, StageTimings};
+use crate::context::{Degradation, Reason, Stage, StageTimings};
 use crate::device::{Job, Task};
 use crate::error::Code;
 use crate::state::writer::EventCounters;
@@ -187,7 +187,11 @@ impl ShardMetrics {
                 self.record_slate(slate, *cache);
                 None
             }
-            Outcome::Scored(_) | Outcome::Inferred(_) | Outcome::Received(_) => None,
+            Outcome::Scored(scored) => {
+                self.record_degraded(&scored.degraded);
+                None
+            }
+            Outcome::Inferred(_) | Outcome::Received(_) => None,
         };
         let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
         self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
@@ -215,7 +219,11 @@ impl ShardMetrics {
         if backfilled > 0 {
             self.backfilled.fetch_add(backfilled, Relaxed);
         }
-        for degraded in &slate.degraded {
+        self.record_degraded(&slate.degraded);
+    }
+
+    fn record_degraded(&self, degraded: &[Degradation]) {
+        for degraded in degraded {
             let reason = REASONS.iter().position(|r| *r == degraded.reason).unwrap_or(0);
             self.degraded[degraded.stage as usize][reason].fetch_add(1, Relaxed);
         }
@@ -304,6 +312,14 @@ pub struct Gauges<'a> {
     pub redis: Option<&'a RedisCache>,
     /// The bundle.
     pub generation: &'a str,
+    /// Partitions of the index: all, and those that did not answer when they were last asked.
+    pub partitions: usize,
+    /// As above.
+    pub partitions_down: usize,
+    /// Searches of partitions that failed, since the index was made.
+    pub partition_failures: u64,
+    /// Searches of partitions that were late, since the index was made.
+    pub partition_latenesses: u64,
 }
 
 impl Metrics {
@@ -399,7 +415,22 @@ impl Metrics {
         }
         let event =
             |of: fn(&EventCounters) -> &AtomicU64| gauges.events.map_or(0, |counters| of(counters).load(Relaxed));
-        let plain: [(&str, &str, &str, u64); 21] = [
+        head(
+            o,
+            "tastemaker_partition_troubles_total",
+            "counter",
+            "Searches of partitions of the index that failed or were late",
+        );
+        line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
+        line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
+        let plain: [(&str, &str, &str, u64); 23] = [
+            ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
+            (
+                "tastemaker_partitions_down",
+                "gauge",
+                "Partitions that did not answer when they were last asked",
+                gauges.partitions_down as u64,
+            ),
             (
                 "tastemaker_cache_misses_total",
                 "counter",

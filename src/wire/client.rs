@@ -84,6 +84,8 @@ pub struct SlateAnswer {
     pub timings: Vec<(String, f32)>,
     /// Whether the bundle has the user.
     pub known_user: bool,
+    /// Share of the items that the search for nearest neighbours saw.
+    pub coverage: f32,
 }
 
 /// One item of a slate.
@@ -115,6 +117,9 @@ impl fmt::Display for SlateAnswer {
         write!(f, "{}, {user}, cache {}", self.model_version, self.cache)?;
         for (stage, reason) in &self.degraded {
             write!(f, ", degraded: {stage} {reason}")?;
+        }
+        if !self.degraded.is_empty() && self.coverage < 1.0 {
+            write!(f, ", coverage {:.2}", self.coverage)?;
         }
         if !self.timings.is_empty() {
             let times: Vec<String> = self.timings.iter().map(|(stage, us)| format!("{stage} {us:.0}")).collect();
@@ -283,6 +288,7 @@ pub fn decode(message: &[u8]) -> Result<(u64, Answer), ClientError> {
                 .map(|t| t.iter().map(|t| (t.stage().to_owned(), t.us())).collect())
                 .unwrap_or_default(),
             known_user: slate.known_user(),
+            coverage: slate.coverage(),
         })
     } else if let Some(scored) = message.body_as_scored_items() {
         let mut items = scored.items().iter().map(|i| (i.item_id().to_owned(), i.score(), i.known()));

@@ -2396,6 +2396,7 @@ impl<'a> Slate<'a> {
   pub const VT_DEGRADED: ::flatbuffers::VOffsetT = 10;
   pub const VT_TIMINGS: ::flatbuffers::VOffsetT = 12;
   pub const VT_KNOWN_USER: ::flatbuffers::VOffsetT = 14;
+  pub const VT_COVERAGE: ::flatbuffers::VOffsetT = 16;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -2407,6 +2408,7 @@ impl<'a> Slate<'a> {
     args: &'args SlateArgs<'args>
   ) -> ::flatbuffers::WIPOffset<Slate<'bldr>> {
     let mut builder = SlateBuilder::new(_fbb);
+    builder.add_coverage(args.coverage);
     if let Some(x) = args.timings { builder.add_timings(x); }
     if let Some(x) = args.degraded { builder.add_degraded(x); }
     if let Some(x) = args.model_version { builder.add_model_version(x); }
@@ -2462,6 +2464,15 @@ impl<'a> Slate<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<bool>(Slate::VT_KNOWN_USER, Some(false)).unwrap()}
   }
+  /// Share of the items that the search for nearest neighbours saw, 0 to 1; less than 1 where partitions of the index did not
+  /// answer, of which degraded says why.
+  #[inline]
+  pub fn coverage(&self) -> f32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f32>(Slate::VT_COVERAGE, Some(1.0)).unwrap()}
+  }
 }
 
 impl ::flatbuffers::Verifiable for Slate<'_> {
@@ -2476,6 +2487,7 @@ impl ::flatbuffers::Verifiable for Slate<'_> {
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Degraded>>>>("degraded", Self::VT_DEGRADED, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<StageTime>>>>("timings", Self::VT_TIMINGS, false)?
      .visit_field::<bool>("known_user", Self::VT_KNOWN_USER, false)?
+     .visit_field::<f32>("coverage", Self::VT_COVERAGE, false)?
      .finish();
     Ok(())
   }
@@ -2487,6 +2499,7 @@ pub struct SlateArgs<'a> {
     pub degraded: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Degraded<'a>>>>>,
     pub timings: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<StageTime<'a>>>>>,
     pub known_user: bool,
+    pub coverage: f32,
 }
 impl<'a> Default for SlateArgs<'a> {
   #[inline]
@@ -2498,6 +2511,7 @@ impl<'a> Default for SlateArgs<'a> {
       degraded: None,
       timings: None,
       known_user: false,
+      coverage: 1.0,
     }
   }
 }
@@ -2532,6 +2546,10 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> SlateBuilder<'a, 'b, A> {
     self.fbb_.push_slot::<bool>(Slate::VT_KNOWN_USER, known_user, false);
   }
   #[inline]
+  pub fn add_coverage(&mut self, coverage: f32) {
+    self.fbb_.push_slot::<f32>(Slate::VT_COVERAGE, coverage, 1.0);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> SlateBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     SlateBuilder {
@@ -2557,6 +2575,7 @@ impl ::core::fmt::Debug for Slate<'_> {
       ds.field("degraded", &self.degraded());
       ds.field("timings", &self.timings());
       ds.field("known_user", &self.known_user());
+      ds.field("coverage", &self.coverage());
       ds.finish()
   }
 }
@@ -2715,6 +2734,7 @@ impl<'a> ScoredItems<'a> {
   pub const VT_RANKER: ::flatbuffers::VOffsetT = 8;
   pub const VT_DEGRADED: ::flatbuffers::VOffsetT = 10;
   pub const VT_RESULT_LENGTHS: ::flatbuffers::VOffsetT = 12;
+  pub const VT_COVERAGE: ::flatbuffers::VOffsetT = 14;
 
   #[inline]
   pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
@@ -2726,6 +2746,7 @@ impl<'a> ScoredItems<'a> {
     args: &'args ScoredItemsArgs<'args>
   ) -> ::flatbuffers::WIPOffset<ScoredItems<'bldr>> {
     let mut builder = ScoredItemsBuilder::new(_fbb);
+    builder.add_coverage(args.coverage);
     if let Some(x) = args.result_lengths { builder.add_result_lengths(x); }
     if let Some(x) = args.degraded { builder.add_degraded(x); }
     if let Some(x) = args.ranker { builder.add_ranker(x); }
@@ -2771,6 +2792,14 @@ impl<'a> ScoredItems<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, u32>>>(ScoredItems::VT_RESULT_LENGTHS, None)}
   }
+  /// As in Slate.
+  #[inline]
+  pub fn coverage(&self) -> f32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f32>(ScoredItems::VT_COVERAGE, Some(1.0)).unwrap()}
+  }
 }
 
 impl ::flatbuffers::Verifiable for ScoredItems<'_> {
@@ -2784,6 +2813,7 @@ impl ::flatbuffers::Verifiable for ScoredItems<'_> {
      .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("ranker", Self::VT_RANKER, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Degraded>>>>("degraded", Self::VT_DEGRADED, false)?
      .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, u32>>>("result_lengths", Self::VT_RESULT_LENGTHS, false)?
+     .visit_field::<f32>("coverage", Self::VT_COVERAGE, false)?
      .finish();
     Ok(())
   }
@@ -2794,6 +2824,7 @@ pub struct ScoredItemsArgs<'a> {
     pub ranker: Option<::flatbuffers::WIPOffset<&'a str>>,
     pub degraded: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Degraded<'a>>>>>,
     pub result_lengths: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, u32>>>,
+    pub coverage: f32,
 }
 impl<'a> Default for ScoredItemsArgs<'a> {
   #[inline]
@@ -2804,6 +2835,7 @@ impl<'a> Default for ScoredItemsArgs<'a> {
       ranker: None,
       degraded: None,
       result_lengths: None,
+      coverage: 1.0,
     }
   }
 }
@@ -2834,6 +2866,10 @@ impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ScoredItemsBuilder<'a, 'b, A>
     self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ScoredItems::VT_RESULT_LENGTHS, result_lengths);
   }
   #[inline]
+  pub fn add_coverage(&mut self, coverage: f32) {
+    self.fbb_.push_slot::<f32>(ScoredItems::VT_COVERAGE, coverage, 1.0);
+  }
+  #[inline]
   pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ScoredItemsBuilder<'a, 'b, A> {
     let start = _fbb.start_table();
     ScoredItemsBuilder {
@@ -2858,6 +2894,7 @@ impl ::core::fmt::Debug for ScoredItems<'_> {
       ds.field("ranker", &self.ranker());
       ds.field("degraded", &self.degraded());
       ds.field("result_lengths", &self.result_lengths());
+      ds.field("coverage", &self.coverage());
       ds.finish()
   }
 }

@@ -103,6 +103,7 @@ fn encode_slate<'b>(
         degraded: degraded(builder, &slate.degraded),
         timings: if timings { stage_times(builder, &slate.timings) } else { None },
         known_user: slate.known_user,
+        coverage: slate.coverage,
     };
     let body = schema::Slate::create(builder, &args).as_union_value();
     finish(builder, request_id, Body::Slate, body)
@@ -155,6 +156,7 @@ fn encode_scored<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u6
             [] => None,
             lengths => Some(builder.create_vector(lengths)),
         },
+        coverage: scored.coverage,
     };
     let body = schema::ScoredItems::create(builder, &args).as_union_value();
     finish(builder, request_id, Body::ScoredItems, body)

@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 use tastemaker::candidates::Scored;
 use tastemaker::catalog::generation::{Matrix, Metric};
 use tastemaker::catalog::npy;
-use tastemaker::index::{self, Filter, IndexOptions, SearchParams, SearchScratch, VectorIndex};
+use tastemaker::index::{
+    self, Filter, IndexOptions, Partitioned, SearchParams, SearchScratch, VectorIndex, partitions,
+};
 
 /// Bytes read to learn the bandwidth of memory: many times any cache.
 const MEASURED_BYTES: usize = 256 << 20;
@@ -31,7 +33,16 @@ enum Request {
     /// How fast this core reads memory in order.
     Core {},
     /// Makes an index over the `n` rows of the `.npy` file `base`; one of the same name is replaced.
-    Build { name: String, options: IndexOptions, base: PathBuf, n: usize, metric: Metric },
+    Build {
+        name: String,
+        options: IndexOptions,
+        base: PathBuf,
+        n: usize,
+        metric: Metric,
+        /// Of items whose ids are their rows; searched one after another. 1, the default: none.
+        #[serde(default = "one")]
+        partitions: u32,
+    },
     /// Forgets an index.
     Drop { name: String },
     /// Searches for rows `first..last` of the `.npy` file `queries`, which has `n` of them.
@@ -49,6 +60,10 @@ enum Request {
         batch: bool,
         out: PathBuf,
     },
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// What stays between requests.
@@ -75,10 +90,17 @@ impl Session {
     fn answer(&mut self, line: &str) -> Result<Value, String> {
         match serde_json::from_str(line).map_err(|e| e.to_string())? {
             Request::Core {} => Ok(json!({ "read_bytes_per_s": read_bandwidth() })),
-            Request::Build { name, options, base, n, metric } => {
+            Request::Build { name, options, base, n, metric, partitions } => {
                 let matrix = self.matrix(&base, n)?.clone();
+                let ids: Vec<String> = (0..n).map(|row| row.to_string()).collect();
                 let (wall, cpu) = (Instant::now(), seconds(CLOCK_PROCESS_CPUTIME_ID));
-                let index = index::build(&options, &matrix, metric, &|_, _, _| ())?;
+                let index: Arc<dyn VectorIndex> = if partitions == 1 {
+                    index::build(&options, &matrix, metric, &|_, _, _| ())?
+                } else {
+                    let places = partitions::place(ids.iter().map(String::as_str), partitions)?;
+                    let params = SearchParams::default();
+                    Arc::new(Partitioned::build(&options, &matrix, metric, places, params, &|_, _, _| ())?)
+                };
                 let (wall, cpu) = (wall.elapsed().as_secs_f64(), seconds(CLOCK_PROCESS_CPUTIME_ID) - cpu);
                 let bytes = index.bytes();
                 self.indexes.insert(name, index);

@@ -5,19 +5,19 @@ mod rankers;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rten::ThreadPool;
 
 use super::batcher::alike;
-use super::{Device, DeviceError, Job, PlannedUser, RankedItem, Task};
+use super::{Device, DeviceError, Job, PlannedUser, Ranked, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::conditions::FilterScratch;
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
-use crate::context::{Degradation, Reason, Stage};
+use crate::context::{Deadline, Degradation, Degradations, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{Filter, SearchScratch, VectorIndex};
+use crate::index::{Coverage, Filter, SearchScratch, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::retrieval::collaborative::Signals;
@@ -45,6 +45,8 @@ pub struct CpuDevice {
 struct Loaded {
     generation: Arc<Generation>,
     index: Option<Arc<dyn VectorIndex>>,
+    /// [`Generation::index_changes`] when `index` was asked for.
+    index_changes: u32,
     /// By position in the generation's rankers.
     rankers: Vec<LoadedRanker>,
 }
@@ -124,7 +126,13 @@ impl Device for CpuDevice {
 
     fn load(&mut self, generation: &Arc<Generation>) -> Result<(), DeviceError> {
         if self.loaded.iter().all(|l| !Arc::ptr_eq(&l.generation, generation)) {
-            let bare = || Loaded { generation: generation.clone(), index: generation.index(), rankers: Vec::new() };
+            let bare = || Loaded {
+                // Before the index: what is exchanged in between is noticed later.
+                index_changes: generation.index_changes(),
+                generation: generation.clone(),
+                index: generation.index(),
+                rankers: Vec::new(),
+            };
             let requests = || rankers::requests(&self.config, &mut bare());
             let rankers = rankers::load(&self.config, generation, &self.pool, Some(&requests))?;
             let mut loaded = Loaded { rankers, ..bare() };
@@ -143,6 +151,7 @@ impl Device for CpuDevice {
             self.load(&first.generation)?;
             let loaded = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &first.generation));
             if let Some(loaded) = loaded.filter(|l| l.shareable(first)) {
+                loaded.renew_index();
                 let scratch = &mut self.scratch;
                 if catch_unwind(AssertUnwindSafe(|| loaded.together(scratch, batch))).is_err() {
                     *scratch = Scratch::default();
@@ -159,6 +168,7 @@ impl Device for CpuDevice {
             let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
                 return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
             };
+            loaded.renew_index();
             let (config, scratch) = (&self.config, &mut self.scratch);
             // A defect that one request finds must not take the others' worker with it.
             let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job)));
@@ -173,6 +183,14 @@ impl Device for CpuDevice {
 }
 
 impl Loaded {
+    /// Takes the index that the generation has by now.
+    fn renew_index(&mut self) {
+        let changes = self.generation.index_changes();
+        if changes != self.index_changes {
+            (self.index_changes, self.index) = (changes, self.generation.index());
+        }
+    }
+
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
         self.fold_in(config, scratch, &mut job.user);
         scratch.seen.begin(self.generation.items.len());
@@ -250,7 +268,7 @@ impl Loaded {
         let Scratch { seen, taken, signals, lists, search, .. } = scratch;
         let generation = &*self.generation;
         lists.iter_mut().for_each(Vec::clear);
-        let Job { user, context, query, filter, degraded, timings, deadline, trending: live, .. } = job;
+        let Job { user, context, query, filter, degraded, timings, deadline, ranked, trending: live, .. } = job;
         let allowed = |row: u32| !seen.contains(row) && filter.allows(row);
         let mut clock = Instant::now();
         let mut source = |source: Source, stage: Stage, run: &mut dyn FnMut(&mut Vec<Scored>) -> Result<(), String>| {
@@ -273,8 +291,11 @@ impl Loaded {
             clock = timings.lap(stage, clock);
         };
         let index = self.index.as_deref();
+        let mut coverage = None;
         source(Source::Ann, Stage::Ann, &mut |list| {
+            begin_search(search, config, *deadline);
             ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
+            coverage = Some(search.coverage);
             Ok(())
         });
         source(Source::Collaborative, Stage::Collaborative, &mut |list| {
@@ -295,6 +316,11 @@ impl Loaded {
             }),
             None => degraded.push(Degradation { stage: Stage::Search, reason: Reason::Missing }),
         }
+        match coverage {
+            Some(coverage) => report(coverage, degraded, ranked),
+            None if index.is_some() && !user.vector.is_empty() => ranked.uncovered = 1.0,
+            None => {}
+        }
     }
 
     /// Fills `scratch.scores` for `scratch.candidates`: by `only` one ranker, or by the weighted mean of all; without a
@@ -303,7 +329,7 @@ impl Loaded {
         let n = scratch.candidates.len();
         let late = job.deadline.passed(Instant::now());
         scratch.mean.begin(n);
-        let Loaded { generation, index, rankers } = self;
+        let Loaded { generation, index, rankers, .. } = self;
         job.ranked.inference.resize(rankers.len(), Default::default());
         for (at, loaded) in rankers.iter_mut().enumerate() {
             let weight = match only {
@@ -378,7 +404,7 @@ impl Loaded {
     fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
         let Scratch { seen, search, filter, results, .. } = scratch;
         let items = &self.generation.items;
-        let Job { user, query, search: plan, ranked, failure, timings, .. } = job;
+        let Job { user, query, search: plan, ranked, failure, timings, deadline, degraded, .. } = job;
         let mut clock = Instant::now();
         for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
             seen.insert(row);
@@ -411,6 +437,7 @@ impl Loaded {
             (results, _, Some(index)) => {
                 // Without vectors of its own a search is one by the user's.
                 let vectors = if plan.vectors.is_empty() { &user.vector } else { &plan.vectors };
+                begin_search(search, config, *deadline);
                 match results {
                     _ if vectors.is_empty() => {
                         *failure =
@@ -420,6 +447,10 @@ impl Loaded {
                     all => index.search_batch(vectors, k, filtered, &plan.params, search, all),
                 }
                 timings.lap(Stage::Ann, clock);
+                report(search.coverage, degraded, ranked);
+                if ranked.uncovered >= 1.0 {
+                    *failure = Some(Error::fixed(Code::Unavailable, "no partition of the index answered"));
+                }
             }
             _ => *failure = Some(Error::fixed(Code::BadRequest, "the catalogue has no embeddings")),
         }
@@ -479,7 +510,7 @@ impl Loaded {
             return;
         };
         let at = usize::from(*ranker);
-        let Loaded { generation, index, rankers } = self;
+        let Loaded { generation, index, rankers, .. } = self;
         let loaded = &mut rankers[at];
         scratch.inputs.resize_with(loaded.layouts.len(), Vec::new);
         scratch.inputs.iter_mut().for_each(Vec::clear);
@@ -525,6 +556,26 @@ impl Loaded {
                 (Ok(()), _) => as_asked(job, &scratch.rows[from..to], &scratch.scores[from..to]),
             }
             from = to;
+        }
+    }
+}
+
+/// Says until when partitions may take: half of the time that is left, the rest is for what comes after them.
+fn begin_search(search: &mut SearchScratch, config: &PipelineConfig, deadline: Deadline) {
+    let now = Instant::now();
+    let mut budget = deadline.0.saturating_duration_since(now) / 2;
+    if config.partition_budget_ms > 0 {
+        budget = budget.min(Duration::from_millis(u64::from(config.partition_budget_ms)));
+    }
+    (search.until, search.coverage) = (Some(now + budget), Coverage::default());
+}
+
+/// Says what a search did without.
+fn report(coverage: Coverage, degraded: &mut Degradations, ranked: &mut Ranked) {
+    ranked.uncovered = coverage.missing;
+    for (is, reason) in [(coverage.failed, Reason::Failed), (coverage.late, Reason::Deadline)] {
+        if is {
+            degraded.push(Degradation { stage: Stage::Ann, reason });
         }
     }
 }
@@ -608,9 +659,7 @@ fn blend_search(weight: f32, scratch: &mut Scratch) {
 mod tests {
     use super::*;
     use crate::catalog::generation::testing;
-    use crate::context::Deadline;
     use crate::ranking::{RankError, Ranker};
-    use std::time::Duration;
 
     /// Sums a row up; fails at 13, panics at 14.
     struct Flaky;
@@ -646,7 +695,7 @@ mod tests {
         let mut device = CpuDevice::new(Arc::new(PipelineConfig::default()), pool);
         let layouts = vec![Layout::compile(&["item.popularity".into()], &generation).unwrap()];
         let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), parts: None, weight: 1.0 }];
-        device.loaded.push_front(Loaded { generation: generation.clone(), index: None, rankers });
+        device.loaded.push_front(Loaded { generation: generation.clone(), index: None, index_changes: 0, rankers });
         let job = |rows: &[f32]| {
             let mut job = Box::new(Job::new(generation.clone()));
             job.deadline = Deadline::after(Duration::from_secs(60));
@@ -730,7 +779,12 @@ mod search_tests {
         let config = Arc::new(PipelineConfig::default());
         let mut device = CpuDevice::new(config, Arc::new(ThreadPool::with_num_threads(1)));
         let index: Arc<dyn VectorIndex> = asked.clone();
-        device.loaded.push_front(Loaded { generation: generation.clone(), index: Some(index), rankers: Vec::new() });
+        device.loaded.push_front(Loaded {
+            generation: generation.clone(),
+            index: Some(index),
+            index_changes: 0,
+            rankers: Vec::new(),
+        });
         let params = SearchParams { n_probes: Some(3), refine_ratio: Some(2.5), ef_search: Some(40) };
         let conditions = [("category", Demand::Values(&["c0"]))];
         let filter = SearchFilter { conditions: &conditions, exclude: &["2", "?"], exclude_seen: None };

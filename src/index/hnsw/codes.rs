@@ -5,7 +5,8 @@
 #![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected, and their loads.
 
 use crate::catalog::array::Array;
-use crate::catalog::generation::{Matrix, Metric};
+use crate::catalog::generation::Metric;
+use crate::index::exact::Rows;
 use crate::index::simd::Simd;
 use crate::memory::{prefetch, prefetch_range};
 use rayon::prelude::*;
@@ -71,9 +72,9 @@ fn square(values: &[f32]) -> f32 {
 }
 
 /// Row `row` as it is compared: of length 1 where the metric is cosine.
-fn read(matrix: &Matrix, metric: Metric, row: usize, out: &mut Vec<f32>) {
+fn read(rows: &Rows, metric: Metric, row: usize, out: &mut Vec<f32>) {
     out.clear();
-    matrix.extend_row(row as u32, out);
+    rows.extend_row(row as u32, out);
     if metric == Metric::Cosine {
         let size = square(out).sqrt();
         if size > 0.0 {
@@ -84,13 +85,13 @@ fn read(matrix: &Matrix, metric: Metric, row: usize, out: &mut Vec<f32>) {
 
 impl Codes {
     /// Codes every row.
-    pub fn new(matrix: &Matrix, metric: Metric, simd: Simd) -> Self {
-        let (n, dim) = (matrix.n_rows(), matrix.dim);
+    pub fn new(rows: &Rows, metric: Metric, simd: Simd) -> Self {
+        let (n, dim) = (rows.n_rows(), rows.dim());
         let mut row = Vec::with_capacity(dim);
         let mut sums = vec![0f64; dim];
         let sampled = n.min(SAMPLED);
         for at in 0..sampled {
-            read(matrix, metric, at * n / sampled, &mut row);
+            read(rows, metric, at * n / sampled, &mut row);
             sums.iter_mut().zip(&row).for_each(|(sum, &v)| *sum += f64::from(v));
         }
         let center: Vec<f32> = sums.iter().map(|sum| (sum / sampled.max(1) as f64) as f32).collect();
@@ -100,7 +101,7 @@ impl Codes {
             Metric::InnerProduct => (0..n)
                 .into_par_iter()
                 .map_init(Vec::new, |row, at| {
-                    read(matrix, metric, at, row);
+                    read(rows, metric, at, row);
                     square(row)
                 })
                 .reduce(|| 0.0, f32::max),
@@ -111,7 +112,7 @@ impl Codes {
         words.par_chunks_exact_mut(stride).enumerate().for_each_init(
             || Vec::with_capacity(dim),
             |row, (at, record)| {
-                read(matrix, metric, at, row);
+                read(rows, metric, at, row);
                 let height = (longest - square(row)).max(0.0).sqrt();
                 row.iter_mut().zip(&center).for_each(|(v, c)| *v -= c);
                 let (head, codes) = record.split_at_mut(HEAD);
@@ -136,13 +137,13 @@ impl Codes {
     /// # Errors
     /// If their lengths do not fit the matrix.
     pub fn from_parts(
-        matrix: &Matrix,
+        rows: &Rows,
         metric: Metric,
         simd: Simd,
         center: Array<f32>,
         words: Array<u32>,
     ) -> Result<Self, String> {
-        let (n, dim) = (matrix.n_rows(), matrix.dim);
+        let (n, dim) = (rows.n_rows(), rows.dim());
         if center.len() != dim {
             return Err(format!("center: {} values, not {dim}", center.len()));
         }
@@ -337,7 +338,7 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::generation::MatrixData;
+    use crate::catalog::generation::{Matrix, MatrixData};
     use crate::testing::noise;
     use proptest::prelude::*;
 
@@ -350,7 +351,7 @@ mod tests {
             let mut next = noise(seed);
             let values: Vec<f32> = (0..n * dim).map(|_| next() + offset).collect();
             let query: Vec<f32> = (0..dim).map(|_| next() + offset).collect();
-            let matrix = Matrix { dim, data: MatrixData::F32(values.into()) };
+            let matrix: Rows = Matrix { dim, data: MatrixData::F32(values.into()) }.into();
             let rows: Vec<u32> = (0..n as u32).rev().collect();
             let score = |simd: Simd, prepare: &dyn Fn(&Codes, &mut CodedQuery)| {
                 let codes = Codes::new(&matrix, metric, simd);
@@ -397,7 +398,7 @@ mod tests {
             let mut next = noise(seed);
             let values: Vec<f32> = (0..2 * dim).map(|_| next()).collect();
             for metric in [Metric::InnerProduct, Metric::Cosine, Metric::L2] {
-                let codes = Codes::new(&Matrix { dim, data: MatrixData::F32(values.clone().into()) }, metric, Simd::detect());
+                let codes = Codes::new(&Matrix { dim, data: MatrixData::F32(values.clone().into()) }.into(), metric, Simd::detect());
                 let (mut query, mut out) = (CodedQuery::default(), Vec::new());
                 codes.prepare_row(1, &mut query);
                 codes.scores(&query, &[1, 0], &mut out);

@@ -103,7 +103,7 @@ impl Hnsw {
     ) -> Result<Self, String> {
         check(options)?;
         let n = n_rows(&exact)?;
-        let codes = Codes::new(exact.matrix(), exact.metric(), Simd::detect());
+        let codes = Codes::new(exact.rows(), exact.metric(), Simd::detect());
         let graph = build::build(&codes, n, options, &|done| progress("graph", done, n as u64));
         let graph_is_layered = !graph.upper.is_empty();
         let parts = HnswParts {
@@ -128,7 +128,7 @@ impl Hnsw {
         let n = n_rows(&exact)?;
         parts.validate(n)?;
         let (center, words) = (parts.center.clone(), parts.codes.clone());
-        let codes = Codes::from_parts(exact.matrix(), exact.metric(), Simd::detect(), center, words)?;
+        let codes = Codes::from_parts(exact.rows(), exact.metric(), Simd::detect(), center, words)?;
         Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
     }
 
@@ -140,7 +140,7 @@ impl Hnsw {
         let n = n_rows(&exact)?;
         let mut parts = HnswParts { graph_degree, bottom: graph, ..HnswParts::default() };
         parts.validate(n)?;
-        let codes = Codes::new(exact.matrix(), exact.metric(), Simd::detect());
+        let codes = Codes::new(exact.rows(), exact.metric(), Simd::detect());
         parts.starts = starts(&exact, false).into();
         (parts.center, parts.codes) = (codes.center().clone(), codes.words().clone());
         Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
@@ -177,7 +177,7 @@ impl Hnsw {
     fn scan(&self, keep: usize, filter: Filter<'_>, walk: &mut Walk, block: &mut Vec<u32>) {
         walk.found.begin(keep);
         block.clear();
-        filter.each(self.exact.matrix().n_rows(), |row| {
+        filter.each(self.exact.rows().n_rows(), |row| {
             block.push(row);
             if block.len() == SCAN_BLOCK {
                 walk.offer(&self.codes, block);
@@ -191,14 +191,14 @@ impl Hnsw {
 /// The rows from which walks begin: spread over all where no layers lead anywhere; and for inner products those much longer than
 /// others, as any query may have them among its best.
 fn starts(exact: &Exact, is_layered: bool) -> Vec<u32> {
-    let matrix = exact.matrix();
-    let n = matrix.n_rows();
+    let rows = exact.rows();
+    let n = rows.n_rows();
     let n_spread = if is_layered { 0 } else { n.min(SPREAD_STARTS) };
     let mut starts: Vec<u32> = (0..n_spread).map(|at| (at * n / n_spread) as u32).collect();
     if exact.metric() == Metric::InnerProduct {
         let square = |row: &mut Vec<f32>, at: u32| {
             row.clear();
-            matrix.extend_row(at, row);
+            rows.extend_row(at, row);
             Packed::from(Scored { row: at, score: exact.kernel().dot(row, row) })
         };
         let mut squares: Vec<Packed> = (0..n as u32).into_par_iter().map_init(Vec::new, square).collect();
@@ -212,7 +212,7 @@ fn starts(exact: &Exact, is_layered: bool) -> Vec<u32> {
 }
 
 fn n_rows(exact: &Exact) -> Result<usize, String> {
-    let n = exact.matrix().n_rows();
+    let n = exact.rows().n_rows();
     match u32::try_from(n) {
         Ok(NO_LINK) | Err(_) => Err(format!("{n} rows, at most {} are possible", NO_LINK - 1)),
         Ok(_) => Ok(n),
@@ -278,7 +278,7 @@ impl VectorIndex for Hnsw {
     }
 
     fn dim(&self) -> usize {
-        self.exact.matrix().dim
+        self.exact.rows().dim()
     }
 
     fn bytes(&self) -> usize {
@@ -294,7 +294,7 @@ impl VectorIndex for Hnsw {
         scratch: &mut SearchScratch,
         out: &mut Vec<Scored>,
     ) {
-        let n = self.exact.matrix().n_rows();
+        let n = self.exact.rows().n_rows();
         if k == 0 || n == 0 || query.len() != self.dim() {
             return;
         }

@@ -33,7 +33,7 @@ impl Ivf {
         let simd = Simd::detect();
         let plan = Plan::new(kind, options, &exact)?;
         let rows = Rows { exact: &exact };
-        let n = exact.matrix().n_rows();
+        let n = exact.rows().n_rows();
         let mut state = options.seed ^ 0x6976_665f_6c69_7374;
         let sample = kmeans::sample(n, plan.n_lists * SAMPLED, &mut state);
         let gathered = rows.gather(&sample);
@@ -64,7 +64,7 @@ struct Plan {
 
 impl Plan {
     fn new(kind: IndexKind, options: &IvfOptions, exact: &Exact) -> Result<Self, String> {
-        let (n, dim) = (exact.matrix().n_rows(), exact.matrix().dim);
+        let (n, dim) = (exact.rows().n_rows(), exact.rows().dim());
         let padded = padded(dim);
         let n_lists = match options.n_lists {
             Some(wanted) if wanted as usize > n || wanted == 0 => {
@@ -191,7 +191,7 @@ impl Plan {
         simd: Simd,
     ) -> Codebook {
         // Whole lists, spread over all, until there are enough.
-        let average = (rows.exact.matrix().n_rows() / self.n_lists.max(1)).max(1);
+        let average = (rows.exact.rows().n_rows() / self.n_lists.max(1)).max(1);
         let lists = (TRAINED_ON / average).clamp(1, self.n_lists.max(1));
         let lists: Vec<usize> = (0..lists).map(|at| at * self.n_lists / lists).collect();
         let residuals: Vec<f32> = lists
@@ -285,7 +285,7 @@ impl Plan {
                 for ((&member, id), values) in members.ids.iter().zip(ids).zip(values.chunks_exact_mut(self.dim)) {
                     *id = member;
                     row.clear();
-                    rows.exact.matrix().extend_row(member, &mut row);
+                    rows.exact.rows().extend_row(member, &mut row);
                     values.copy_from_slice(&row);
                 }
             });
@@ -344,7 +344,7 @@ struct Rows<'a> {
 impl Rows<'_> {
     fn append(&self, row: u32, out: &mut Vec<f32>) {
         let from = out.len();
-        self.exact.matrix().extend_row(row, out);
+        self.exact.rows().extend_row(row, out);
         if self.exact.metric() == Metric::Cosine {
             let unit = self.exact.norms()[row as usize];
             out[from..].iter_mut().for_each(|v| *v *= unit);
@@ -352,13 +352,13 @@ impl Rows<'_> {
     }
 
     fn gather(&self, rows: &[u32]) -> Vec<f32> {
-        let mut out = Vec::with_capacity(rows.len() * self.exact.matrix().dim);
+        let mut out = Vec::with_capacity(rows.len() * self.exact.rows().dim());
         rows.iter().for_each(|&row| self.append(row, &mut out));
         out
     }
 
     fn assign(&self, centroids: &Centroids, told: Told<'_>) -> Vec<u32> {
-        let n = self.exact.matrix().n_rows();
+        let n = self.exact.rows().n_rows();
         let mut nearest = vec![0; n];
         let done = std::sync::atomic::AtomicU64::new(0);
         nearest.par_chunks_mut(TASK).enumerate().for_each(|(task, nearest)| {

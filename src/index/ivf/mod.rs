@@ -9,14 +9,16 @@
 //! `<q, centroid> + 0.15 ρ |q|`, ρ being the root mean square of the residuals of the list, without which lists of long vectors
 //! come too late. The centroids themselves are coded and refined as vectors are.
 
+mod batch;
 mod build;
 mod codes;
 mod parts;
 mod search;
 
+pub use batch::BatchScratch;
 pub use codes::Codes;
 pub use parts::{IvfParts, Lists, Vectors, padded};
-pub use search::IvfScratch;
+pub use search::{EXACT_BELOW, IvfScratch};
 
 use codes::Codebook;
 
@@ -53,7 +55,7 @@ impl Ivf {
     /// # Errors
     /// What does not fit, so that no search can go out of bounds.
     pub fn from_parts(mut parts: IvfParts, exact: Exact, simd: Simd) -> Result<Self, String> {
-        parts.validate(exact.matrix().dim, exact.matrix().n_rows())?;
+        parts.validate(exact.rows().dim(), exact.rows().n_rows())?;
         if let Lists::Pq { codes, .. } | Lists::Rabitq(codes) = &mut parts.lists {
             codes.blocks = codes.blocks.clone().huge();
             codes.refined = codes.refined.clone().huge();
@@ -118,6 +120,24 @@ impl VectorIndex for Ivf {
         out: &mut Vec<Scored>,
     ) {
         self.run(query, k, filter, &params.or(&self.defaults), scratch, out);
+    }
+
+    fn search_batch(
+        &self,
+        queries: &[f32],
+        k: usize,
+        filter: Filter<'_>,
+        params: &SearchParams,
+        scratch: &mut SearchScratch,
+        out: &mut [Vec<Scored>],
+    ) {
+        let params = params.or(&self.defaults);
+        if self.shares(out.len(), k, &params) {
+            return self.run_batch(queries, k, filter, &params, scratch, out);
+        }
+        for (query, out) in queries.chunks_exact(self.parts.dim.max(1)).zip(out) {
+            self.run(query, k, filter, &params, scratch, out);
+        }
     }
 
     fn stored(&self) -> Stored<'_> {

@@ -16,11 +16,11 @@ use crate::index::{Filter, IndexKind, Kernel, SearchParams, SearchScratch};
 use crate::memory::{prefetch, prefetch_range};
 
 /// Blocks whose scores are computed before they are looked at: they stay in the L1 cache.
-const AT_ONCE: usize = 8;
+pub(super) const AT_ONCE: usize = 8;
 /// Candidates for the lists, as a multiple of the lists that are scanned.
 const COARSE_RATIO: usize = 3;
 /// Up to so many results are scored exactly in the end: 8 bits would cost recall there.
-const EXACT_BELOW: usize = 128;
+pub const EXACT_BELOW: usize = 128;
 /// Vectors that pay for one random read of a whole vector, when it is decided to read all that a filter admits.
 const READS: f64 = 40.0;
 /// How the scanned share grows as the share that a filter admits falls.
@@ -33,25 +33,36 @@ pub struct IvfScratch {
     rotated: Vec<f32>,
     tables: Tables,
     wide: WideQuery,
-    select: Select,
+    pub(super) select: Select,
     ranked: Vec<Packed>,
     /// Lists to scan, best first.
-    probes: Vec<u32>,
+    pub(super) probes: Vec<u32>,
     /// By list: the query's product with the centroid, where the list is scanned.
     bases: Vec<f32>,
     scores: Vec<f32>,
     rows: Vec<u32>,
+    /// Vectors that are stored in 2 bytes a value.
+    converted: Vec<f32>,
+    n_refined: usize,
+}
+
+/// What is asked, but for the query.
+pub(super) struct Asked<'a> {
+    /// At least 1, at most the number of rows.
+    pub k: usize,
+    pub filter: Filter<'a>,
+    pub params: &'a SearchParams,
 }
 
 impl Ivf {
     /// How many lists are scanned without a filter.
-    fn n_probes(&self, k: usize, params: &SearchParams) -> usize {
+    pub(super) fn n_probes(&self, k: usize, params: &SearchParams) -> usize {
         let n_lists = self.parts.n_lists();
         let wanted = params.n_probes.map_or_else(
             || {
                 // As many as hold some dozens of vectors for each that is wanted, and never so few that neighbours just
                 // across a border are missed.
-                let average = (self.exact.matrix().n_rows() as f64 / n_lists.max(1) as f64).max(1.0);
+                let average = (self.exact.rows().n_rows() as f64 / n_lists.max(1) as f64).max(1.0);
                 let enough = 48.0 * (k as f64).max(20.0) / average;
                 enough.max((n_lists as f64).sqrt() * 0.5).ceil() as usize
             },
@@ -79,41 +90,91 @@ impl Ivf {
         scratch: &mut SearchScratch,
         out: &mut Vec<Scored>,
     ) {
-        let n = self.exact.matrix().n_rows();
-        if k == 0 || query.len() != self.parts.dim || n == 0 || query.iter().any(|v| !v.is_finite()) {
-            return;
+        let mut ivf = std::mem::take(&mut scratch.ivf);
+        let asked = Asked { k: k.min(self.exact.rows().n_rows()), filter, params };
+        if asked.k > 0
+            && let share = filter.share(self.exact.rows().n_rows())
+            && let Some(query_norm) = self.begin(query, &asked, share, scratch, &mut ivf, out)
+        {
+            self.begin_scan(&asked, &mut ivf);
+            self.scan(filter, &mut ivf);
+            self.finish(query, query_norm, &asked, scratch, &mut ivf, out);
         }
-        let k = k.min(n);
-        let SearchScratch { ivf, best, block, exact, .. } = scratch;
+        scratch.ivf = ivf;
+    }
+
+    /// Finds the lists to scan. `None`: there is nothing to scan, and what there is to find is in `out`; else `|q|`. `share` is
+    /// the filter's.
+    pub(super) fn begin(
+        &self,
+        query: &[f32],
+        asked: &Asked<'_>,
+        share: f64,
+        scratch: &mut SearchScratch,
+        ivf: &mut IvfScratch,
+        out: &mut Vec<Scored>,
+    ) -> Option<f32> {
+        let &Asked { k, filter, params } = asked;
+        let n = self.exact.rows().n_rows();
+        if query.len() != self.parts.dim || query.iter().any(|v| !v.is_finite()) {
+            return None;
+        }
         let query_norm = self.exact.kernel().dot(query, query).sqrt();
         // Cosine: against unit vectors.
         let unit = if self.exact.metric() == Metric::Cosine && query_norm > 0.0 { 1.0 / query_norm } else { 1.0 };
         ivf.unit.clear();
         ivf.unit.extend(query.iter().map(|v| v * unit));
-        best.clear();
 
-        let share = filter.share(n);
         let mut n_probes = self.n_probes(k, params);
         if share < 1.0 {
             let admitted = share * n as f64;
             n_probes = (n_probes as f64 / share.max(1e-9).powf(FILTER_EXPONENT)).ceil() as usize;
             let scanned = n_probes.min(self.parts.n_lists()) as f64 / self.parts.n_lists() as f64 * n as f64;
             if admitted * READS <= scanned || admitted <= k as f64 {
+                let SearchScratch { best, block, exact, .. } = scratch;
                 ivf.rows.clear();
                 filter.each(n, |row| ivf.rows.push(row));
                 self.exact.rescore(query, &ivf.rows, block, exact, best);
                 keep_best(best, k);
                 out.extend(best.iter().map(|&p| Scored::from(p)));
-                return;
+                return None;
             }
         }
-        let n_probes = n_probes.min(self.parts.n_lists());
         self.rotation.apply(&ivf.unit, &mut ivf.rotated);
-        let length = query_norm * unit;
-        self.rank_lists(length, n_probes, ivf);
+        self.rank_lists(query_norm * unit, n_probes.min(self.parts.n_lists()), ivf);
+        Some(query_norm)
+    }
+
+    /// Makes ready for scores of the lists.
+    pub(super) fn begin_scan(&self, asked: &Asked<'_>, ivf: &mut IvfScratch) {
+        let keep = match &self.parts.lists {
+            Lists::Flat(_) => asked.k,
+            Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
+                let words = self.codebook.as_ref().map_or(&self.signs.words, |book| &book.words);
+                ivf.tables.prepare(self.simd, &ivf.rotated, codes.layout.n_subspaces, words);
+                self.n_refined(asked.k, asked.params)
+            }
+        };
+        ivf.select.begin(keep);
+        ivf.n_refined = keep;
+    }
+
+    /// Finds the best among what was selected.
+    pub(super) fn finish(
+        &self,
+        query: &[f32],
+        query_norm: f32,
+        asked: &Asked<'_>,
+        scratch: &mut SearchScratch,
+        ivf: &mut IvfScratch,
+        out: &mut Vec<Scored>,
+    ) {
+        let k = asked.k;
+        let SearchScratch { best, block, exact, .. } = scratch;
+        best.clear();
         match &self.parts.lists {
-            Lists::Flat(vectors) => {
-                self.scan_vectors(vectors, k, filter, block, ivf);
+            Lists::Flat(_) => {
+                ivf.select.prune(self.simd, 0);
                 let (scores, positions) = ivf.select.kept();
                 let found = positions.iter().zip(scores);
                 best.extend(
@@ -121,7 +182,7 @@ impl Ivf {
                 );
             }
             Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
-                self.scan_codes(codes, self.n_refined(k, params), filter, ivf);
+                ivf.select.prune(self.simd, ivf.n_refined / 16);
                 self.refine(codes, ivf, best);
             }
         }
@@ -227,62 +288,78 @@ impl Ivf {
         }
     }
 
-    /// Scores the blocks of the lists to scan, some at a time, and offers to `select` what the filter admits. `score` is given
-    /// a list, blocks of it, and where their scores go; `soon` the list after the one that is begun, to ask for its memory.
-    fn scan(
-        &self,
-        filter: Filter<'_>,
-        probes: &[u32],
-        select: &mut Select,
-        scores: &mut Vec<f32>,
-        soon: impl Fn(usize),
-        mut score: impl FnMut(usize, Range<usize>, &mut [f32]),
-    ) {
-        let ids = &self.parts.ids[..];
-        let admits = |position: u32| filter.allows(ids[position as usize]);
-        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
+    /// Scores the blocks of the lists to scan, some at a time, and selects.
+    fn scan(&self, filter: Filter<'_>, ivf: &mut IvfScratch) {
+        let mut scores = std::mem::take(&mut ivf.scores);
         scores.resize(AT_ONCE * BLOCK, 0.0);
-        for (at, &list) in probes.iter().enumerate() {
-            if let Some(&next) = probes.get(at + 1) {
-                soon(next as usize);
+        for at in 0..ivf.probes.len() {
+            if let Some(&next) = ivf.probes.get(at + 1) {
+                self.ask_for(next);
             }
+            let list = ivf.probes[at];
             let range = self.parts.blocks_of(list as usize);
             for first in range.clone().step_by(AT_ONCE) {
-                let end = (first + AT_ONCE).min(range.end);
-                let scores = &mut scores[..(end - first) * BLOCK];
-                score(list as usize, first..end, scores);
-                for (block, scores) in (first..end).zip(scores.as_chunks::<BLOCK>().0) {
-                    select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes[block], admits);
+                let blocks = first..(first + AT_ONCE).min(range.end);
+                let scores = &mut scores[..blocks.len() * BLOCK];
+                self.score(list, blocks.clone(), ivf, scores);
+                self.offer(filter, blocks, scores, &mut ivf.select);
+            }
+        }
+        ivf.scores = scores;
+    }
+
+    /// Asks the memory for the first blocks of a list.
+    pub(super) fn ask_for(&self, list: u32) {
+        if let Some(codes) = self.parts.codes() {
+            let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
+            let from = self.parts.blocks_of(list as usize).start * bytes;
+            prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
+        }
+    }
+
+    /// The scores of some blocks of a list; `scores` is as long as they are.
+    pub(super) fn score(&self, list: u32, range: Range<usize>, ivf: &mut IvfScratch, scores: &mut [f32]) {
+        match &self.parts.lists {
+            Lists::Flat(vectors) => self.score_vectors(vectors, range, ivf, scores),
+            Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
+                let bytes = codes.layout.bytes();
+                let blocks = &codes.blocks[range.start * bytes..range.end * bytes];
+                let terms = Terms { base: ivf.bases[list as usize], weight: 1.0 };
+                fastscan::scan(self.simd, codes.layout, blocks, &ivf.tables, terms, scores);
+            }
+        }
+    }
+
+    fn score_vectors(&self, vectors: &Vectors, range: Range<usize>, ivf: &mut IvfScratch, scores: &mut [f32]) {
+        let IvfScratch { unit, converted, .. } = ivf;
+        let (dim, ids, kernel) = (self.parts.dim, &self.parts.ids[..], self.exact.kernel());
+        let values = range.start * BLOCK * dim..range.end * BLOCK * dim;
+        match vectors {
+            Vectors::F32(all) => kernel.dots(unit, &all[values], scores),
+            Vectors::F16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
+            Vectors::Bf16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
+        }
+        if self.exact.metric() != Metric::InnerProduct {
+            for (score, &row) in scores.iter_mut().zip(&ids[range.start * BLOCK..]) {
+                if row != NO_ROW {
+                    *score = match self.exact.metric() {
+                        Metric::L2 => *score - 0.5 * self.exact.norms()[row as usize],
+                        _ => *score * self.exact.norms()[row as usize],
+                    };
                 }
             }
         }
     }
 
-    fn scan_codes(&self, codes: &Codes, n_refined: usize, filter: Filter<'_>, ivf: &mut IvfScratch) {
-        let IvfScratch { rotated, tables, select, probes, bases, scores, .. } = ivf;
-        let words = match &self.codebook {
-            Some(book) => &book.words,
-            None => &self.signs.words,
-        };
-        tables.prepare(self.simd, rotated, codes.layout.n_subspaces, words);
-        let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
-        let soon = |list: usize| {
-            let from = self.parts.blocks_of(list).start * bytes;
-            prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
-        };
-        select.begin(n_refined);
-        self.scan(filter, probes, select, scores, soon, |list, range, scores| {
-            let terms = Terms { base: bases[list], weight: 1.0 };
-            fastscan::scan(
-                self.simd,
-                codes.layout,
-                &blocks[range.start * bytes..range.end * bytes],
-                tables,
-                terms,
-                scores,
-            );
-        });
-        select.prune(self.simd, n_refined / 16);
+    /// Offers the scores of blocks for selection, as far as the filter admits their rows.
+    #[inline]
+    pub(super) fn offer(&self, filter: Filter<'_>, blocks: Range<usize>, scores: &[f32], select: &mut Select) {
+        let ids = &self.parts.ids[..];
+        let admits = |position: u32| filter.allows(ids[position as usize]);
+        let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
+        for (block, scores) in blocks.zip(scores.as_chunks::<BLOCK>().0) {
+            select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes[block], admits);
+        }
     }
 
     /// Scores what was selected by its 8-bit codes.
@@ -301,45 +378,6 @@ impl Ivf {
             }
             best.push(Packed::from(Scored { row: ids[position], score }));
         });
-    }
-
-    fn scan_vectors(
-        &self,
-        vectors: &Vectors,
-        k: usize,
-        filter: Filter<'_>,
-        converted: &mut Vec<f32>,
-        ivf: &mut IvfScratch,
-    ) {
-        let IvfScratch { unit, select, probes, scores, .. } = ivf;
-        let (dim, ids, kernel) = (self.parts.dim, &self.parts.ids[..], self.exact.kernel());
-        select.begin(k);
-        self.scan(
-            filter,
-            probes,
-            select,
-            scores,
-            |_| {},
-            |_, range, scores| {
-                let values = range.start * BLOCK * dim..range.end * BLOCK * dim;
-                match vectors {
-                    Vectors::F32(all) => kernel.dots(unit, &all[values], scores),
-                    Vectors::F16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
-                    Vectors::Bf16(all) => dots_of_half(kernel, unit, &all[values], converted, scores),
-                }
-                if self.exact.metric() != Metric::InnerProduct {
-                    for (score, &row) in scores.iter_mut().zip(&ids[range.start * BLOCK..]) {
-                        if row != NO_ROW {
-                            *score = match self.exact.metric() {
-                                Metric::L2 => *score - 0.5 * self.exact.norms()[row as usize],
-                                _ => *score * self.exact.norms()[row as usize],
-                            };
-                        }
-                    }
-                }
-            },
-        );
-        select.prune(self.simd, 0);
     }
 }
 
