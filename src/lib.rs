@@ -12,7 +12,6 @@ pub mod device;
 pub mod error;
 pub mod eval;
 pub mod features;
-pub mod inbox;
 pub mod index;
 pub mod memory;
 pub mod pipeline;

@@ -3,17 +3,19 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::thread::Thread;
+use std::time::Duration;
 
 use crossbeam_queue::ArrayQueue;
 
 /// Jobs on their way to workers.
+#[derive(Debug)]
 pub struct Ring<T> {
     jobs: ArrayQueue<T>,
     workers: Vec<Parking>,
     closed: AtomicBool,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Parking {
     thread: OnceLock<Thread>,
     asleep: AtomicBool,
@@ -35,6 +37,16 @@ impl<T> Ring<T> {
     /// Gives the job back when the queue is full.
     pub fn push(&self, job: T) -> Result<(), T> {
         self.jobs.push(job)
+    }
+
+    /// Queues a job and wakes who sleeps.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn send(&self, job: T) -> Result<(), T> {
+        self.push(job)?;
+        self.kick();
+        Ok(())
     }
 
     /// Wakes as many sleeping workers as there are jobs, at most.
@@ -62,24 +74,33 @@ impl<T> Ring<T> {
 
     /// Waits for the next job; `None` once the queue is closed and empty. `worker` belongs to the calling thread alone.
     pub fn pop(&self, worker: usize) -> Option<T> {
+        loop {
+            match self.jobs.pop() {
+                None if self.closed() => return self.jobs.pop(),
+                None => self.wait(worker, None),
+                job => return job,
+            }
+        }
+    }
+
+    /// Sleeps until there is a job, the queue is closed, or the time is over; may end earlier. `worker` as in [`Self::pop`].
+    pub fn wait(&self, worker: usize, at_most: Option<Duration>) {
         let parking = &self.workers[worker];
         parking.thread.get_or_init(std::thread::current);
-        loop {
-            if let Some(job) = self.jobs.pop() {
-                return Some(job);
+        parking.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if self.jobs.is_empty() && !self.closed() {
+            match at_most {
+                Some(time) => std::thread::park_timeout(time),
+                None => std::thread::park(),
             }
-            parking.asleep.store(true, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
-            if let Some(job) = self.jobs.pop() {
-                parking.asleep.store(false, Ordering::Relaxed);
-                return Some(job);
-            }
-            if self.closed.load(Ordering::Acquire) {
-                return None;
-            }
-            std::thread::park();
-            parking.asleep.store(false, Ordering::Relaxed);
         }
+        parking.asleep.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::close`] was called.
+    pub fn closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Jobs waiting.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::key::CacheKey;
 use crate::api::Ticket;
-use crate::inbox::Inbox;
+use crate::ring::Ring;
 
 /// Operations sent in one go.
 const BATCH: usize = 64;
@@ -131,7 +131,7 @@ pub trait FoundSink: Send + Sync {
 pub struct RedisCache {
     config: RedisConfig,
     ttl_seconds: u32,
-    inbox: Inbox<Op>,
+    inbox: Ring<Op>,
     up: AtomicBool,
     breaker: AtomicU8,
     /// Counters.
@@ -142,7 +142,7 @@ impl RedisCache {
     /// `None` where it is off.
     pub fn new(config: &RedisConfig, ttl_seconds: u32) -> Option<Self> {
         (!config.url.is_empty()).then(|| RedisCache {
-            inbox: Inbox::new(config.max_queued as usize),
+            inbox: Ring::new(config.max_queued as usize, 1),
             config: config.clone(),
             ttl_seconds,
             up: AtomicBool::new(false),
@@ -153,12 +153,12 @@ impl RedisCache {
 
     /// Asks for a value. False: nothing will come; compute.
     pub fn get(&self, key: CacheKey, shard: u16, ticket: Ticket, now: Instant) -> bool {
-        self.up.load(Relaxed) && self.inbox.push(Op::Get { key, shard, ticket, asked: now }).is_ok()
+        self.up.load(Relaxed) && self.inbox.send(Op::Get { key, shard, ticket, asked: now }).is_ok()
     }
 
     /// Stores a value, if there is a connection.
     pub fn set(&self, key: CacheKey, value: Vec<u8>) {
-        if !self.up.load(Relaxed) || self.inbox.push(Op::Set { key, value }).is_err() {
+        if !self.up.load(Relaxed) || self.inbox.send(Op::Set { key, value }).is_err() {
             self.counters.not_stored.fetch_add(1, Relaxed);
         }
     }
@@ -188,7 +188,6 @@ impl RedisCache {
     /// It could not be started.
     pub fn spawn(self: Arc<Self>, sink: Arc<dyn FoundSink>) -> std::io::Result<JoinHandle<()>> {
         std::thread::Builder::new().name("redis".into()).spawn(move || {
-            self.inbox.attend();
             Driver { cache: &self, sink: &*sink, failures: 0, told: false, random: SmallRng::from_os_rng() }.run();
         })
     }
@@ -247,7 +246,7 @@ impl Driver<'_> {
             if left.is_zero() || self.cache.inbox.closed() {
                 return;
             }
-            self.cache.inbox.sleep(left);
+            self.cache.inbox.wait(0, Some(left));
             self.drain();
         }
     }
@@ -261,7 +260,7 @@ impl Driver<'_> {
 
     /// Answers all that waits: nothing was found.
     fn drain(&self) {
-        while let Some(op) = self.cache.inbox.pop() {
+        while let Some(op) = self.cache.inbox.try_pop() {
             self.unanswered(op);
         }
     }
@@ -281,7 +280,7 @@ impl Driver<'_> {
         let (mut gets, mut sets, mut used) = (Vec::new(), Vec::new(), Instant::now());
         loop {
             while gets.len() + sets.len() < BATCH
-                && let Some(op) = self.cache.inbox.pop()
+                && let Some(op) = self.cache.inbox.try_pop()
             {
                 if matches!(op, Op::Get { .. }) { gets.push(op) } else { sets.push(op) }
             }
@@ -290,7 +289,7 @@ impl Driver<'_> {
                 return Ok(());
             }
             if idle && used.elapsed() < IDLE_PING {
-                self.cache.inbox.sleep(IDLE_PING.saturating_sub(used.elapsed()));
+                self.cache.inbox.wait(0, Some(IDLE_PING.saturating_sub(used.elapsed())));
                 continue;
             }
             used = Instant::now();

@@ -16,7 +16,7 @@ use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use crate::api::Ticket;
 use crate::error::{Code, Error};
-use crate::inbox::Inbox;
+use crate::ring::Ring;
 
 /// How often trending is made anew while events come, and old segments are looked for.
 const TICK: Duration = Duration::from_millis(250);
@@ -66,7 +66,7 @@ pub struct EventCounters {
 
 /// The way to the writer.
 pub struct EventQueue {
-    inbox: Inbox<Submission>,
+    inbox: Ring<Submission>,
     /// Whether there is a log.
     durable: bool,
     /// Counters.
@@ -77,7 +77,7 @@ impl EventQueue {
     /// For `state`'s configuration.
     pub fn new(state: &LiveState) -> Self {
         EventQueue {
-            inbox: Inbox::new(state.config().max_queued as usize),
+            inbox: Ring::new(state.config().max_queued as usize, 1),
             durable: !state.config().log_dir.as_os_str().is_empty(),
             counters: EventCounters::default(),
         }
@@ -92,7 +92,7 @@ impl EventQueue {
             let message = "this server keeps no event log (events.log_dir), so nothing is durable";
             return Err(Error::fixed(Code::BadRequest, message));
         }
-        self.inbox.push(submission).map_err(|_| {
+        self.inbox.send(submission).map_err(|_| {
             self.counters.refused.fetch_add(1, Relaxed);
             Error::fixed(Code::Overloaded, "too many calls wait for the event log")
         })
@@ -170,7 +170,6 @@ pub fn spawn(
         std::thread::Builder::new().name("fold-in".into()).spawn(move || state.prepare_fold_in())?;
     }
     std::thread::Builder::new().name("events".into()).spawn(move || {
-        queue.inbox.attend();
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
             .run();
     })
@@ -200,7 +199,7 @@ impl Writer<'_> {
         loop {
             let closed = self.queue.inbox.closed();
             while self.batch.len() < BATCH
-                && let Some(submission) = self.queue.inbox.pop()
+                && let Some(submission) = self.queue.inbox.try_pop()
             {
                 self.batch.push(submission);
             }
@@ -221,7 +220,7 @@ impl Writer<'_> {
                 if closed {
                     return;
                 }
-                self.queue.inbox.sleep(TICK);
+                self.queue.inbox.wait(0, Some(TICK));
             }
         }
     }
