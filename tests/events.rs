@@ -6,10 +6,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::*;
-use tastemaker::api::{Event, Receipt, RecommendCall, SearchBy, SearchCall};
+use tastemaker::api::{Call, Event, RankCall, Receipt, RecommendCall, SearchBy, SearchCall};
 use tastemaker::config::Config;
 use tastemaker::server::{Options, Server};
 use tastemaker::wire::client::{Client, ClientError};
+use tastemaker::wire::request::Request;
 
 fn logged(dir: &Path) -> Config {
     let mut config = config();
@@ -69,6 +70,37 @@ fn events_change_the_next_answer() {
 
     assert_eq!(metric(&server, "tastemaker_live_users"), 3.0);
     assert_eq!(metric(&server, "tastemaker_events_total"), 2.0 + history.len() as f64);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn rankings_of_such_users_are_the_same_in_company() {
+    let mut config = config();
+    config.server.cpus = vec![tastemaker::server::signals::allowed_cpus()[0]];
+    let server = start(config, Options::default());
+    folded(&server);
+    let mut client = client(&server);
+    let call = |user| RankCall {
+        user_id: user,
+        context: &[],
+        item_ids: &["item-1", "item-2", "item-3"],
+        // One whose calls share batches.
+        ranker: Some("trees"),
+        deadline: None,
+    };
+    let rank = |client: &mut Client| client.call(&Request::Call(Call::Rank(call("walker")))).unwrap();
+    let cold = rank(&mut client);
+    let events = ["item-10", "item-20", "item-30"].map(|item| Event::new("walker", item, "like"));
+    client.put_events(&events, false).unwrap();
+    let alone = rank(&mut client);
+    assert_ne!(alone, cold);
+    let batches = || metric(&server, "tastemaker_batch_size_count{kind=\"rank\"}");
+    eventually("jobs were put together", || {
+        let before = batches();
+        (0..40).for_each(|_| assert!(client.send(&Request::Call(Call::Rank(call("walker")))).is_ok()));
+        (0..40).for_each(|_| assert_eq!(client.receive().unwrap().1, alone));
+        batches() - before < 40.0
+    });
     server.shut_down().unwrap();
 }
 

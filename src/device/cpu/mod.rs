@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rten::ThreadPool;
 
 use super::batcher::alike;
-use super::{Device, DeviceError, Job, PlannedUser, Ranked, RankedItem, Task};
+use super::{Device, DeviceError, Job, Ranked, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::conditions::FilterScratch;
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
@@ -153,7 +153,7 @@ impl Device for CpuDevice {
             if let Some(loaded) = loaded.filter(|l| l.shareable(first)) {
                 loaded.renew_index();
                 let scratch = &mut self.scratch;
-                if catch_unwind(AssertUnwindSafe(|| loaded.together(scratch, batch))).is_err() {
+                if catch_unwind(AssertUnwindSafe(|| loaded.together(&self.config, scratch, batch))).is_err() {
                     *scratch = Scratch::default();
                     for job in batch {
                         job.ranked.clear();
@@ -182,6 +182,26 @@ impl Device for CpuDevice {
     }
 }
 
+/// Moves the user's vector to where events took the history.
+fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+    let Scratch { fold_in, trained, .. } = scratch;
+    let Job { user, timings, .. } = job;
+    if std::mem::take(&mut user.fold_in)
+        && let Some(items) = &generation.item_embeddings
+        && let Some(solver) = generation.ready_fold_in()
+    {
+        let clock = Instant::now();
+        trained.clear();
+        if let Some(row) = user.row {
+            let history = generation.histories.of(row);
+            let skip = history.len().saturating_sub(config.history_length as usize);
+            trained.extend(history.skip(skip));
+        }
+        solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
+        timings.lap(Stage::Ann, clock);
+    }
+}
+
 impl Loaded {
     /// Takes the index that the generation has by now.
     fn renew_index(&mut self) {
@@ -192,7 +212,7 @@ impl Loaded {
     }
 
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
-        self.fold_in(config, scratch, &mut job.user);
+        fold_in(&self.generation, config, scratch, job);
         scratch.seen.begin(self.generation.items.len());
         for &row in &job.user.seen {
             scratch.seen.insert(row);
@@ -202,21 +222,6 @@ impl Loaded {
             Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
-        }
-    }
-
-    /// Moves the user's vector to where events took the history.
-    fn fold_in(&self, config: &PipelineConfig, Scratch { fold_in, trained, .. }: &mut Scratch, user: &mut PlannedUser) {
-        if let Some(items) = self.generation.item_embeddings.as_ref().filter(|_| user.fold_in)
-            && let Some(solver) = self.generation.ready_fold_in()
-        {
-            trained.clear();
-            if let Some(row) = user.row {
-                let history = self.generation.histories.of(row);
-                let skip = history.len().saturating_sub(config.history_length as usize);
-                trained.extend(history.skip(skip));
-            }
-            solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
         }
     }
 
@@ -505,7 +510,7 @@ impl Loaded {
     }
 
     /// Rankings or inferences by one ranker, in one call of it; what each gets is what it would get alone.
-    fn together(&mut self, scratch: &mut Scratch, batch: &mut [Box<Job>]) {
+    fn together(&mut self, config: &PipelineConfig, scratch: &mut Scratch, batch: &mut [Box<Job>]) {
         let Some(Task::Rank { ranker, .. } | Task::Infer { ranker, .. }) = batch.first().map(|job| &job.task) else {
             return;
         };
@@ -522,6 +527,7 @@ impl Loaded {
                 n += *more as usize;
                 scratch.inputs.iter_mut().zip(inputs).for_each(|(all, more)| all.extend_from_slice(more));
             } else {
+                fold_in(generation, config, scratch, job);
                 gather(generation, scratch, job);
                 n += scratch.candidates.len();
                 scratch.rows.extend_from_slice(&scratch.candidates.rows);
