@@ -2,10 +2,13 @@
 
 mod common;
 
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
 use common::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tastemaker::api::{Call, Event, RankCall, Receipt, RecommendCall, SearchBy, SearchCall};
 use tastemaker::config::Config;
 use tastemaker::server::{Options, Server};
@@ -101,6 +104,34 @@ fn rankings_of_such_users_are_the_same_in_company() {
         (0..40).for_each(|_| assert_eq!(client.receive().unwrap().1, alone));
         batches() - before < 40.0
     });
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn what_is_cached_is_what_would_be_computed() {
+    let server = start(config(), Options::default());
+    folded(&server);
+    let mut client = client(&server);
+    let mut random = StdRng::seed_from_u64(11);
+    let users: Vec<String> = (0..6).map(|n| format!("user-{n}")).chain(["new-1".into(), "new-2".into()]).collect();
+    let (mut seen, mut hits) = (HashMap::<String, HashSet<String>>::new(), 0);
+    for _ in 0..400 {
+        let user = &users[random.random_range(0..users.len())];
+        if random.random_ratio(1, 4) {
+            // Of a kind that does not trend: what others like may reach a cached slate within its time, and so it may not here.
+            let item = format!("item-{}", random.random_range(0..600));
+            client.put_events(&[Event::new(user, &item, "dislike")], false).unwrap();
+            seen.entry(user.clone()).or_default().insert(item);
+        }
+        let call = RecommendCall::new(user, 10);
+        let cached = client.recommend(&call).unwrap();
+        let computed = client.recommend(&RecommendCall { no_cache: true, ..call }).unwrap();
+        assert_eq!((&cached.items, computed.cache.as_str()), (&computed.items, "bypass"));
+        hits += usize::from(cached.cache == "l1");
+        let seen = seen.get(user);
+        assert!(cached.items.iter().all(|item| seen.is_none_or(|seen| !seen.contains(&item.item_id))));
+    }
+    assert!(hits > 100, "{hits} hits");
     server.shut_down().unwrap();
 }
 

@@ -603,6 +603,24 @@ fn identical_calls_in_flight_are_computed_once() {
 }
 
 #[test]
+fn a_result_past_its_time_is_served_while_one_computation_makes_it_anew() {
+    let mut config = config();
+    (config.cache.ttl_seconds, config.cache.stale_seconds) = (1, 60);
+    let server = start(config, Options::default());
+    let mut client = client(&server);
+    let mut ask = || client.recommend(&RecommendCall::new("user-1", 10)).unwrap();
+    let first = ask();
+    assert_eq!(first.cache, "miss");
+    std::thread::sleep(Duration::from_millis(1050));
+    let stale = ask();
+    assert_eq!((stale.cache.as_str(), &stale.items), ("stale", &first.items));
+    eventually("it is new again", || ask().cache == "l1");
+    assert_eq!(metric(&server, "tastemaker_cache_misses_total"), 1.0);
+    eventually("nothing is left in flight", || metric(&server, "tastemaker_in_flight") == 0.0);
+    server.shut_down().unwrap();
+}
+
+#[test]
 fn a_failing_device_fails_calls_and_nothing_else() {
     for script in [Script { fail_every: 3, ..sim(1) }, Script { panic_every: 3, ..sim(1) }] {
         let server = start_sim(config(), script);

@@ -32,6 +32,7 @@ impl Weighter<CacheKey, Entry> for Bytes {
 pub struct ResultCache {
     entries: Cache<CacheKey, Entry, Bytes>,
     ttl: Duration,
+    stale: Duration,
 }
 
 impl ResultCache {
@@ -42,14 +43,17 @@ impl ResultCache {
         ResultCache {
             entries: Cache::with_weighter(estimate, config.capacity_bytes, Bytes),
             ttl: Duration::from_secs(u64::from(config.ttl_seconds)),
+            stale: Duration::from_secs(u64::from(config.stale_seconds)),
         }
     }
 
-    /// The result, unless it is older than the TTL.
-    pub fn get(&self, key: CacheKey, now: Instant) -> Option<Arc<Slate>> {
+    /// The result, and whether it is older than the TTL and should be computed anew; none beyond the time that stale ones are
+    /// served.
+    pub fn get(&self, key: CacheKey, now: Instant) -> Option<(Arc<Slate>, bool)> {
         let entry = self.entries.get(&key)?;
-        if now.saturating_duration_since(entry.stored) < self.ttl {
-            return Some(entry.slate);
+        let age = now.saturating_duration_since(entry.stored);
+        if age < self.ttl + self.stale {
+            return Some((entry.slate, age >= self.ttl));
         }
         self.entries.remove(&key);
         None
@@ -100,12 +104,13 @@ mod tests {
 
     #[test]
     fn results_expire() {
-        let cache = ResultCache::new(&CacheConfig { ttl_seconds: 300, ..CacheConfig::default() });
+        let cache = ResultCache::new(&CacheConfig { ttl_seconds: 300, stale_seconds: 20, ..CacheConfig::default() });
         let now = Instant::now();
         cache.put(1, &Arc::new(slate(10)), now);
-        assert!(cache.get(1, now + Duration::from_secs(299)).is_some());
+        let stale = |seconds| cache.get(1, now + Duration::from_secs(seconds)).map(|(_, stale)| stale);
+        assert_eq!([0, 299, 300, 319].map(stale), [Some(false), Some(false), Some(true), Some(true)]);
         assert!(cache.get(2, now).is_none());
-        assert!(cache.get(1, now + Duration::from_secs(300)).is_none());
+        assert_eq!(stale(320), None);
         assert!(cache.is_empty());
     }
 

@@ -20,13 +20,21 @@ pub struct CacheConfig {
     pub capacity_bytes: u64,
     /// How long a result is served. 1 to 86400, default 300.
     pub ttl_seconds: u32,
+    /// How long after that a result is still served while it is computed anew. 0 to 86400, default 30.
+    pub stale_seconds: u32,
     /// Redis behind it, for several replicas.
     pub redis: RedisConfig,
 }
 
 impl Default for CacheConfig {
     fn default() -> Self {
-        CacheConfig { enabled: true, capacity_bytes: 64 << 20, ttl_seconds: 300, redis: RedisConfig::default() }
+        CacheConfig {
+            enabled: true,
+            capacity_bytes: 64 << 20,
+            ttl_seconds: 300,
+            stale_seconds: 30,
+            redis: RedisConfig::default(),
+        }
     }
 }
 
@@ -41,6 +49,9 @@ impl CacheConfig {
         }
         if !(1..=86_400).contains(&self.ttl_seconds) {
             return Err(format!("cache.ttl_seconds is {}, expected 1 to 86400", self.ttl_seconds));
+        }
+        if self.stale_seconds > 86_400 {
+            return Err(format!("cache.stale_seconds is {}, expected 0 to 86400", self.stale_seconds));
         }
         self.redis.validate()
     }

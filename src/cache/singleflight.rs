@@ -70,6 +70,16 @@ impl SingleFlight {
         }
     }
 
+    /// Begins the computation of `key`, unless somebody computes it.
+    pub fn lead(&self, key: CacheKey) -> bool {
+        let mut flights = self.shard(key).lock();
+        let free = !flights.contains_key(&key);
+        if free {
+            flights.insert(key, Waiters::new());
+        }
+        free
+    }
+
     /// Ends the computation of `key`; whoever waited must now be answered.
     pub fn finish(&self, key: CacheKey) -> Waiters {
         self.shard(key).lock().remove(&key).unwrap_or_default()
@@ -102,6 +112,7 @@ mod tests {
         assert_eq!(leaders.load(Ordering::Relaxed), 1);
         assert_eq!(flights.finish(7).len(), waiting.load(Ordering::Relaxed));
         assert_eq!(flights.join(7, Waiter { shard: 0, ticket: Ticket(0) }), Role::Leader);
+        assert!(!flights.lead(7) && flights.lead(8) && !flights.lead(8));
     }
 
     #[test]

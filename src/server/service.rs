@@ -156,6 +156,23 @@ struct Flight {
     answered: bool,
 }
 
+impl Flight {
+    fn new(plan: &Plan, ticket: Ticket, deadline: Deadline, started: Instant) -> Self {
+        Flight {
+            ticket,
+            endpoint: plan.endpoint,
+            n_items: plan.n_items,
+            explain: plan.explain,
+            key: plan.key,
+            leader: false,
+            waiting: None,
+            deadline,
+            started,
+            answered: false,
+        }
+    }
+}
+
 /// What becomes of a planned job's answer.
 struct Plan {
     endpoint: Endpoint,
@@ -302,6 +319,7 @@ impl Service {
         let budget = |asked| shared.budget(asked);
         let (generation, config) = (&shared.generation, &shared.config.pipeline);
         let mut plan = Plan::of(endpoint);
+        let mut stale = None;
         let planned = match call {
             Call::Recommend(call) => {
                 let mut call = RecommendCall { deadline: budget(call.deadline), ..*call };
@@ -323,9 +341,12 @@ impl Service {
                         query,
                         call.n_items,
                     );
-                    if let Some(slate) = cache.get(of, now) {
-                        pool.push(job);
-                        return Some(Outcome::Slate(slate, CacheStatus::L1));
+                    match cache.get(of, now) {
+                        Some((slate, false)) => {
+                            pool.push(job);
+                            return Some(Outcome::Slate(slate, CacheStatus::L1));
+                        }
+                        past => stale = past.map(|(slate, _)| slate),
                     }
                     plan.key = Some(of);
                 }
@@ -345,32 +366,50 @@ impl Service {
             pool.push(job);
             return Some(Outcome::Failed(error));
         }
+        if let Some(slate) = stale {
+            self.refresh(job, plan, now);
+            return Some(Outcome::Slate(slate, CacheStatus::Stale));
+        }
         self.launch(job, plan, ticket, now)
+    }
+
+    /// Computes a result for the cache that nobody waits for, unless that is being done.
+    fn refresh(&mut self, mut job: Box<Job>, plan: Plan, now: Instant) {
+        let (Some(key), Some(slot)) = (plan.key, self.free.pop()) else {
+            self.pool.push(job);
+            return;
+        };
+        if self.shared.flights.lead(key) {
+            let internal = self.internal(slot);
+            (job.shard, job.ticket) = (self.shard, internal);
+            let mut flight = Flight::new(&plan, Ticket(0), job.deadline, now);
+            (flight.leader, flight.answered) = (true, true);
+            match self.shared.jobs.push(job) {
+                Ok(()) => {
+                    self.pushed = true;
+                    return self.fly(slot, flight);
+                }
+                Err(back) => {
+                    self.release_followers(Some(key), None);
+                    job = back;
+                }
+            }
+        }
+        self.pool.push(job);
+        self.free.push(slot);
     }
 
     /// Takes a slot for a planned job and sends it on its way, or lets it wait for an identical one.
     fn launch(&mut self, mut job: Box<Job>, plan: Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
-        let Service { shared, pool, .. } = self;
-        let Plan { endpoint, key, n_items, explain } = plan;
+        let key = plan.key;
         let Some(slot) = self.free.pop() else {
-            pool.push(job);
+            self.pool.push(job);
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
         };
-        let internal = Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot));
-        job.shard = self.shard;
-        job.ticket = internal;
-        let mut flight = Flight {
-            ticket,
-            endpoint,
-            n_items,
-            explain,
-            key,
-            leader: false,
-            waiting: None,
-            deadline: job.deadline,
-            started: now,
-            answered: false,
-        };
+        let internal = self.internal(slot);
+        let Service { shared, pool, .. } = self;
+        (job.shard, job.ticket) = (self.shard, internal);
+        let mut flight = Flight::new(&plan, ticket, job.deadline, now);
         let role = key.map(|key| shared.flights.join(key, Waiter { shard: self.shard, ticket: internal }));
         if role == Some(Role::Follower) {
             flight.waiting = Some(job);
@@ -405,7 +444,7 @@ impl Service {
         let Some(slot) = self.free.pop() else {
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
         };
-        let internal = Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot));
+        let internal = self.internal(slot);
         let record = call.record.to_vec();
         let submission = Submission { record, durable: call.durable, shard: self.shard, ticket: internal };
         if let Err(error) = self.shared.events.push(submission) {
@@ -413,22 +452,13 @@ impl Service {
             return Some(Outcome::Failed(error));
         }
         let budget = self.shared.budget(call.deadline).unwrap_or_default();
-        self.fly(
-            slot,
-            Flight {
-                ticket,
-                endpoint: Endpoint::Events,
-                n_items: 0,
-                explain: false,
-                key: None,
-                leader: false,
-                waiting: None,
-                deadline: Deadline(now + budget),
-                started: now,
-                answered: false,
-            },
-        );
+        self.fly(slot, Flight::new(&Plan::of(Endpoint::Events), ticket, Deadline(now + budget), now));
         None
+    }
+
+    /// The shard's own name for the call in a slot.
+    fn internal(&self, slot: u32) -> Ticket {
+        Ticket(u64::from(self.slots[slot as usize].reuse) << 32 | u64::from(slot))
     }
 
     fn fly(&mut self, slot: u32, flight: Flight) {

@@ -135,6 +135,7 @@ pub struct ShardMetrics {
     backfilled: AtomicU64,
     cache_hits: AtomicU64,
     l2_hits: AtomicU64,
+    stale_hits: AtomicU64,
     cache_misses: AtomicU64,
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
@@ -163,6 +164,7 @@ impl ShardMetrics {
             backfilled: AtomicU64::new(0),
             cache_hits: AtomicU64::new(0),
             l2_hits: AtomicU64::new(0),
+            stale_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             candidates: Default::default(),
@@ -201,6 +203,7 @@ impl ShardMetrics {
         match cache {
             CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
             CacheStatus::L2 => self.l2_hits.fetch_add(1, Relaxed),
+            CacheStatus::Stale => self.stale_hits.fetch_add(1, Relaxed),
             CacheStatus::Miss => self.cache_misses.fetch_add(1, Relaxed),
             CacheStatus::Bypass => 0,
         };
@@ -389,6 +392,7 @@ impl Metrics {
         head(o, "recommendation_cache_hits_total", "counter", "Cache hits");
         line(o, "recommendation_cache_hits_total", "cache_level=\"l1\"", self.sum(|m| &m.cache_hits));
         line(o, "recommendation_cache_hits_total", "cache_level=\"l2\"", self.sum(|m| &m.l2_hits));
+        line(o, "recommendation_cache_hits_total", "cache_level=\"stale\"", self.sum(|m| &m.stale_hits));
         head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
         for (at, ranker) in self.rankers.iter().enumerate() {
             let labels = format!("model_name=\"{}\"", escaped(ranker));

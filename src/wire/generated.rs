@@ -15,14 +15,15 @@ extern crate alloc;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 pub const ENUM_MIN_CACHE: u8 = 0;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
-pub const ENUM_MAX_CACHE: u8 = 3;
+pub const ENUM_MAX_CACHE: u8 = 4;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 #[allow(non_camel_case_types)]
-pub const ENUM_VALUES_CACHE: [Cache; 4] = [
+pub const ENUM_VALUES_CACHE: [Cache; 5] = [
   Cache::Miss,
   Cache::L1,
   Cache::Bypass,
   Cache::L2,
+  Cache::Stale,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -34,14 +35,16 @@ impl Cache {
   pub const L1: Self = Self(1);
   pub const Bypass: Self = Self(2);
   pub const L2: Self = Self(3);
+  pub const Stale: Self = Self(4);
 
   pub const ENUM_MIN: u8 = 0;
-  pub const ENUM_MAX: u8 = 3;
+  pub const ENUM_MAX: u8 = 4;
   pub const ENUM_VALUES: &'static [Self] = &[
     Self::Miss,
     Self::L1,
     Self::Bypass,
     Self::L2,
+    Self::Stale,
   ];
   /// Returns the variant's name or "" if unknown.
   pub fn variant_name(self) -> Option<&'static str> {
@@ -50,6 +53,7 @@ impl Cache {
       Self::L1 => Some("L1"),
       Self::Bypass => Some("Bypass"),
       Self::L2 => Some("L2"),
+      Self::Stale => Some("Stale"),
       _ => None,
     }
   }
