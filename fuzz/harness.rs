@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, Vector, WIPOffset};
-use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use tastemaker::api::{Call, Event, EventsCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use tastemaker::catalog::conditions::{Compare, Demand};
 use tastemaker::catalog::generation::MatrixData;
 use tastemaker::catalog::npy;
@@ -14,6 +14,8 @@ use tastemaker::index::SearchParams;
 use tastemaker::pipeline::models::{Model, ModelInput, ModelOutput};
 use tastemaker::ranking::signature::Datatype;
 use tastemaker::server::{json, tensors};
+use tastemaker::state::event;
+use tastemaker::state::log::{EventLog, Limits};
 use tastemaker::wire::frame::{self, Split};
 use tastemaker::wire::request::Request;
 use tastemaker::wire::{client, request, schema};
@@ -22,9 +24,10 @@ use tastemaker::wire::{client, request, schema};
 pub type Run = fn(&[u8]);
 
 /// Every target by name.
-pub const TARGETS: [(&str, Run); 7] = [
+pub const TARGETS: [(&str, Run); 8] = [
     ("answer", answer),
     ("config", config),
+    ("event_log", event_log),
     ("frame", frame),
     ("http_json", http_json),
     ("infer", infer),
@@ -121,7 +124,7 @@ pub fn answer(bytes: &[u8]) {
     }
 }
 
-/// Bytes as each of the three bodies of the HTTP API.
+/// Bytes as each of the bodies of the HTTP API.
 pub fn http_json(bytes: &[u8]) {
     fn said(result: Result<String, tastemaker::error::Error>) {
         assert!(!result.unwrap_or_else(|error| error.message.into_owned()).is_empty());
@@ -129,6 +132,43 @@ pub fn http_json(bytes: &[u8]) {
     said(json::parse::<json::RecommendBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::SearchBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::RankBody<'_>>(bytes).map(|body| format!("{body:?}")));
+    said(json::parse::<json::EventsBody<'_>>(bytes).map(|body| format!("{body:?}")));
+}
+
+/// Bytes as a segment of the event log: what is read of it is read again, without further damage, and the log goes on. Byte 0: 0 for
+/// the bytes as they are, else as many records and then damage.
+pub fn event_log(bytes: &[u8]) {
+    let Some((&n, rest)) = bytes.split_first() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { segment_bytes: 1 << 20, max_bytes: 1 << 30, max_age: None };
+    let open = || {
+        let mut records = Vec::new();
+        EventLog::open(dir.path(), limits, |record| {
+            // Whatever is in it, reading it neither panics nor runs on.
+            let _ = event::decode(record, |event| drop(format!("{event:?}")));
+            records.push(record.to_vec());
+        })
+        .map(|(log, found)| (log, found, records))
+    };
+    let file = dir.path().join("events-00000000000000000000.log");
+    let segment = match n {
+        0 => rest.to_vec(),
+        n => {
+            let (mut log, ..) = open().unwrap();
+            let records: Vec<Vec<u8>> = (0..n % 8).map(|at| vec![at; rest.len() % 40]).collect();
+            log.append(records.iter().map(|record| &record[..])).unwrap();
+            damaged(std::fs::read(&file).unwrap_or_default(), rest)
+        }
+    };
+    std::fs::write(&file, segment).unwrap();
+    // Of a newer format it may be, and is then refused.
+    let Ok((mut log, _, records)) = open() else { return };
+    log.append([&b"next"[..]]).unwrap();
+    drop(log);
+    let (_, found, mut again) = open().unwrap();
+    assert_eq!((found.damaged_bytes, found.torn_bytes), (0, 0), "mended once, and for good");
+    assert_eq!(again.pop().as_deref(), Some(&b"next"[..]));
+    assert_eq!(again, records);
 }
 
 /// Bytes as the body of an inference. Bytes 0 and 1: where its JSON ends; 0: at the end.
@@ -265,7 +305,16 @@ pub fn valid_request(kind: u8, values: &[u8]) -> Vec<u8> {
         },
     };
     let search = |by| Request::Call(Call::Search(SearchCall { by, k: n_items, filter, params, deadline }));
-    let request = match kind % 8 {
+    let mut encoder = event::Encoder::new(1, 7).unwrap();
+    let event = Event {
+        event_id: ["", "e-1"][usize::from(flags & 1)],
+        value: bound(2).map_or(f32::NAN, |value| value as f32),
+        context: &context[..context.len().min(9)],
+        ..Event::new("user-1", "item-1", "view")
+    };
+    let record = encoder.push(&event).map_or_else(|_| Vec::new(), |()| encoder.record());
+    let request = match kind % 9 {
+        8 => Request::Call(Call::Events(EventsCall { record: &record, durable: flags & 4 > 0, deadline })),
         0 => Request::Health,
         1 => Request::Call(Call::Recommend(recommend)),
         2 => Request::Call(Call::Rank(rank)),

@@ -69,7 +69,9 @@ impl Encoder {
         check(event, self.now_ms).map_err(|reason| Error::new(Code::BadRequest, format!("events[{at}].{reason}")))?;
         let time = if event.time_ms == 0 { self.now_ms } else { event.time_ms };
         out.extend_from_slice(&time.to_le_bytes());
-        out.extend_from_slice(&event.value.to_le_bytes());
+        // One NaN for all: records of the same events are the same.
+        let value = if event.value.is_nan() { f32::NAN } else { event.value };
+        out.extend_from_slice(&value.to_le_bytes());
         for text in [event.event_id, event.user_id, event.item_id, event.kind] {
             put(text, out);
         }

@@ -155,7 +155,9 @@ impl EventLog {
         } else if !whole || tail > 0 {
             found.damaged_bytes += tail + parsed.damaged.iter().map(|range| range.len() as u64).sum::<u64>();
             found.damaged_bytes += if first.is_none() { HEADER as u64 } else { 0 };
-            let mut mended = header(first.unwrap_or(self.next_sequence - parsed.records.len() as u64)).to_vec();
+            let begins =
+                parsed.records.first().map_or(self.next_sequence, |record| number(&bytes, record.start + 4, 8));
+            let mut mended = header(begins).to_vec();
             parsed.records.iter().for_each(|record| mended.extend_from_slice(&bytes[record.clone()]));
             kept = mended.len() as u64;
             let beside = path.with_extension("mended");
