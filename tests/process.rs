@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -156,7 +157,13 @@ fn sigterm_under_load_loses_no_accepted_call() {
 }
 
 /// What one client of [`acknowledged_events_survive_kill_9`] sent: the ids that were acknowledged, and those of the call that was not.
-fn put_until_the_end(addr: SocketAddr, user: &str, round: usize, retry: Vec<String>) -> (Vec<String>, Vec<String>) {
+fn put_until_the_end(
+    addr: SocketAddr,
+    user: &str,
+    round: usize,
+    retry: Vec<String>,
+    calls: &AtomicUsize,
+) -> (Vec<String>, Vec<String>) {
     let mut acknowledged = Vec::new();
     let Ok(mut client) = Client::connect(addr, PATIENCE) else { return (acknowledged, retry) };
     let mut ids = retry;
@@ -171,6 +178,7 @@ fn put_until_the_end(addr: SocketAddr, user: &str, round: usize, retry: Vec<Stri
             Ok(receipt) => {
                 assert!(receipt.durable && receipt.accepted as usize == ids.len());
                 acknowledged.append(&mut ids);
+                calls.fetch_add(1, Relaxed);
             }
             Err(_) => break,
         }
@@ -203,13 +211,16 @@ fn acknowledged_events_survive_kill_9() {
         }
         let (addr, pid) = (served.binary, served.child.id());
         let sent = before.map(|(_, retry)| retry);
+        let calls = AtomicUsize::new(0);
         before = std::thread::scope(|scope| {
             let clients: Vec<_> = USERS
                 .iter()
                 .zip(sent)
-                .map(|(user, retry)| scope.spawn(move || put_until_the_end(addr, user, round, retry)))
+                .map(|(user, retry)| (user, retry, &calls))
+                .map(|(user, retry, calls)| scope.spawn(move || put_until_the_end(addr, user, round, retry, calls)))
                 .collect();
-            std::thread::sleep(Duration::from_millis(20 + (round * 37) as u64 % 150));
+            eventually("events are acknowledged", || calls.load(Relaxed) > 3);
+            std::thread::sleep(Duration::from_millis((round * 37) as u64 % 150));
             // SAFETY: as in `terminate`.
             assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGKILL) }, 0);
             let mut ended = clients.into_iter().map(|client| client.join().unwrap());

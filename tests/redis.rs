@@ -72,7 +72,7 @@ fn with_redis(url: String) -> Config {
     let mut config = config();
     config.cache.redis.url = url;
     // The machine that tests run on stalls for longer than a production budget.
-    config.cache.redis.budget_ms = 200;
+    config.cache.redis.budget_ms = 1000;
     config
 }
 
