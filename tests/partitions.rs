@@ -1,6 +1,8 @@
 //! A server over an index in partitions: divided while it serves, and with partitions that fail or hang.
 
 mod common;
+#[path = "../src/index/partitions/scripted.rs"]
+mod scripted;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -9,12 +11,11 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use common::{client, config, connect, eventually, http, metric, read_response};
-use parking_lot::{Condvar, Mutex};
 use serde_json::Value;
 use tastemaker::api::{Call, RecommendCall, SearchBy, SearchCall};
 use tastemaker::candidates::Scored;
 use tastemaker::catalog::bundle;
-use tastemaker::catalog::generation::Generation;
+use tastemaker::catalog::generation::{Generation, Matrix, Metric};
 use tastemaker::config::Config;
 use tastemaker::index::partitions::place;
 use tastemaker::index::{
@@ -23,6 +24,8 @@ use tastemaker::index::{
 use tastemaker::server::{Options, Server};
 use tastemaker::wire::client::Answer;
 use tastemaker::wire::request::Request;
+
+use scripted::Scripted;
 
 const TOKEN: &str = "0123456789abcdef";
 
@@ -136,76 +139,13 @@ fn dividing_the_index_needs_the_token_and_a_number() {
     server.shut_down().unwrap();
 }
 
-/// An exact index that panics or hangs when it is told to.
-#[derive(Debug)]
-struct Scripted {
-    inner: BruteForce,
-    panics: AtomicBool,
-    /// Searches wait until it is open.
-    door: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl VectorIndex for Scripted {
-    fn kind(&self) -> IndexKind {
-        IndexKind::BruteForce
-    }
-
-    fn dim(&self) -> usize {
-        self.inner.dim()
-    }
-
-    fn bytes(&self) -> usize {
-        self.inner.bytes()
-    }
-
-    fn search(
-        &self,
-        query: &[f32],
-        k: usize,
-        filter: Filter<'_>,
-        params: &SearchParams,
-        scratch: &mut SearchScratch,
-        out: &mut Vec<Scored>,
-    ) {
-        assert!(!self.panics.load(SeqCst), "told to");
-        let mut door = self.door.lock();
-        while !*door {
-            self.opened.wait(&mut door);
-        }
-        drop(door);
-        self.inner.search(query, k, filter, params, scratch, out);
-    }
-
-    fn scores(&self, query: &[f32], rows: &[u32], scratch: &mut SearchScratch, out: &mut Vec<f32>) {
-        self.inner.scores(query, rows, scratch, out);
-    }
-}
-
 /// A generation in four partitions, of which the second is scripted; and the share of the items that are in the others.
-fn scripted() -> (Arc<Generation>, Arc<Scripted>, f64) {
+fn with_scripted() -> (Arc<Generation>, Arc<Scripted>, f64) {
     let generation = own_generation();
     let (items, n) = (generation.item_embeddings.clone().unwrap(), generation.items.len() as u32);
     let places = place((0..n).map(|row| generation.items.ids.id(row)), 4).unwrap();
     let covered = 1.0 - places[1].len() as f64 / f64::from(n);
-    let exact = |rows: &Arc<[u32]>| {
-        BruteForce::over(Exact::of_chosen(items.clone(), rows.clone(), generation.metric, Kernel::detect()))
-    };
-    let scripted = Arc::new(Scripted {
-        inner: exact(&places[1]),
-        panics: AtomicBool::new(false),
-        door: Mutex::new(true),
-        opened: Condvar::new(),
-    });
-    let pieces: Vec<(Arc<dyn VectorIndex>, _)> = places
-        .into_iter()
-        .enumerate()
-        .map(|(at, rows)| match at {
-            1 => (scripted.clone() as Arc<dyn VectorIndex>, rows),
-            _ => (Arc::new(exact(&rows)) as Arc<dyn VectorIndex>, rows),
-        })
-        .collect();
-    let index = Partitioned::new(IndexKind::BruteForce, &items, generation.metric, pieces);
+    let (index, scripted) = scripted::scripted(&items, generation.metric, places);
     generation.exchange_index(Arc::new(index));
     (generation, scripted, covered)
 }
@@ -234,7 +174,7 @@ fn degraded(answer: &Value) -> Vec<&str> {
 #[test]
 fn a_partition_that_fails_leaves_a_partial_answer_that_says_so() {
     for n_searchers in [0, 2] {
-        let (generation, scripted, covered) = scripted();
+        let (generation, scripted, covered) = with_scripted();
         let server = Server::start(generation, with_searchers(n_searchers), Options::default()).unwrap();
         let whole = post(&server, "/v1/search", SEARCH);
         assert_eq!((whole.get("coverage"), degraded(&whole).len()), (None, 0));
@@ -271,12 +211,12 @@ fn a_partition_that_fails_leaves_a_partial_answer_that_says_so() {
 
 #[test]
 fn a_partition_that_hangs_is_left_out_in_time() {
-    let (generation, scripted, covered) = scripted();
+    let (generation, scripted, covered) = with_scripted();
     let mut config = with_searchers(2);
     config.pipeline.partition_budget_ms = 1000;
     let server = Server::start(generation, config, Options::default()).unwrap();
     let whole = post(&server, "/v1/search", SEARCH);
-    *scripted.door.lock() = false;
+    scripted.open(false);
     for (path, body) in [("/v1/search", SEARCH), ("/v1/recommend", RECOMMEND)] {
         let began = Instant::now();
         let answer = post(&server, path, body);
@@ -286,8 +226,7 @@ fn a_partition_that_hangs_is_left_out_in_time() {
         assert!(!answer["items"].as_array().unwrap().is_empty());
     }
     assert!(metric(&server, "tastemaker_partition_troubles_total{reason=\"deadline\"}") >= 1.0);
-    *scripted.door.lock() = true;
-    scripted.opened.notify_all();
+    scripted.open(true);
     eventually("whole again", || post(&server, "/v1/search", SEARCH) == whole);
     server.shut_down().unwrap();
 }

@@ -158,7 +158,7 @@ impl SharedIndex {
             *n_probes = ((f64::from(*n_probes) * ratio).ceil() as u32).max(1);
         }
         let index = make(&self.spec.options, matrix, metric, ids, n_partitions, search, progress)?;
-        if let Stored::Partitions(whole) = index.stored() {
+        if let Some(whole) = index.partitioned() {
             whole.give(searchers.clone());
         }
         self.exchange(index);

@@ -82,12 +82,17 @@ pub trait VectorIndex: Send + Sync + std::fmt::Debug {
         Stored::Nothing
     }
 
+    /// The same, where it is in partitions.
+    fn partitioned(&self) -> Option<&Partitioned> {
+        match self.stored() {
+            Stored::Partitions(whole) => Some(whole),
+            _ => None,
+        }
+    }
+
     /// Number of partitions; 1 for an index of one piece.
     fn n_partitions(&self) -> u32 {
-        match self.stored() {
-            Stored::Partitions(whole) => whole.pieces().len() as u32,
-            _ => 1,
-        }
+        self.partitioned().map_or(1, |whole| whole.pieces().len() as u32)
     }
 
     /// Appends the metric's exact score of each of `rows`, which may be any of the index's.

@@ -12,8 +12,8 @@ use super::http::{Answer, HttpState, only, respond};
 use super::{signals, v2};
 use crate::catalog::generation::Generation;
 use crate::error::{Code, Error};
-use crate::index::partitions::{MAX_PARTITIONS, State};
-use crate::index::{Searchers, Stored};
+use crate::index::partitions::{MAX_PARTITIONS, Piece, State};
+use crate::index::{Searchers, VectorIndex};
 
 /// How a division stands.
 #[derive(Clone, Debug, Default)]
@@ -45,7 +45,7 @@ impl IndexAdmin {
     /// Lets `searchers` search its partitions, and those of every division to come.
     pub fn serve(&self, searchers: Arc<Searchers>) {
         if let Some(index) = self.generation.made_index()
-            && let Stored::Partitions(whole) = index.stored()
+            && let Some(whole) = index.partitioned()
         {
             whole.give(searchers.clone());
         }
@@ -54,13 +54,8 @@ impl IndexAdmin {
 
     /// What there is to say of each partition; none for an index of one piece.
     pub fn states(&self) -> Vec<State> {
-        match self.generation.made_index() {
-            Some(index) => match index.stored() {
-                Stored::Partitions(whole) => whole.pieces().iter().map(|piece| piece.state()).collect(),
-                _ => Vec::new(),
-            },
-            None => Vec::new(),
-        }
+        let index = self.generation.made_index();
+        pieces(&index).iter().map(Piece::state).collect()
     }
 
     /// Begins to divide the index into `partitions`, on threads of its own that give way to all others.
@@ -131,17 +126,11 @@ impl IndexAdmin {
             }
         };
         let index = self.generation.made_index();
-        let pieces: Vec<Value> = match index.as_ref().map(|index| index.stored()) {
-            Some(Stored::Partitions(whole)) => whole
-                .pieces()
-                .iter()
-                .map(|piece| {
-                    let State { is_up, failures, latenesses } = piece.state();
-                    json!({ "n_items": piece.rows().len(), "up": is_up, "failed": failures, "late": latenesses })
-                })
-                .collect(),
-            _ => Vec::new(),
+        let described = |piece: &Piece| {
+            let State { is_up, failures, latenesses } = piece.state();
+            json!({ "n_items": piece.rows().len(), "up": is_up, "failed": failures, "late": latenesses })
         };
+        let pieces: Vec<Value> = pieces(&index).iter().map(described).collect();
         json!({
             "kind": index.as_ref().map(|index| index.kind().name()),
             "bytes": index.as_ref().map(|index| index.bytes()),
@@ -150,6 +139,11 @@ impl IndexAdmin {
             "rebalance": rebalance,
         })
     }
+}
+
+/// None for an index of one piece.
+fn pieces(index: &Option<Arc<dyn VectorIndex>>) -> &[Piece] {
+    index.as_ref().and_then(|index| index.partitioned()).map_or(&[], |whole| whole.pieces())
 }
 
 /// Answers `/index…` on the admin port.

@@ -1,15 +1,18 @@
 use std::collections::HashSet;
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use proptest::prelude::*;
 
 use super::*;
 use crate::candidates::best_first;
 use crate::catalog::generation::MatrixData;
 use crate::index::{BruteForce, HnswOptions, IvfOptions, build};
+
+#[path = "scripted.rs"]
+mod scripted;
+use scripted::{Scripted, scripted};
 
 const SEARCH: SearchParams = SearchParams { n_probes: None, refine_ratio: None, ef_search: None };
 
@@ -165,83 +168,11 @@ fn a_partition_that_has_all_of_the_best_is_asked_again() {
     }
 }
 
-/// An index that does what it is told.
-#[derive(Debug)]
-struct Scripted {
-    inner: BruteForce,
-    panics: AtomicBool,
-    /// Searches wait until it is open.
-    door: Mutex<bool>,
-    opened: Condvar,
-    asked: AtomicUsize,
-}
-
-impl Scripted {
-    fn open(&self, is: bool) {
-        *self.door.lock() = is;
-        self.opened.notify_all();
-    }
-}
-
-impl VectorIndex for Scripted {
-    fn kind(&self) -> IndexKind {
-        IndexKind::BruteForce
-    }
-
-    fn dim(&self) -> usize {
-        self.inner.dim()
-    }
-
-    fn bytes(&self) -> usize {
-        0
-    }
-
-    fn search(
-        &self,
-        query: &[f32],
-        k: usize,
-        filter: Filter<'_>,
-        params: &SearchParams,
-        scratch: &mut SearchScratch,
-        out: &mut Vec<Scored>,
-    ) {
-        self.asked.fetch_add(1, SeqCst);
-        assert!(!self.panics.load(SeqCst), "told to");
-        let mut door = self.door.lock();
-        while !*door {
-            self.opened.wait(&mut door);
-        }
-        drop(door);
-        self.inner.search(query, k, filter, params, scratch, out);
-    }
-
-    fn scores(&self, _: &[f32], _: &[u32], _: &mut SearchScratch, _: &mut Vec<f32>) {}
-}
-
 /// Rows whose vectors are their numbers, in four partitions, of which one is scripted.
 fn with_scripted(n: usize) -> (Partitioned, Arc<Scripted>) {
-    let matrix = matrix((0..n).map(|row| row as f32).collect(), 1);
     let ids = ids(n);
     let places = place(ids.iter().map(String::as_str), 4).unwrap();
-    let exact = |rows: &Arc<[u32]>| {
-        BruteForce::over(Exact::of_chosen(matrix.clone(), rows.clone(), Metric::InnerProduct, Kernel::detect()))
-    };
-    let scripted = Arc::new(Scripted {
-        inner: exact(&places[1]),
-        panics: AtomicBool::new(false),
-        door: Mutex::new(true),
-        opened: Condvar::new(),
-        asked: AtomicUsize::new(0),
-    });
-    let pieces: Vec<(Arc<dyn VectorIndex>, _)> = places
-        .into_iter()
-        .enumerate()
-        .map(|(at, rows)| match at {
-            1 => (scripted.clone() as Arc<dyn VectorIndex>, rows),
-            _ => (Arc::new(exact(&rows)) as Arc<dyn VectorIndex>, rows),
-        })
-        .collect();
-    (Partitioned::new(IndexKind::BruteForce, &matrix, Metric::InnerProduct, pieces), scripted)
+    scripted(&matrix((0..n).map(|row| row as f32).collect(), 1), Metric::InnerProduct, places)
 }
 
 /// The best 20 rows, without those of partition 1 where `partial`.
