@@ -8,6 +8,7 @@
 use rayon::prelude::*;
 
 use crate::catalog::generation::{Generation, Interaction, Matrix, Metric};
+use crate::index::Kernel;
 
 /// Steps of conjugate gradients, at most.
 const STEPS: usize = 16;
@@ -31,6 +32,7 @@ pub struct FoldIn {
     params: FoldInParams,
     dim: usize,
     metric: Metric,
+    kernel: Kernel,
     /// f32 `[dim, dim]`: the item vectors' Gram matrix, and the regularization on its diagonal.
     gram: Vec<f32>,
     /// Length of a trained vector for that of a folded one.
@@ -63,8 +65,9 @@ impl FoldIn {
                 let (mut gram, mut vectors) = (vec![0.0; dim * dim], Vec::new());
                 rows.iter().for_each(|&row| items.extend_row(row, &mut vectors));
                 for vector in vectors.chunks_exact(dim) {
-                    for (&value, line) in vector.iter().zip(gram.chunks_exact_mut(dim)) {
-                        add_scaled(value, vector, line);
+                    // It is symmetric: the half from the diagonal on.
+                    for (at, line) in gram.chunks_exact_mut(dim).enumerate() {
+                        add_scaled(vector[at], &vector[at..], &mut line[at..]);
                     }
                 }
                 gram
@@ -76,8 +79,19 @@ impl FoldIn {
                     a
                 },
             );
-        (0..dim).for_each(|at| gram[at * dim + at] += params.regularization);
-        let mut fold = FoldIn { params, dim, metric: generation.metric, gram, scale: 1.0, agreement: f32::NAN };
+        for at in 0..dim {
+            gram[at * dim + at] += params.regularization;
+            (0..at).for_each(|before| gram[at * dim + before] = gram[before * dim + at]);
+        }
+        let mut fold = FoldIn {
+            params,
+            dim,
+            metric: generation.metric,
+            kernel: Kernel::detect(),
+            gram,
+            scale: 1.0,
+            agreement: f32::NAN,
+        };
         fold.fit_length(generation, items);
         Some(fold)
     }
@@ -93,10 +107,10 @@ impl FoldIn {
             own.clear();
             trained.extend_row(user, &mut own);
             self.solve(items, &history, &mut scratch, &mut folded);
-            let (a, b) = (dot(&own, &own).sqrt(), dot(&folded, &folded).sqrt());
+            let (a, b) = (self.kernel.dot(&own, &own).sqrt(), self.kernel.dot(&folded, &folded).sqrt());
             if a > 0.0 && b > 0.0 {
                 ratios.push(a / b);
-                cosines.push(dot(&own, &folded) / (a * b));
+                cosines.push(self.kernel.dot(&own, &folded) / (a * b));
             }
         }
         if let (Some(ratio), Some(cosine)) = (median(&mut ratios), median(&mut cosines)) {
@@ -156,43 +170,29 @@ impl FoldIn {
         liked().for_each(|(confidence, vector)| add_scaled(confidence, vector, residual));
         direction.clone_from(residual);
         product.resize(self.dim, 0.0);
-        let first = dot(residual, residual);
+        let first = self.kernel.dot(residual, residual);
         let mut error = first;
         for _ in 0..STEPS {
             if error <= first * TOLERANCE * TOLERANCE {
                 break;
             }
-            for (out, line) in product.iter_mut().zip(self.gram.chunks_exact(self.dim)) {
-                *out = dot(line, direction);
-            }
+            self.kernel.dots(direction, &self.gram, product);
             liked().for_each(|(confidence, vector)| {
-                add_scaled((confidence - 1.0) * dot(vector, direction), vector, product)
+                add_scaled((confidence - 1.0) * self.kernel.dot(vector, direction), vector, product)
             });
-            let step = error / dot(direction, product);
+            let step = error / self.kernel.dot(direction, product);
             if !step.is_finite() {
                 break;
             }
             add_scaled(step, direction, x);
             add_scaled(-step, product, residual);
-            let next = dot(residual, residual);
+            let next = self.kernel.dot(residual, residual);
             let share = next / error;
             direction.iter_mut().zip(&*residual).for_each(|(d, r)| *d = r + share * *d);
             error = next;
         }
         !confidences.is_empty()
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let (a, b) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0.0; LANES];
-    for (a, b) in a.0.iter().zip(b.0) {
-        for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
-        }
-    }
-    sums.iter().sum::<f32>() + a.1.iter().zip(b.1).map(|(a, b)| a * b).sum::<f32>()
 }
 
 /// `to += by * from`
