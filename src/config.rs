@@ -2,6 +2,7 @@
 //!
 //! An unknown key is an error that names the key, its line and the nearest known one. Flags override the file.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -115,6 +116,20 @@ impl Config {
         self.cache.validate()?;
         self.events.validate()?;
         self.telemetry.validate()
+    }
+}
+
+/// Checks whole numbers of a section: key, value, least and most.
+///
+/// # Errors
+/// The first key out of its range, its value and its range.
+pub(crate) fn in_range<T: PartialOrd + Display, const N: usize>(
+    section: &str,
+    ranges: [(&str, T, T, T); N],
+) -> Result<(), String> {
+    match ranges.iter().find(|(_, value, low, high)| value < low || value > high) {
+        Some((key, value, low, high)) => Err(format!("{section}.{key} is {value}, expected {low} to {high}")),
+        None => Ok(()),
     }
 }
 

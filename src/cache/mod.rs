@@ -8,6 +8,7 @@ pub mod value;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::in_range;
 use redis::RedisConfig;
 
 /// `[cache]`
@@ -47,12 +48,8 @@ impl CacheConfig {
         if !((1 << 20)..=(1 << 40)).contains(&self.capacity_bytes) {
             return Err(format!("cache.capacity_bytes is {}, expected 1 MiB to 1 TiB", self.capacity_bytes));
         }
-        if !(1..=86_400).contains(&self.ttl_seconds) {
-            return Err(format!("cache.ttl_seconds is {}, expected 1 to 86400", self.ttl_seconds));
-        }
-        if self.stale_seconds > 86_400 {
-            return Err(format!("cache.stale_seconds is {}, expected 0 to 86400", self.stale_seconds));
-        }
+        let ranges = [("ttl_seconds", self.ttl_seconds, 1, 86_400), ("stale_seconds", self.stale_seconds, 0, 86_400)];
+        in_range("cache", ranges)?;
         self.redis.validate()
     }
 }

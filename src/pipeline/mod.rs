@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::{Explanation, RecommendCall, ScoredItems, Slate};
 use crate::candidates::{Scored, Source};
 use crate::catalog::generation::Generation;
+use crate::config::in_range;
 use crate::context::{Degradation, Reason, Stage};
 use crate::device::{Device, Job};
 use crate::error::{Code, Error};
@@ -94,11 +95,7 @@ impl PipelineConfig {
             ("default_n_items", self.default_n_items, 1, self.max_n_items),
             ("partition_budget_ms", self.partition_budget_ms, 0, 600_000),
         ];
-        for (key, value, low, high) in ranges {
-            if !(low..=high).contains(&value) {
-                return Err(format!("pipeline.{key} is {value}, expected {low} to {high}"));
-            }
-        }
+        in_range("pipeline", ranges)?;
         if !(self.search_weight.is_finite() && self.search_weight >= 0.0) {
             return Err(format!("pipeline.search_weight is {}, expected 0 or more", self.search_weight));
         }

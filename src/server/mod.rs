@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::catalog;
 use crate::catalog::generation::Generation;
-use crate::config::Config;
+use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
@@ -115,10 +115,7 @@ impl ServerConfig {
             ("idle_timeout_seconds", self.idle_timeout_seconds, 1, 86_400),
             ("drain_timeout_ms", self.drain_timeout_ms, 0, 600_000),
         ];
-        match ranges.iter().find(|(_, value, low, high)| !(low..=high).contains(&value)) {
-            Some((key, value, low, high)) => Err(format!("server.{key} is {value}, expected {low} to {high}")),
-            None => Ok(()),
-        }
+        in_range("server", ranges)
     }
 }
 

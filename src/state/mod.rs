@@ -15,6 +15,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::in_range;
+
 pub use live::LiveState;
 
 /// `[events]`
@@ -127,11 +129,7 @@ impl EventsConfig {
             ("history_per_user", u64::from(self.history_per_user), 1, 10_000),
             ("max_users", u64::from(self.max_users), 1, 1_000_000_000),
         ];
-        if let Some((key, value, low, high)) =
-            ranges.iter().find(|(_, value, low, high)| !(low..=high).contains(&value))
-        {
-            return Err(format!("events.{key} is {value}, expected {low} to {high}"));
-        }
+        in_range("events", ranges)?;
         let weight = |weight: f32| weight >= 0.0 && weight.is_finite();
         for (name, kind) in &self.kinds {
             if !(1..=event::MAX_KIND_BYTES).contains(&name.len()) {
