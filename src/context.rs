@@ -1,6 +1,6 @@
 //! What accompanies a request through every stage: its deadline, the stage times, and what was done without.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// A stage of the pipeline, for timings, metrics and degradations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -130,6 +130,11 @@ pub struct Degradation {
 
 /// What was done without in one request; inline, so that recording allocates nothing.
 pub type Degradations = smallvec::SmallVec<[Degradation; 6]>;
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> i64 {
+    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_millis() as i64)
+}
 
 /// The moment by which an answer is owed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -84,9 +84,11 @@ pub struct Columns<'a> {
 /// As [`read_interactions`]; no relevant row.
 pub fn read_truth(file: &Path, user: &str, item: &str, relevant: &[Relevance]) -> anyhow::Result<Truth> {
     let interactions = read_interactions(file, Columns { user, item, value: None }, relevant)?;
-    let relevant = |rows: Vec<Interaction>| rows.into_iter().filter(|row| row.relevant).map(|row| row.item).collect();
-    let truth: Truth = interactions.into_iter().map(|(user, rows)| (user, relevant(rows))).collect();
-    let truth: Truth = truth.into_iter().filter(|(_, items): &(_, HashSet<_>)| !items.is_empty()).collect();
+    let relevant = |(user, rows): (String, Vec<Interaction>)| {
+        let items: HashSet<String> = rows.into_iter().filter(|row| row.relevant).map(|row| row.item).collect();
+        (!items.is_empty()).then_some((user, items))
+    };
+    let truth: Truth = interactions.into_iter().filter_map(relevant).collect();
     ensure!(!truth.is_empty(), "{}: no relevant rows", file.display());
     Ok(truth)
 }
@@ -125,9 +127,9 @@ pub fn read_interactions(
             }
         }
         let values = columns.value.map(numbers).transpose()?;
+        let values = values.as_ref().map(|values| values.as_primitive::<Float64Type>());
         for (row, (user, item)) in users.into_iter().zip(items).enumerate() {
-            let value = values.as_ref().map(|values| values.as_primitive::<Float64Type>());
-            let value = value.filter(|values| values.is_valid(row)).map(|values| values.value(row) as f32);
+            let value = values.filter(|values| values.is_valid(row)).map(|values| values.value(row) as f32);
             let value = value.filter(|value| *value != 0.0);
             by_user.entry(user).or_default().push(Interaction { item, relevant: keep[row], value });
         }

@@ -14,8 +14,10 @@ use rand::{Rng, SeedableRng};
 use redis::{Client, Connection, RedisResult, Value};
 use serde::{Deserialize, Serialize};
 
+use super::CacheConfig;
 use super::key::CacheKey;
 use crate::api::Ticket;
+use crate::config::in_range;
 use crate::ring::Ring;
 
 /// Operations sent in one go.
@@ -66,9 +68,7 @@ impl RedisConfig {
             ("connect_timeout_ms", self.connect_timeout_ms, 1, 60_000),
             ("max_queued", self.max_queued, 1, 1 << 20),
         ];
-        if let Some((key, value, low, high)) = ranges.iter().find(|(_, v, low, high)| !(low..=high).contains(&v)) {
-            return Err(format!("cache.redis.{key} is {value}, expected {low} to {high}"));
-        }
+        in_range("cache.redis", ranges)?;
         if !(1..=64).contains(&self.key_prefix.len()) || !self.key_prefix.bytes().all(|b| b.is_ascii_graphic()) {
             return Err("cache.redis.key_prefix is not of 1 to 64 visible ASCII characters".to_owned());
         }
@@ -140,11 +140,11 @@ pub struct RedisCache {
 
 impl RedisCache {
     /// `None` where it is off.
-    pub fn new(config: &RedisConfig, ttl_seconds: u32) -> Option<Self> {
-        (!config.url.is_empty()).then(|| RedisCache {
-            inbox: Ring::new(config.max_queued as usize, 1),
-            config: config.clone(),
-            ttl_seconds,
+    pub fn new(CacheConfig { enabled, ttl_seconds, redis, .. }: &CacheConfig) -> Option<Self> {
+        (*enabled && !redis.url.is_empty()).then(|| RedisCache {
+            inbox: Ring::new(redis.max_queued as usize, 1),
+            config: redis.clone(),
+            ttl_seconds: *ttl_seconds,
             up: AtomicBool::new(false),
             breaker: AtomicU8::new(Breaker::Open as u8),
             counters: RedisCounters::default(),

@@ -251,20 +251,55 @@ fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, con
     user.fold_in = !events.is_empty();
     let mut again: SmallVec<[u32; 128]> = events.iter().map(|entry| entry.row).collect();
     again.sort_unstable();
+    let newest = &events[events.len().saturating_sub(config.history_length as usize)..];
     if let Some(row) = user.row {
         if let Some(matrix) = &generation.user_embeddings
             && generation.item_embeddings.is_some()
         {
             matrix.extend_row(row, &mut user.vector);
         }
-        let trained = generation.histories.of(row);
-        user.seen.extend(trained.map(|entry| entry.row));
+        user.seen.extend(generation.histories.of(row).map(|entry| entry.row));
         let trained = generation.histories.of(row).filter(|entry| again.binary_search(&entry.row).is_err());
-        user.history.extend(trained);
+        user.history.extend(trained.rev().take(config.history_length as usize - newest.len()));
+        user.history.reverse();
     }
     user.seen.extend(events.iter().filter(|entry| entry.seen).map(|entry| entry.row));
-    user.history.extend(events.iter().map(|entry| Interaction { row: entry.row, weight: entry.weight }));
-    let skip = user.history.len().saturating_sub(config.history_length as usize);
-    user.history.drain(..skip);
+    user.history.extend(newest.iter().map(|entry| Interaction { row: entry.row, weight: entry.weight }));
     user.seen.sort_unstable();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::generation::{Entities, Histories, IdTable, testing};
+    use crate::state::EventsConfig;
+    use crate::state::event::Event;
+
+    #[test]
+    fn a_history_is_the_newest_of_training_and_events() {
+        let mut generation = testing::plain(9);
+        generation.users = Entities { ids: IdTable::build(["u"].iter(), false).unwrap(), columns: Vec::new() };
+        generation.histories =
+            Histories { offsets: vec![0, 5].into(), rows: vec![0, 1, 2, 3, 4].into(), weights: vec![1.0; 5].into() };
+        let generation = Arc::new(generation);
+        let resolved = |live: &LiveState, id: &str, history_length| {
+            let (mut job, config) =
+                (Job::new(generation.clone()), PipelineConfig { history_length, ..PipelineConfig::default() });
+            resolve_user(id, &generation, Some(live), &config, &mut job);
+            (job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>(), job.user.seen)
+        };
+        let live = LiveState::new(generation.clone(), EventsConfig::default());
+        assert_eq!(resolved(&live, "u", 3), (vec![2, 3, 4], vec![0, 1, 2, 3, 4]));
+        assert_eq!(resolved(&live, "v", 3), (vec![], vec![]));
+        for item in ["2", "7"] {
+            live.apply(&Event::new("u", item, "view"));
+            live.apply(&Event::new("v", item, "view"));
+        }
+        for (length, history) in [(9, vec![0, 1, 3, 4, 2, 7]), (3, vec![4, 2, 7]), (2, vec![2, 7]), (1, vec![7])] {
+            assert_eq!(resolved(&live, "u", length).0, history);
+        }
+        // Seen is what was seen, however short the history.
+        assert_eq!(resolved(&live, "u", 1).1, [0, 1, 2, 2, 3, 4, 7]);
+        assert_eq!(resolved(&live, "v", 1), (vec![7], vec![2, 7]));
+    }
 }

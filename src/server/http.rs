@@ -27,10 +27,10 @@ use crate::api::{
     Call, Event, EventsCall, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket,
 };
 use crate::catalog::conditions::Demand;
+use crate::context::now_ms;
 use crate::error::{Code, Error};
 use crate::index::SearchParams;
 use crate::state::event;
-use crate::state::writer::now_ms;
 use crate::telemetry::metrics::{Endpoint, Gauges};
 use crate::wire::LIMITS;
 

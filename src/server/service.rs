@@ -80,12 +80,7 @@ impl Shared {
             jobs: JobQueue::new(per_shard * n_shards, n_shards),
             completions: completions.context("making an eventfd")?,
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
-            redis: config
-                .cache
-                .enabled
-                .then(|| RedisCache::new(&config.cache.redis, config.cache.ttl_seconds))
-                .flatten()
-                .map(Arc::new),
+            redis: RedisCache::new(&config.cache).map(Arc::new),
             scope: scope(&generation.version, &config)?,
             flights: SingleFlight::default(),
             index: Arc::new(IndexAdmin::new(generation.clone())),
@@ -107,6 +102,14 @@ impl Shared {
     }
 }
 
+impl Shared {
+    fn complete(&self, shard: u16, completion: Completion) {
+        if let Some(completions) = self.completions.get(usize::from(shard)) {
+            completions.push(completion);
+        }
+    }
+}
+
 /// Names everything but the request and the user that shapes an answer.
 fn scope(generation: &str, config: &Config) -> anyhow::Result<String> {
     let shaping = serde_json::to_string(&(&config.pipeline, &config.rerank, &config.events))?;
@@ -115,25 +118,19 @@ fn scope(generation: &str, config: &Config) -> anyhow::Result<String> {
 
 impl FoundSink for Shared {
     fn found(&self, shard: u16, ticket: Ticket, value: Option<Vec<u8>>) {
-        if let Some(completions) = self.completions.get(usize::from(shard)) {
-            completions.push(Completion::Found { ticket, value });
-        }
+        self.complete(shard, Completion::Found { ticket, value });
     }
 }
 
 impl JobSink for Shared {
     fn deliver(&self, job: Box<Job>) {
-        if let Some(completions) = self.completions.get(usize::from(job.shard)) {
-            completions.push(Completion::Job(job));
-        }
+        self.complete(job.shard, Completion::Job(job));
     }
 }
 
 impl ReceiptSink for Shared {
     fn deliver(&self, shard: u16, ticket: Ticket, result: writer::Result) {
-        if let Some(completions) = self.completions.get(usize::from(shard)) {
-            completions.push(Completion::Received { ticket, result });
-        }
+        self.complete(shard, Completion::Received { ticket, result });
     }
 }
 
@@ -279,6 +276,7 @@ impl Service {
             Call::Events(_) => Endpoint::Events,
         };
         let outcome = match call {
+            _ if self.draining => Some(Outcome::Failed(DRAINING)),
             Call::Events(call) => self.receive(call, ticket, now),
             call => self.begin(call, endpoint, ticket, now),
         };
@@ -310,9 +308,6 @@ impl Service {
     }
 
     fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
-        if self.draining {
-            return Some(Outcome::Failed(DRAINING));
-        }
         let mut job = self.job();
         let Service { shared, pool, .. } = self;
         let live = Some(&*shared.live);
@@ -346,6 +341,11 @@ impl Service {
                             pool.push(job);
                             return Some(Outcome::Slate(slate, CacheStatus::L1));
                         }
+                        // Whoever meets it first computes it anew; the others have their answer.
+                        Some((slate, true)) if !shared.flights.lead(of) => {
+                            pool.push(job);
+                            return Some(Outcome::Slate(slate, CacheStatus::Stale));
+                        }
                         past => stale = past.map(|(slate, _)| slate),
                     }
                     plan.key = Some(of);
@@ -364,6 +364,9 @@ impl Service {
         };
         if let Err(error) = planned {
             pool.push(job);
+            if stale.is_some() {
+                self.release_followers(plan.key, None);
+            }
             return Some(Outcome::Failed(error));
         }
         if let Some(slate) = stale {
@@ -373,30 +376,26 @@ impl Service {
         self.launch(job, plan, ticket, now)
     }
 
-    /// Computes a result for the cache that nobody waits for, unless that is being done.
+    /// Computes a result for the cache, as the leader of its key: nobody waits for it here.
     fn refresh(&mut self, mut job: Box<Job>, plan: Plan, now: Instant) {
-        let (Some(key), Some(slot)) = (plan.key, self.free.pop()) else {
+        let Some(slot) = self.free.pop() else {
             self.pool.push(job);
-            return;
+            return self.release_followers(plan.key, None);
         };
-        if self.shared.flights.lead(key) {
-            let internal = self.internal(slot);
-            (job.shard, job.ticket) = (self.shard, internal);
-            let mut flight = Flight::new(&plan, Ticket(0), job.deadline, now);
-            (flight.leader, flight.answered) = (true, true);
-            match self.shared.jobs.push(job) {
-                Ok(()) => {
-                    self.pushed = true;
-                    return self.fly(slot, flight);
-                }
-                Err(back) => {
-                    self.release_followers(Some(key), None);
-                    job = back;
-                }
+        (job.shard, job.ticket) = (self.shard, self.internal(slot));
+        let mut flight = Flight::new(&plan, Ticket(0), job.deadline, now);
+        (flight.leader, flight.answered) = (true, true);
+        match self.shared.jobs.push(job) {
+            Ok(()) => {
+                self.pushed = true;
+                self.fly(slot, flight);
+            }
+            Err(job) => {
+                self.pool.push(job);
+                self.free.push(slot);
+                self.release_followers(plan.key, None);
             }
         }
-        self.pool.push(job);
-        self.free.push(slot);
     }
 
     /// Takes a slot for a planned job and sends it on its way, or lets it wait for an identical one.
@@ -438,9 +437,6 @@ impl Service {
 
     /// Sends events to the log.
     fn receive(&mut self, call: &EventsCall<'_>, ticket: Ticket, now: Instant) -> Option<Outcome> {
-        if self.draining {
-            return Some(Outcome::Failed(DRAINING));
-        }
         let Some(slot) = self.free.pop() else {
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
         };
@@ -609,9 +605,7 @@ impl Service {
                 Some(slate) => Completion::Shared { ticket, slate: slate.clone() },
                 None => Completion::Retry { ticket },
             };
-            if let Some(completions) = self.shared.completions.get(usize::from(shard)) {
-                completions.push(completion);
-            }
+            self.shared.complete(shard, completion);
         }
     }
 

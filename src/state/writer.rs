@@ -4,17 +4,17 @@
 //! sync for all of them.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use crate::api::Ticket;
+use crate::context::now_ms;
 use crate::error::{Code, Error};
 use crate::ring::Ring;
 
@@ -121,14 +121,15 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
         max_age: (!max_age.is_zero()).then_some(max_age),
     };
     let (started, mut applied, mut unreadable) = (Instant::now(), Receipt::default(), 0u64);
-    let (log, found) = open_log(&config.log_dir, limits, |record| match state.apply_record(record) {
+    let opened = EventLog::open(&config.log_dir, limits, |record| match state.apply_record(record) {
         Ok(receipt) => {
             applied.accepted += receipt.accepted;
             applied.duplicates += receipt.duplicates;
             applied.unknown_items += receipt.unknown_items;
         }
         Err(_) => unreadable += 1,
-    })?;
+    });
+    let (log, found) = opened.context("opening the event log (events.log_dir)")?;
     state.refresh_trending(now_ms());
     tracing::info!(
         segments = found.segments,
@@ -150,10 +151,6 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
     Ok(Some(log))
 }
 
-fn open_log(dir: &Path, limits: Limits, take: impl FnMut(&[u8])) -> anyhow::Result<(EventLog, super::log::Replayed)> {
-    EventLog::open(dir, limits, take).context("opening the event log (events.log_dir)")
-}
-
 /// Starts the writer.
 ///
 /// # Errors
@@ -173,11 +170,6 @@ pub fn spawn(
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
             .run();
     })
-}
-
-/// Milliseconds since 1970.
-pub fn now_ms() -> i64 {
-    SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_millis() as i64)
 }
 
 struct Writer<'a> {

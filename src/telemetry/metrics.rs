@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::api::{CacheStatus, Outcome, Slate};
 use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
-use crate::context::{Degradation, Reason, Stage, StageTimings};
+use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
 use crate::state::writer::EventCounters;
@@ -266,8 +266,7 @@ impl ShardMetrics {
         counters.executions.fetch_add(u64::from(job.ranked.batch_size > 0), Relaxed);
         counters.queue_ns.fetch_add(ns(job.timings.get(Stage::Queue)), Relaxed);
         counters.compute_ns.fetch_add(ns(job.timings.get(Stage::Rank)), Relaxed);
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
-        counters.last_ms.store(now.as_millis() as u64, Relaxed);
+        counters.last_ms.store(now_ms() as u64, Relaxed);
     }
 
     fn record_stages(&self, timings: &StageTimings) {

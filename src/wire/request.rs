@@ -9,10 +9,10 @@ use super::schema::{self, Body};
 use super::{LIMITS, verifier};
 use crate::api::{Call, Event, EventsCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use crate::catalog::conditions::{Compare, Demand};
+use crate::context::now_ms;
 use crate::error::{Code, Error};
 use crate::index::SearchParams;
 use crate::state::event::{self, MAX_EVENTS};
-use crate::state::writer::now_ms;
 
 /// What a frame asks.
 #[derive(Clone, Copy, Debug)]
