@@ -10,6 +10,7 @@ pub mod generation;
 pub mod index;
 pub mod npy;
 pub mod popularity;
+pub mod records;
 pub mod synthetic;
 pub mod text;
 
