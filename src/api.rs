@@ -187,6 +187,8 @@ pub enum CacheStatus {
     L1,
     /// From Redis.
     L2,
+    /// From the file of slates made ahead of time.
+    Precomputed,
     /// From this process's memory and past its time; a newer one is on its way there.
     Stale,
     /// Not asked: explain, `no_cache`, or the cache is off.
@@ -200,6 +202,7 @@ impl CacheStatus {
             CacheStatus::Miss => "miss",
             CacheStatus::L1 => "l1",
             CacheStatus::L2 => "l2",
+            CacheStatus::Precomputed => "precomputed",
             CacheStatus::Stale => "stale",
             CacheStatus::Bypass => "bypass",
         }

@@ -337,3 +337,67 @@ fn demo_prints_a_slate() {
     assert_eq!(ranked.count(), 10, "{}", ran.out);
     assert!(ran.out.contains("recommended to a user never seen before"), "{}", ran.out);
 }
+
+#[test]
+fn slates_made_ahead_are_what_the_server_computes() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("slates");
+    let precompute = |users: &str, out: &Path| {
+        let bundle = path(bundle_path());
+        run(["precompute", bundle, "--users", users, "--n-items", "10,3", "--out", path(out)])
+    };
+    let list = dir.path().join("users");
+    std::fs::write(&list, "user-1\n\n user-2\nnobody\n").unwrap();
+    assert!(precompute(path(&list), &file).ok().out.contains("6 slates of 3 users"));
+    assert!(precompute("top:5", &dir.path().join("top")).ok().out.contains("10 slates of 5 users"));
+    assert!(precompute("top:x", &file).failed().contains("--users top:x"));
+    assert!(precompute("/nowhere", &file).failed().contains("/nowhere"));
+
+    let mut config = config();
+    config.cache.precomputed = file.clone();
+    let server = start(config.clone(), Default::default());
+    let mut client = client(&server);
+    let call = |user, n| tastemaker::api::RecommendCall::new(user, n);
+    let mut ask = |call: tastemaker::api::RecommendCall<'_>| {
+        let answer = client.recommend(&call).unwrap();
+        let items: Vec<_> = answer.items.iter().map(|item| (item.item_id.clone(), item.score, item.sources)).collect();
+        (answer.cache, answer.known_user, items)
+    };
+    for user in ["user-1", "user-2", "nobody"] {
+        for n in [10, 3] {
+            let (cache, known, items) = ask(call(user, n));
+            assert_eq!(cache, "precomputed");
+            let fresh = ask(tastemaker::api::RecommendCall { no_cache: true, ..call(user, n) });
+            assert_eq!(fresh, ("bypass".to_owned(), known, items));
+        }
+    }
+    assert_eq!(metric(&server, "recommendation_cache_hits_total{cache_level=\"precomputed\"}"), 6.0);
+    // Another length, a context, another user: not made.
+    assert_eq!(ask(call("user-1", 4)).0, "miss");
+    assert_eq!(ask(tastemaker::api::RecommendCall { context: &[("device", "tv")], ..call("user-1", 10) }).0, "miss");
+    assert_eq!(ask(call("user-3", 10)).0, "miss");
+    // Nor for one of whom something new is known.
+    let (_, _, before) = ask(call("user-2", 10));
+    let event = tastemaker::api::Event::new("user-2", &before[0].0, "click");
+    common::client(&server).put_events(&[event], false).unwrap();
+    let (cache, _, after) = ask(call("user-2", 10));
+    assert_eq!(cache, "miss");
+    assert!(after.iter().all(|item| item.0 != before[0].0));
+    server.shut_down().unwrap();
+
+    // Made under another configuration, or too long ago: not served.
+    let mut other = config.clone();
+    other.pipeline.trending_k += 1;
+    let mut old = config.clone();
+    old.cache.precomputed_max_age_seconds = 1;
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    for config in [other, old] {
+        let server = start(config, Default::default());
+        let answer = common::client(&server).recommend(&call("user-1", 10)).unwrap();
+        assert_eq!(answer.cache, "miss");
+        server.shut_down().unwrap();
+    }
+    std::fs::write(&file, "no slates").unwrap();
+    let error = tastemaker::server::Server::start(generation(), config, Default::default()).err().unwrap();
+    assert!(format!("{error:#}").contains("cache.precomputed"), "{error:#}");
+}

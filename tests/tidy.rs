@@ -58,6 +58,7 @@ fn unsafe_is_fenced() {
         "src/ranking/dense/kernels.rs",
         "src/ranking/dense/kernels/x86.rs",
         "src/ranking/trees.rs",
+        "src/cache/precomputed.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
     ];

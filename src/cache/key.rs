@@ -1,12 +1,33 @@
 //! What makes two requests the same.
 
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_128};
 
+use crate::config::Config;
 use crate::device::Context;
+use crate::state::EventsConfig;
 
 /// 128 bits of xxh3 over an unambiguous encoding of the request. Two of a billion different keys collide with a
 /// probability of about 1e-21; the hash is not keyed, so it is no defence against somebody who makes collisions on purpose.
 pub type CacheKey = u128;
+
+/// Names everything but the request and the user that shapes an answer: the bundle, and what of the configuration matters.
+///
+/// # Errors
+/// A configuration that can't be written down; there is none.
+pub fn scope(generation: &str, config: &Config) -> serde_json::Result<String> {
+    // Where events are kept and carried to differs from replica to replica.
+    let EventsConfig {
+        history_per_user, kinds, trending_half_life_hours, fold_in_alpha, fold_in_regularization, ..
+    } = &config.events;
+    let events = (history_per_user, kinds, trending_half_life_hours, fold_in_alpha, fold_in_regularization);
+    let shaping = serde_json::to_string(&(&config.pipeline, &config.rerank, events))?;
+    Ok(format!("{generation} {:016x}", xxh3_64(shaping.as_bytes())))
+}
+
+/// The key of a scope itself.
+pub fn of_scope(scope: &str) -> CacheKey {
+    xxh3_128(scope.as_bytes())
+}
 
 /// The key of a recommendation. `generation` names the bundle and everything else that shapes the answer; `user_version` what is
 /// known of the user, so that an event puts whatever was cached before it out of reach.

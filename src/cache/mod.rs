@@ -2,9 +2,12 @@
 
 pub mod key;
 pub mod memory;
+pub mod precomputed;
 pub mod redis;
 pub mod singleflight;
 pub mod value;
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +26,10 @@ pub struct CacheConfig {
     pub ttl_seconds: u32,
     /// How long after that a result is still served while it is computed anew. 0 to 86400, default 30.
     pub stale_seconds: u32,
+    /// File of slates made by `tastemaker precompute`, asked where the memory knows nothing. Empty, the default: none.
+    pub precomputed: PathBuf,
+    /// How long after it was made that file is served, seconds. 1 to 31536000, default 86400.
+    pub precomputed_max_age_seconds: u32,
     /// Redis behind it, for several replicas.
     pub redis: RedisConfig,
 }
@@ -34,6 +41,8 @@ impl Default for CacheConfig {
             capacity_bytes: 64 << 20,
             ttl_seconds: 300,
             stale_seconds: 30,
+            precomputed: PathBuf::new(),
+            precomputed_max_age_seconds: 86_400,
             redis: RedisConfig::default(),
         }
     }
@@ -48,7 +57,11 @@ impl CacheConfig {
         if !((1 << 20)..=(1 << 40)).contains(&self.capacity_bytes) {
             return Err(format!("cache.capacity_bytes is {}, expected 1 MiB to 1 TiB", self.capacity_bytes));
         }
-        let ranges = [("ttl_seconds", self.ttl_seconds, 1, 86_400), ("stale_seconds", self.stale_seconds, 0, 86_400)];
+        let ranges = [
+            ("ttl_seconds", self.ttl_seconds, 1, 86_400),
+            ("stale_seconds", self.stale_seconds, 0, 86_400),
+            ("precomputed_max_age_seconds", self.precomputed_max_age_seconds, 1, 31_536_000),
+        ];
         in_range("cache", ranges)?;
         self.redis.validate()
     }

@@ -16,6 +16,7 @@ mod demo;
 mod eval;
 mod features;
 mod inspect;
+mod precompute;
 pub mod progress;
 mod recommend;
 mod serve;
@@ -58,6 +59,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Validate a configuration file, and its rules against a bundle.
     Check(check::Check),
+    /// Make slates ahead of time for a server to serve.
+    Precompute(precompute::Precompute),
     /// Export the ranker's feature columns for given users, to train on what serving computes.
     Features(features::Features),
 }
@@ -76,6 +79,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Tune(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),
+        Command::Precompute(command) => command.run(),
         Command::Features(command) => command.run(),
     };
     // Buffered output may only now find out.

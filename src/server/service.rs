@@ -6,19 +6,20 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::completions::{Completion, Completions};
 use super::index::IndexAdmin;
 use crate::api::{CacheStatus, Call, EventsCall, InferCall, Outcome, RecommendCall, Slate, Ticket};
+use crate::cache::CacheConfig;
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
+use crate::cache::precomputed::Precomputed;
 use crate::cache::redis::{FoundSink, RedisCache};
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
 use crate::cache::value;
 use crate::catalog::generation::Generation;
 use crate::config::Config;
-use crate::context::Deadline;
+use crate::context::{Deadline, now_ms};
 use crate::device::ring::JobQueue;
 use crate::device::worker::JobSink;
 use crate::device::{Job, Task};
@@ -58,6 +59,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What events changed.
     pub live: Arc<LiveState>,
+    /// Slates made ahead of time.
+    pub precomputed: Option<Precomputed>,
     /// To the event log.
     pub events: Arc<EventQueue>,
 }
@@ -74,14 +77,16 @@ impl Shared {
         let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
         let live = LiveState::new(generation.clone(), config.events.clone());
         let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
+        let scope = key::scope(&generation.version, &config)?;
         Ok(Shared {
+            precomputed: precomputed(&config.cache, &scope)?,
             models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
             reranker: Reranker::compile(&config.rerank, &generation)?,
             jobs: JobQueue::new(per_shard * n_shards, n_shards),
             completions: completions.context("making an eventfd")?,
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
             redis: RedisCache::new(&config.cache).map(Arc::new),
-            scope: scope(&generation.version, &config)?,
+            scope,
             flights: SingleFlight::default(),
             index: Arc::new(IndexAdmin::new(generation.clone())),
             metrics: Metrics::new(n_shards, rankers),
@@ -103,6 +108,16 @@ impl Shared {
 }
 
 impl Shared {
+    /// A slate made ahead of time, while it is fresh.
+    fn made_ahead(&self, key: CacheKey) -> Option<Slate> {
+        let file = self.precomputed.as_ref()?;
+        let age = (now_ms() / 1000).saturating_sub(file.made() as i64);
+        if age > i64::from(self.config.cache.precomputed_max_age_seconds) {
+            return None;
+        }
+        file.get(key, &self.generation)
+    }
+
     fn complete(&self, shard: u16, completion: Completion) {
         if let Some(completions) = self.completions.get(usize::from(shard)) {
             completions.push(completion);
@@ -110,10 +125,18 @@ impl Shared {
     }
 }
 
-/// Names everything but the request and the user that shapes an answer.
-fn scope(generation: &str, config: &Config) -> anyhow::Result<String> {
-    let shaping = serde_json::to_string(&(&config.pipeline, &config.rerank, &config.events))?;
-    Ok(format!("{generation} {:016x}", xxh3_64(shaping.as_bytes())))
+/// Opens the file of slates, where one is configured.
+fn precomputed(config: &CacheConfig, scope: &str) -> anyhow::Result<Option<Precomputed>> {
+    if !config.enabled || config.precomputed.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let file = Precomputed::open(&config.precomputed).context("cache.precomputed")?;
+    let (slates, name) = (file.len(), config.precomputed.display());
+    match file.scope() == key::of_scope(scope) {
+        true => tracing::info!(file = %name, slates, "slates made ahead of time"),
+        false => tracing::warn!(file = %name, "made for another bundle or configuration: none of its slates is served"),
+    }
+    Ok(Some(file))
 }
 
 impl FoundSink for Shared {
@@ -347,6 +370,12 @@ impl Service {
                             return Some(Outcome::Slate(slate, CacheStatus::Stale));
                         }
                         past => stale = past.map(|(slate, _)| slate),
+                    }
+                    if stale.is_none()
+                        && let Some(slate) = shared.made_ahead(of)
+                    {
+                        pool.push(job);
+                        return Some(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed));
                     }
                     plan.key = Some(of);
                 }

@@ -137,6 +137,7 @@ pub struct ShardMetrics {
     cache_hits: AtomicU64,
     l2_hits: AtomicU64,
     stale_hits: AtomicU64,
+    precomputed_hits: AtomicU64,
     cache_misses: AtomicU64,
     shared: AtomicU64,
     candidates: [Histogram<6>; Source::COUNT],
@@ -166,6 +167,7 @@ impl ShardMetrics {
             cache_hits: AtomicU64::new(0),
             l2_hits: AtomicU64::new(0),
             stale_hits: AtomicU64::new(0),
+            precomputed_hits: AtomicU64::new(0),
             cache_misses: AtomicU64::new(0),
             shared: AtomicU64::new(0),
             candidates: Default::default(),
@@ -203,6 +205,7 @@ impl ShardMetrics {
     fn record_slate(&self, slate: &Slate, cache: CacheStatus) {
         match cache {
             CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
+            CacheStatus::Precomputed => self.precomputed_hits.fetch_add(1, Relaxed),
             CacheStatus::L2 => self.l2_hits.fetch_add(1, Relaxed),
             CacheStatus::Stale => self.stale_hits.fetch_add(1, Relaxed),
             CacheStatus::Miss => self.cache_misses.fetch_add(1, Relaxed),
@@ -394,6 +397,8 @@ impl Metrics {
         head(o, "recommendation_cache_hits_total", "counter", "Cache hits");
         line(o, "recommendation_cache_hits_total", "cache_level=\"l1\"", self.sum(|m| &m.cache_hits));
         line(o, "recommendation_cache_hits_total", "cache_level=\"l2\"", self.sum(|m| &m.l2_hits));
+        let precomputed = self.sum(|m| &m.precomputed_hits);
+        line(o, "recommendation_cache_hits_total", "cache_level=\"precomputed\"", precomputed);
         line(o, "recommendation_cache_hits_total", "cache_level=\"stale\"", self.sum(|m| &m.stale_hits));
         head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
         for (at, ranker) in self.rankers.iter().enumerate() {

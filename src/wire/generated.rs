@@ -15,15 +15,16 @@ extern crate alloc;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 pub const ENUM_MIN_CACHE: u8 = 0;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
-pub const ENUM_MAX_CACHE: u8 = 4;
+pub const ENUM_MAX_CACHE: u8 = 5;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 #[allow(non_camel_case_types)]
-pub const ENUM_VALUES_CACHE: [Cache; 5] = [
+pub const ENUM_VALUES_CACHE: [Cache; 6] = [
   Cache::Miss,
   Cache::L1,
   Cache::Bypass,
   Cache::L2,
   Cache::Stale,
+  Cache::Precomputed,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -36,15 +37,17 @@ impl Cache {
   pub const Bypass: Self = Self(2);
   pub const L2: Self = Self(3);
   pub const Stale: Self = Self(4);
+  pub const Precomputed: Self = Self(5);
 
   pub const ENUM_MIN: u8 = 0;
-  pub const ENUM_MAX: u8 = 4;
+  pub const ENUM_MAX: u8 = 5;
   pub const ENUM_VALUES: &'static [Self] = &[
     Self::Miss,
     Self::L1,
     Self::Bypass,
     Self::L2,
     Self::Stale,
+    Self::Precomputed,
   ];
   /// Returns the variant's name or "" if unknown.
   pub fn variant_name(self) -> Option<&'static str> {
@@ -54,6 +57,7 @@ impl Cache {
       Self::Bypass => Some("Bypass"),
       Self::L2 => Some("L2"),
       Self::Stale => Some("Stale"),
+      Self::Precomputed => Some("Precomputed"),
       _ => None,
     }
   }

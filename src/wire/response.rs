@@ -98,6 +98,7 @@ fn encode_slate<'b>(
             CacheStatus::Miss => schema::Cache::Miss,
             CacheStatus::L1 => schema::Cache::L1,
             CacheStatus::L2 => schema::Cache::L2,
+            CacheStatus::Precomputed => schema::Cache::Precomputed,
             CacheStatus::Stale => schema::Cache::Stale,
             CacheStatus::Bypass => schema::Cache::Bypass,
         },
