@@ -9,6 +9,7 @@ use crate::catalog::generation::Generation;
 use crate::context::{Degradation, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
+pub use crate::state::change::{Change, Kind, Value};
 pub use crate::state::event::Event;
 pub use crate::state::live::Receipt;
 
@@ -27,6 +28,8 @@ pub enum Call<'a> {
     Rank(RankCall<'a>),
     /// What users did.
     Events(EventsCall<'a>),
+    /// Items or users that come, change or go.
+    Change(ChangeCall<'a>),
 }
 
 /// Asks for a slate.
@@ -138,6 +141,17 @@ pub struct RankCall<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct EventsCall<'a> {
     /// The events, checked, as [`crate::state::event::Encoder`] makes them.
+    pub record: &'a [u8],
+    /// Answer when they are on the disk.
+    pub durable: bool,
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
+/// Changes items or users. All entries are taken or none.
+#[derive(Clone, Copy, Debug)]
+pub struct ChangeCall<'a> {
+    /// The entries, within limits, as [`crate::state::change::Encoder`] makes them.
     pub record: &'a [u8],
     /// Answer when they are on the disk.
     pub durable: bool,
@@ -308,6 +322,8 @@ pub enum Outcome {
     Inferred(Arc<[f32]>),
     /// For [`Call::Events`].
     Received(Receipt),
+    /// For [`Call::Change`].
+    Changed(Receipt),
     /// Any of them.
     Failed(Error),
 }

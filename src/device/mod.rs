@@ -13,6 +13,7 @@ use crate::api::Ticket;
 use crate::candidates::{Candidates, Scored, Source};
 use crate::catalog::conditions::Test;
 use crate::catalog::generation::{Generation, Interaction};
+use crate::catalog::live::LiveItems;
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
@@ -79,6 +80,8 @@ pub struct Job {
     pub query: String,
     /// What a search starts from and may return.
     pub search: PlannedSearch,
+    /// Items as they stood when it was planned, where any changed; set by whoever plans it, before.
+    pub items: Option<Arc<LiveItems>>,
     /// What is popular because of events, if there were any.
     pub trending: Option<Arc<LiveTrending>>,
     /// What must not be retrieved, beside what the user has seen.
@@ -108,6 +111,7 @@ impl Job {
             context: Context::default(),
             query: String::new(),
             search: PlannedSearch::default(),
+            items: None,
             trending: None,
             filter: HardFilter::default(),
             ranked: Ranked::default(),
@@ -117,7 +121,7 @@ impl Job {
         }
     }
 
-    /// Empties the job for another use and keeps its memory.
+    /// Empties the job for another use and keeps its memory, and [`Self::items`].
     pub fn reset(&mut self) {
         self.user.row = None;
         self.user.vector.clear();

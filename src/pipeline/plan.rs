@@ -9,6 +9,7 @@ use super::PipelineConfig;
 use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use crate::catalog::conditions::{self, Test, UnknownValue};
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
+use crate::catalog::live;
 use crate::context::{Deadline, Stage};
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
@@ -24,7 +25,7 @@ pub const MAX_RESULTS: usize = 32_768;
 /// Time for a call in process that names no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// Plans a recommendation into a recycled job. `job.context` and `job.deadline` are set here too.
+/// Plans a recommendation into a recycled job, whose `items` are set. `job.context` and `job.deadline` are set here too.
 ///
 /// # Errors
 /// A slate length out of range.
@@ -42,7 +43,7 @@ pub fn recommend(
     job.context.assign(call.context);
     job.query.push_str(call.query.unwrap_or_default().trim());
     job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
-    job.filter = reranker.hard_filter(&job.context);
+    job.filter = reranker.hard_filter(&job.context, job.items.as_ref());
     job.trending = live.and_then(LiveState::trending);
     resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
@@ -140,7 +141,8 @@ fn start(
             vectors.extend_from_slice(values);
         }
         SearchBy::Item(id) => {
-            let row = generation.items.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such item"))?;
+            let row = live::row_of(&generation.items.ids, job.items.as_deref(), id)
+                .ok_or(Error::fixed(Code::NotFound, "no such item"))?;
             items.extend_row(row, vectors);
             job.search.exclude = Some(row);
         }
@@ -210,7 +212,8 @@ pub fn rank(
     };
     begin(job, generation, call.deadline, now);
     job.context.assign(call.context);
-    let rows = call.item_ids.iter().map(|id| generation.items.ids.row(id).unwrap_or(NO_ROW)).collect();
+    let row = |id: &&str| live::row_of(&generation.items.ids, job.items.as_deref(), id).unwrap_or(NO_ROW);
+    let rows = call.item_ids.iter().map(row).collect();
     job.task = Task::Rank { rows, ranker };
     resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);

@@ -1,21 +1,25 @@
-//! What users did since the bundle was built.
+//! What users did since the bundle was built, and what became of items.
 //!
 //! One thread writes, all read: users lie in stripes with a lock each, held for the copy of a history.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::EventsConfig;
+use super::change::{self, Change, Kind};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
+use super::items::{Catalogue, Changed};
+use super::log::Logged;
 use super::trending::{Counts, LiveTrending};
 use crate::catalog::generation::Generation;
+use crate::catalog::live::LiveItems;
 
 const STRIPES: usize = 256;
 
@@ -29,6 +33,10 @@ pub struct LiveState {
     changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
     counts: Mutex<Counts>,
+    catalogue: Mutex<Catalogue>,
+    /// See [`LiveState::items`].
+    items: RwLock<Option<Arc<LiveItems>>>,
+    has_items: AtomicBool,
 }
 
 impl std::fmt::Debug for LiveState {
@@ -93,15 +101,17 @@ pub enum Effect {
     Nothing,
 }
 
-/// What the events of a call did.
+/// What the events or changes of a call did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Receipt {
-    /// Events logged, all of them.
+    /// Entries logged, all of them.
     pub accepted: u32,
     /// Of these, repetitions of an event id, without effect.
     pub duplicates: u32,
-    /// Of these, events of items that the catalogue does not have, without effect.
-    pub unknown_items: u32,
+    /// Of these, without effect: events of items that the catalogue does not have; deletions of what nobody knows.
+    pub unknown: u32,
+    /// Of these, upserts of what was not known.
+    pub created: u32,
     /// Whether they are on the disk.
     pub durable: bool,
 }
@@ -118,6 +128,9 @@ impl LiveState {
             n_entries: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             trending: RwLock::new(None),
+            catalogue: Mutex::default(),
+            items: RwLock::new(None),
+            has_items: AtomicBool::new(false),
         }
     }
 
@@ -182,19 +195,66 @@ impl LiveState {
         }
     }
 
-    /// Applies a record of the log.
+    /// Items as they stand; `None` where all are as in the bundle.
+    pub fn items(&self) -> Option<Arc<LiveItems>> {
+        if self.has_items.load(Acquire) { self.items.read().clone() } else { None }
+    }
+
+    /// Shows the changes of items since the last call to all calls that begin from now on; for one thread alone.
+    pub fn publish(&self) {
+        if let Some(fresh) = self.catalogue.lock().take_changed() {
+            let before = self.items.write().replace(Arc::new(fresh));
+            self.has_items.store(true, Release);
+            drop(before);
+        }
+    }
+
+    /// Applies a record; changes of items are seen after [`Self::publish`]. For one thread alone.
     ///
     /// # Errors
-    /// It is not a record of events; those before the damage took effect.
+    /// It is none; entries before the damage took effect.
     pub fn apply_record(&self, record: &[u8]) -> Result<Receipt, Damaged> {
+        match Kind::of(record)? {
+            (Kind::Events, body) => self.apply_events(body),
+            (kind, body) => self.apply_changes(kind, body),
+        }
+    }
+
+    /// The same for a record of the log as it is read again.
+    ///
+    /// # Errors
+    /// As [`Self::apply_record`].
+    pub fn replay(&self, record: Logged<'_>) -> Result<Receipt, Damaged> {
+        match record.format {
+            1 => self.apply_events(record.payload),
+            _ => self.apply_record(record.payload),
+        }
+    }
+
+    fn apply_events(&self, body: &[u8]) -> Result<Receipt, Damaged> {
         let mut receipt = Receipt::default();
-        event::decode(record, |event| {
+        event::decode_body(body, |event| {
             receipt.accepted += 1;
             match self.apply(event) {
                 Effect::Duplicate => receipt.duplicates += 1,
-                Effect::UnknownItem => receipt.unknown_items += 1,
+                Effect::UnknownItem => receipt.unknown += 1,
                 Effect::Applied | Effect::Nothing => {}
             }
+        })?;
+        Ok(receipt)
+    }
+
+    fn apply_changes(&self, kind: Kind, body: &[u8]) -> Result<Receipt, Damaged> {
+        let mut receipt = Receipt::default();
+        let mut catalogue = self.catalogue.lock();
+        change::decode(body, |change: &Change<'_>| {
+            receipt.accepted += 1;
+            let changed = match kind {
+                Kind::DeleteItems => catalogue.delete(&self.generation, change),
+                _ => return Err(Damaged),
+            };
+            receipt.unknown += u32::from(changed == Changed::Unknown);
+            Ok(())
         })?;
         Ok(receipt)
     }
@@ -321,7 +381,7 @@ mod tests {
         );
         let again = record(&[first, Event { event_id: "e2", ..Event::new("a", "x", "like") }], 1);
         let receipt = state.apply_record(&again).unwrap();
-        assert_eq!(receipt, Receipt { accepted: 2, duplicates: 1, unknown_items: 1, durable: false });
+        assert_eq!(receipt, Receipt { accepted: 2, duplicates: 1, unknown: 1, ..Receipt::default() });
     }
 
     #[test]

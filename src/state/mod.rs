@@ -1,10 +1,13 @@
-//! Live state above the immutable bundle: events, what they say of users, and what is popular because of them.
+//! Live state above the immutable bundle: events, what they say of users, and what is popular because of them; items and users that
+//! came, changed or went.
 //!
-//! Shards check events and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
+//! Shards check events and changes and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
 //! ([`live`]) and answers. A start replays the log through the same code.
 
+pub mod change;
 pub mod event;
 pub mod fold_in;
+pub mod items;
 pub mod live;
 pub mod log;
 pub mod trending;

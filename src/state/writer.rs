@@ -1,4 +1,4 @@
-//! The thread that owns the log: one order for all events.
+//! The thread that owns the log: one order for all events and changes.
 //!
 //! Calls that wait are taken together: appended in one write, applied, answered; those that are to be durable after one
 //! sync for all of them.
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
+use super::change::Kind;
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use crate::api::Ticket;
@@ -26,7 +27,7 @@ const BATCH: usize = 512;
 /// A call on its way to the log.
 #[derive(Debug)]
 pub struct Submission {
-    /// What [`super::event::Encoder`] made of its events.
+    /// What [`super::event::Encoder`] or [`super::change::Encoder`] made of it.
     pub record: Vec<u8>,
     /// Whether the answer waits for the disk.
     pub durable: bool,
@@ -56,6 +57,8 @@ pub struct EventCounters {
     pub unknown_items: AtomicU64,
     /// Calls that the log refused.
     pub refused: AtomicU64,
+    /// Entries of changes applied, by [`Kind`].
+    pub changes: [AtomicU64; 6],
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
     /// Syncs, and nanoseconds in them.
@@ -121,14 +124,15 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
         max_age: (!max_age.is_zero()).then_some(max_age),
     };
     let (started, mut applied, mut unreadable) = (Instant::now(), Receipt::default(), 0u64);
-    let opened = EventLog::open(&config.log_dir, limits, |record| match state.apply_record(record) {
+    let opened = EventLog::open(&config.log_dir, limits, |record| match state.replay(record) {
         Ok(receipt) => {
             applied.accepted += receipt.accepted;
             applied.duplicates += receipt.duplicates;
-            applied.unknown_items += receipt.unknown_items;
+            applied.unknown += receipt.unknown;
         }
         Err(_) => unreadable += 1,
     });
+    state.publish();
     let (log, found) = opened.context("opening the event log (events.log_dir)")?;
     state.refresh_trending(now_ms());
     tracing::info!(
@@ -136,7 +140,7 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
         records = found.records,
         events = applied.accepted,
         duplicates = applied.duplicates,
-        unknown_items = applied.unknown_items,
+        unknown_items = applied.unknown,
         torn_bytes = found.torn_bytes,
         users = state.n_users(),
         ms = started.elapsed().as_millis() as u64,
@@ -241,8 +245,10 @@ impl Writer<'_> {
         }
         self.unsynced = self.unsynced.or(self.log.is_some().then(Instant::now));
         let mut waiting = Vec::new();
-        for Submission { record, durable, shard, ticket } in batch.drain(..) {
-            let result = self.apply(&record);
+        let applied: Vec<_> = batch.drain(..).map(|submission| (self.apply(&submission.record), submission)).collect();
+        // Whoever is answered finds the change.
+        self.state.publish();
+        for (result, Submission { durable, shard, ticket, .. }) in applied {
             match durable {
                 true => waiting.push((shard, ticket, result)),
                 false => self.sink.deliver(shard, ticket, result),
@@ -271,9 +277,16 @@ impl Writer<'_> {
             return Err(Error::fixed(Code::Internal, "the events could not be applied"));
         };
         let counters = &self.queue.counters;
-        counters.accepted.fetch_add(u64::from(receipt.accepted), Relaxed);
-        counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
-        counters.unknown_items.fetch_add(u64::from(receipt.unknown_items), Relaxed);
+        let accepted = u64::from(receipt.accepted);
+        match Kind::of(record) {
+            Ok((Kind::Events, _)) => {
+                counters.accepted.fetch_add(accepted, Relaxed);
+                counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
+                counters.unknown_items.fetch_add(u64::from(receipt.unknown), Relaxed);
+            }
+            Ok((kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
+            Err(_) => {}
+        }
         Ok(receipt)
     }
 
