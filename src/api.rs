@@ -231,7 +231,7 @@ pub struct Slate {
     pub degraded: Vec<Degradation>,
     /// Where the time went when it was computed.
     pub timings: StageTimings,
-    /// Whether the user had a row in the generation.
+    /// Whether the generation or an upsert knew the user.
     pub known_user: bool,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,

@@ -10,9 +10,10 @@ use common::*;
 use parking_lot::RwLock;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tastemaker::api::{Call, RankCall, Receipt, RecommendCall, SearchBy, SearchCall};
+use tastemaker::api::{Call, Change, Kind, RankCall, Receipt, RecommendCall, SearchBy, SearchCall};
 use tastemaker::config::Config;
-use tastemaker::server::Options;
+use tastemaker::index::{Filter, SearchParams, SearchScratch};
+use tastemaker::server::{Options, Server};
 use tastemaker::wire::client::{Answer, Client, ClientError};
 use tastemaker::wire::request::Request;
 
@@ -202,5 +203,99 @@ fn a_restart_knows_what_was_deleted() {
     let server = start(logged(work.path()), Options::default());
     assert_eq!(slate(&mut client(&server), RecommendCall::new("user-1", 5)), second);
     assert!(first.iter().all(|id| !second.contains(id)));
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn an_upserted_user_is_served_by_what_was_said() {
+    let server = start(config(), Options::default());
+    let mut client = client(&server);
+    let generation = generation();
+    let matrix = generation.user_embeddings.as_ref().unwrap();
+    let vector = |row: u32| {
+        let mut vector = Vec::new();
+        matrix.extend_row(row, &mut vector);
+        vector
+    };
+    let near = |client: &mut Client, user: &str| {
+        let call = SearchCall::new(SearchBy::User(user), 20);
+        client.search(&call).map(|found| found[0].iter().map(|(id, _)| id.clone()).collect::<Vec<_>>())
+    };
+    let cold = slate(&mut client, RecommendCall::new("new", 10));
+    assert!(near(&mut client, "new").is_err());
+    // A new user with the vector of a known one, and that one with another's.
+    let user = |id, vector| Change { vector: Some(vector), ..Change::of(id) };
+    let (five, nine) = (vector(5), vector(9));
+    let receipt = client.change(Kind::UpsertUsers, &[user("new", &five), user("user-5", &nine)], false).unwrap();
+    assert_eq!(receipt, Receipt { accepted: 2, created: 1, ..Receipt::default() });
+    let warm = client.recommend(&RecommendCall::new("new", 10)).unwrap();
+    assert!(warm.known_user && warm.cache == "miss");
+    assert_ne!(warm.items.iter().map(|item| item.item_id.clone()).collect::<Vec<_>>(), cold);
+    let by = |vector: &[f32]| {
+        let mut found = Vec::new();
+        let index = generation.index().unwrap();
+        index.search(vector, 20, Filter::ALL, &SearchParams::default(), &mut SearchScratch::default(), &mut found);
+        found.iter().map(|found| generation.items.ids.id(found.row).to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(near(&mut client, "new").unwrap(), by(&five));
+    let found = near(&mut client, "user-5").unwrap();
+    let seen: HashSet<&str> = generation.histories.of(5).map(|entry| generation.items.ids.id(entry.row)).collect();
+    let want: Vec<String> = by(&nine).into_iter().filter(|id| !seen.contains(id.as_str())).collect();
+    assert_eq!(found[..want.len()], want[..]);
+    // Forgotten, both are nobody.
+    let gone = [Change::of("new"), Change::of("user-5"), Change::of("who")];
+    let receipt = client.change(Kind::DeleteUsers, &gone, false).unwrap();
+    assert_eq!(receipt, Receipt { accepted: 3, unknown: 1, ..Receipt::default() });
+    for user in ["new", "user-5"] {
+        let answer = client.recommend(&RecommendCall::new(user, 10)).unwrap();
+        assert!(!answer.known_user);
+        assert_eq!(answer.items.into_iter().map(|item| item.item_id).collect::<Vec<_>>(), cold, "{user}");
+    }
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn what_does_not_fit_is_refused_as_a_whole() {
+    let mut config = config();
+    config.state.live_users_max = 3;
+    let server = start(config, Options::default());
+    let mut client = client(&server);
+    let refused = |body: &str| {
+        let response = http(server.addrs.http, "PUT", "/v1/users", body);
+        (response.status, response.body)
+    };
+    let half =
+        r#"{"users":[{"user_id":"a","embedding":[0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0]},{"user_id":"b","embedding":[1]}]}"#;
+    let (status, text) = refused(half);
+    assert!(status == 400 && text.contains("users[1].embedding: has 1 values, the catalogue's have 16"), "{text}");
+    let (status, text) = refused(r#"{"users":[{"user_id":"a","columns":{"agee":1}}]}"#);
+    assert!(status == 400 && text.contains("users[0].columns.agee: the bundle has no such column"), "{text}");
+    assert_eq!(server.shared().live.n_profiles(), 0);
+    let users = ["a", "b", "c"].map(Change::of);
+    client.change(Kind::UpsertUsers, &users, false).unwrap();
+    client.change(Kind::UpsertUsers, &users[..1], false).unwrap();
+    let ClientError::Server { name, retryable, message, .. } =
+        client.change(Kind::UpsertUsers, &[Change::of("d")], false).unwrap_err()
+    else {
+        panic!()
+    };
+    assert_eq!((name.as_str(), retryable), ("unavailable", true));
+    assert!(message.contains("state.live_users_max is 3"), "{message}");
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn users_survive_a_restart() {
+    let work = tempfile::tempdir().unwrap();
+    let server = start(logged(work.path()), Options::default());
+    let vector = [0.25; 16];
+    let change = Change { vector: Some(&vector), ..Change::of("new") };
+    assert!(client(&server).change(Kind::UpsertUsers, &[change], true).unwrap().durable);
+    client(&server).change(Kind::DeleteUsers, &[Change::of("user-3")], true).unwrap();
+    let versions = |server: &Server| ["new", "user-3"].map(|id| server.shared().live.version_of(id));
+    let before = versions(&server);
+    server.shut_down().unwrap();
+    let server = start(logged(work.path()), Options::default());
+    assert!(before.iter().all(|version| *version != 0) && versions(&server) == before);
     server.shut_down().unwrap();
 }

@@ -19,6 +19,7 @@ use crate::error::Error;
 use crate::index::SearchParams;
 use crate::rerank::HardFilter;
 use crate::state::trending::LiveTrending;
+use crate::state::users::Profile;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
 ///
@@ -127,6 +128,7 @@ impl Job {
         self.user.vector.clear();
         self.user.history.clear();
         self.user.seen.clear();
+        self.user.profile = None;
         self.user.fold_in = false;
         self.query.clear();
         self.search.clear();
@@ -177,7 +179,7 @@ pub enum Task {
 /// The user of a job. Devices read users from here only, so that live state can differ from the generation.
 #[derive(Clone, Debug, Default)]
 pub struct PlannedUser {
-    /// Row in the generation, for its feature columns; `None`: defaults.
+    /// Row in the generation, for its feature columns where the profile has none; `None`: defaults.
     pub row: Option<u32>,
     /// f32 `[dim]`; empty when unknown: the ANN source is then silent.
     pub vector: Vec<f32>,
@@ -185,8 +187,22 @@ pub struct PlannedUser {
     pub history: Vec<Interaction>,
     /// Everything already seen, ascending; never recommended.
     pub seen: Vec<u32>,
+    /// What was upserted of the user.
+    pub profile: Option<Arc<Profile>>,
     /// Events changed the history: the vector is still the trained one, or empty, and to be computed from it.
     pub fold_in: bool,
+}
+
+impl PlannedUser {
+    /// Whether the bundle or an upsert knows the user.
+    pub fn is_known(&self) -> bool {
+        self.row.is_some() || self.profile.as_ref().is_some_and(|profile| profile.is_known())
+    }
+
+    /// What was upserted of the number column at `column`, NaN where it is missing; `None`: nothing.
+    pub fn number(&self, column: usize) -> Option<f32> {
+        self.profile.as_ref()?.number(column)
+    }
 }
 
 /// A search, resolved as far as a shard has time for.

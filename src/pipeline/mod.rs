@@ -184,7 +184,7 @@ pub fn finish_recommend(
         items,
         degraded: job.degraded.to_vec(),
         timings: job.timings,
-        known_user: job.user.row.is_some(),
+        known_user: job.user.is_known(),
         n_candidates: job.ranked.n_candidates,
         coverage: 1.0 - job.ranked.uncovered,
     })

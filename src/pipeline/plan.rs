@@ -16,6 +16,7 @@ use crate::error::{Code, Error};
 use crate::rerank::Reranker;
 use crate::state::LiveState;
 use crate::state::live::Entry;
+use crate::state::users::Profile;
 use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
@@ -151,7 +152,7 @@ fn start(
             resolve_user(id, generation, live, config, job);
             return match job.user.fold_in || !job.user.vector.is_empty() {
                 true => Ok(()),
-                false if job.user.row.is_none() => Err(Error::fixed(Code::NotFound, "no such user")),
+                false if !job.user.is_known() => Err(Error::fixed(Code::NotFound, "no such user")),
                 false => Err(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings")),
             };
         }
@@ -243,13 +244,24 @@ fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>
     job.enqueued = now;
 }
 
-/// The user as trained, and what events added: an item that came again stands where it came last.
+/// The user as trained or upserted, and what events added: an item that came again stands where it came last.
 fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, config: &PipelineConfig, job: &mut Job) {
     let user = &mut job.user;
     user.row = generation.users.ids.row(id);
     let mut events: SmallVec<[Entry; 128]> = SmallVec::new();
     if let Some(live) = live {
-        live.read(id, |user| events.extend_from_slice(user.entries()));
+        live.with_user(id, |of_events, profile| {
+            events.extend_from_slice(of_events.map_or(&[], |user| user.entries()));
+            user.profile = profile.cloned();
+        });
+    }
+    let profile = user.profile.as_deref();
+    if profile.is_some_and(Profile::is_forgotten) {
+        user.row = None;
+    }
+    let upserted = profile.and_then(Profile::vector);
+    if let Some(vector) = upserted {
+        user.vector.extend_from_slice(vector);
     }
     user.fold_in = !events.is_empty();
     let mut again: SmallVec<[u32; 128]> = events.iter().map(|entry| entry.row).collect();
@@ -258,6 +270,7 @@ fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, con
     if let Some(row) = user.row {
         if let Some(matrix) = &generation.user_embeddings
             && generation.item_embeddings.is_some()
+            && upserted.is_none()
         {
             matrix.extend_row(row, &mut user.vector);
         }
@@ -275,8 +288,8 @@ fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, con
 mod tests {
     use super::*;
     use crate::catalog::generation::{Entities, Histories, IdTable, testing};
-    use crate::state::EventsConfig;
     use crate::state::event::Event;
+    use crate::state::{EventsConfig, StateConfig};
 
     #[test]
     fn a_history_is_the_newest_of_training_and_events() {
@@ -291,7 +304,7 @@ mod tests {
             resolve_user(id, &generation, Some(live), &config, &mut job);
             (job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>(), job.user.seen)
         };
-        let live = LiveState::new(generation.clone(), EventsConfig::default());
+        let live = LiveState::new(generation.clone(), EventsConfig::default(), StateConfig::default());
         assert_eq!(resolved(&live, "u", 3), (vec![2, 3, 4], vec![0, 1, 2, 3, 4]));
         assert_eq!(resolved(&live, "v", 3), (vec![], vec![]));
         for item in ["2", "7"] {

@@ -631,6 +631,8 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 live_users: shared.live.n_users(),
                 live_entries: shared.live.n_entries(),
                 items_gone: shared.live.items().map_or(0, |items| items.n_gone()),
+                live_profiles: shared.live.n_profiles(),
+                profile_bytes: shared.live.profile_bytes(),
                 events: Some(&shared.events.counters),
                 redis: shared.redis.as_deref(),
                 generation: &shared.generation.version,

@@ -27,8 +27,8 @@ use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
-use crate::state::LiveState;
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
+use crate::state::{LiveState, schema};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
 
 /// What all shards share.
@@ -73,7 +73,7 @@ impl Shared {
         let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
         // Twice, so that a call that ran out of time and its slot's next one both fit.
         let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
-        let live = LiveState::new(generation.clone(), config.events.clone());
+        let live = LiveState::new(generation.clone(), config.events.clone(), config.state.clone());
         let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
         Ok(Shared {
             models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
@@ -182,14 +182,6 @@ struct Plan {
 impl Plan {
     fn of(endpoint: Endpoint) -> Self {
         Plan { endpoint, key: None, n_items: 0, explain: false }
-    }
-}
-
-/// Whether a change can be made.
-fn check_change(record: &[u8]) -> Result<(), Error> {
-    match Kind::of(record) {
-        Ok((Kind::DeleteItems, _)) => Ok(()),
-        _ => Err(Error::fixed(Code::BadRequest, "this server takes no such change")),
     }
 }
 
@@ -306,7 +298,7 @@ impl Service {
         let outcome = match call {
             _ if self.draining => Some(Outcome::Failed(DRAINING)),
             Call::Events(call) => self.receive(call.record, call.durable, call.deadline, endpoint, ticket, now),
-            Call::Change(call) => match check_change(call.record) {
+            Call::Change(call) => match schema::check(&self.shared.generation, call.record) {
                 Ok(()) => self.receive(call.record, call.durable, call.deadline, endpoint, ticket, now),
                 Err(error) => Some(Outcome::Failed(error)),
             },

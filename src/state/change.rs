@@ -88,6 +88,62 @@ pub enum Value<'a> {
     List(Vec<&'a str>),
 }
 
+impl Value<'_> {
+    /// For messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::Missing => "no value",
+            Value::Number(_) => "a number",
+            Value::Text(_) => "a string",
+            Value::List(_) => "a list",
+        }
+    }
+}
+
+/// A value that outlives its call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum OwnedValue {
+    /// See [`Value`].
+    Missing,
+    /// See [`Value`].
+    Number(f64),
+    /// See [`Value`].
+    Text(Box<str>),
+    /// See [`Value`].
+    List(Box<[Box<str>]>),
+}
+
+impl OwnedValue {
+    /// A copy.
+    pub fn of(value: &Value<'_>) -> Self {
+        match value {
+            Value::Missing => OwnedValue::Missing,
+            Value::Number(number) => OwnedValue::Number(*number),
+            Value::Text(text) => OwnedValue::Text((*text).into()),
+            Value::List(list) => OwnedValue::List(list.iter().map(|text| (*text).into()).collect()),
+        }
+    }
+
+    /// The value.
+    pub fn value(&self) -> Value<'_> {
+        match self {
+            OwnedValue::Missing => Value::Missing,
+            OwnedValue::Number(number) => Value::Number(*number),
+            OwnedValue::Text(text) => Value::Text(text),
+            OwnedValue::List(list) => Value::List(list.iter().map(|text| &**text).collect()),
+        }
+    }
+
+    /// Memory beyond its own size, bytes, about.
+    pub fn bytes(&self) -> usize {
+        match self {
+            OwnedValue::Missing | OwnedValue::Number(_) => 0,
+            OwnedValue::Text(text) => text.len(),
+            OwnedValue::List(list) => list.iter().map(|text| text.len() + 16).sum(),
+        }
+    }
+}
+
 /// One entry of a call.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Change<'a> {

@@ -16,6 +16,8 @@ pub struct Catalogue {
 pub enum Changed {
     /// It is in force.
     Applied,
+    /// So it is, and was not known before.
+    Created,
     /// Nobody knows the id.
     Unknown,
 }

@@ -11,13 +11,14 @@ use std::time::Instant;
 use parking_lot::{Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::EventsConfig;
 use super::change::{self, Change, Kind};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
 use super::items::{Catalogue, Changed};
 use super::log::Logged;
 use super::trending::{Counts, LiveTrending};
+use super::users::Profile;
+use super::{EventsConfig, StateConfig};
 use crate::catalog::generation::Generation;
 use crate::catalog::live::LiveItems;
 
@@ -27,9 +28,12 @@ const STRIPES: usize = 256;
 pub struct LiveState {
     generation: Arc<Generation>,
     config: EventsConfig,
-    stripes: Vec<Mutex<Stripe>>,
+    limits: StateConfig,
+    pub(super) stripes: Vec<Mutex<Stripe>>,
     n_users: AtomicUsize,
     n_entries: AtomicUsize,
+    pub(super) n_profiles: AtomicUsize,
+    pub(super) profile_bytes: AtomicUsize,
     changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
     counts: Mutex<Counts>,
@@ -46,8 +50,9 @@ impl std::fmt::Debug for LiveState {
 }
 
 #[derive(Default)]
-struct Stripe {
-    users: HashMap<Arc<str>, LiveUser>,
+pub(super) struct Stripe {
+    pub(super) users: HashMap<Arc<str>, LiveUser>,
+    pub(super) profiles: HashMap<Arc<str>, Arc<Profile>>,
     /// Every user once, with the last change that it had when it was put here: those that did not change since go first.
     order: VecDeque<(Arc<str>, u64)>,
 }
@@ -118,14 +123,17 @@ pub struct Receipt {
 
 impl LiveState {
     /// An empty state over a generation.
-    pub fn new(generation: Arc<Generation>, config: EventsConfig) -> Self {
+    pub fn new(generation: Arc<Generation>, config: EventsConfig, limits: StateConfig) -> Self {
         LiveState {
             counts: Mutex::new(Counts::new(config.trending_half_life_hours)),
             generation,
             config,
+            limits,
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             n_users: AtomicUsize::new(0),
             n_entries: AtomicUsize::new(0),
+            n_profiles: AtomicUsize::new(0),
+            profile_bytes: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             trending: RwLock::new(None),
             catalogue: Mutex::default(),
@@ -144,6 +152,16 @@ impl LiveState {
         &self.config
     }
 
+    /// What may be upserted.
+    pub fn limits(&self) -> &StateConfig {
+        &self.limits
+    }
+
+    /// Memory of the profiles, bytes, about.
+    pub fn profile_bytes(&self) -> usize {
+        self.profile_bytes.load(Relaxed)
+    }
+
     /// Users with events.
     pub fn n_users(&self) -> usize {
         self.n_users.load(Relaxed)
@@ -154,7 +172,7 @@ impl LiveState {
         self.n_entries.load(Relaxed)
     }
 
-    fn stripe(&self, user_id: &str) -> &Mutex<Stripe> {
+    pub(super) fn stripe(&self, user_id: &str) -> &Mutex<Stripe> {
         // Other bits than the map's.
         &self.stripes[(xxh3_64(user_id.as_bytes()) >> 48) as usize % STRIPES]
     }
@@ -167,9 +185,34 @@ impl LiveState {
         self.stripe(user_id).lock().users.get(user_id).map(read)
     }
 
-    /// Names what is known of a user, from its rows on: changes with every event that has an effect, 0 without any.
+    /// Reads what events and upserts say of a user.
+    pub fn with_user<R>(&self, user_id: &str, read: impl FnOnce(Option<&LiveUser>, Option<&Arc<Profile>>) -> R) -> R {
+        if self.n_users() == 0 && self.n_profiles() == 0 {
+            return read(None, None);
+        }
+        let stripe = self.stripe(user_id).lock();
+        read(stripe.users.get(user_id), stripe.profiles.get(user_id))
+    }
+
+    /// Names what is known of a user beside the bundle: changes with every event that has an effect and with every upsert, 0 without
+    /// any.
     pub fn version_of(&self, user_id: &str) -> u64 {
-        self.read(user_id, LiveUser::version).unwrap_or(0)
+        self.with_user(user_id, |events, profile| match (events.map_or(0, LiveUser::version), profile) {
+            (events, None) => events,
+            (events, Some(profile)) => {
+                let both = [events.to_le_bytes(), profile.digest().to_le_bytes()];
+                xxh3_64(both.as_flattened()).max(1)
+            }
+        })
+    }
+
+    /// Forgets what events said of a user; says whether there was something.
+    pub(super) fn drop_events(&self, stripe: &mut Stripe, id: &str) -> bool {
+        let Some(user) = stripe.users.remove(id) else { return false };
+        stripe.order.retain(|(other, _)| **other != *id);
+        self.n_users.fetch_sub(1, Relaxed);
+        self.n_entries.fetch_sub(user.entries.len(), Relaxed);
+        true
     }
 
     /// What is popular because of events; `None` before there are any.
@@ -251,9 +294,12 @@ impl LiveState {
             receipt.accepted += 1;
             let changed = match kind {
                 Kind::DeleteItems => catalogue.delete(&self.generation, change),
+                Kind::UpsertUsers => self.upsert_user(change),
+                Kind::DeleteUsers => self.delete_user(change.id, false),
                 _ => return Err(Damaged),
             };
             receipt.unknown += u32::from(changed == Changed::Unknown);
+            receipt.created += u32::from(changed == Changed::Created);
             Ok(())
         })?;
         Ok(receipt)
@@ -271,7 +317,7 @@ impl LiveState {
         let replaces = !kind.values.is_empty() || weight <= 0.0;
         let most = self.config.history_per_user as usize;
         let mut stripe = self.stripe(event.user_id).lock();
-        let Stripe { users, order } = &mut *stripe;
+        let Stripe { users, order, .. } = &mut *stripe;
         if !users.contains_key(event.user_id) {
             let id: Arc<str> = event.user_id.into();
             order.push_back((id.clone(), 0));
@@ -318,7 +364,7 @@ impl LiveState {
     }
 
     /// Forgets users of a stripe that holds more than its share, those first that did not change since they were last looked at.
-    fn evict(&self, Stripe { users, order }: &mut Stripe) {
+    fn evict(&self, Stripe { users, order, .. }: &mut Stripe) {
         let share = (self.config.max_users as usize).div_ceil(STRIPES);
         while users.len() > share {
             let Some((id, seen)) = order.pop_front() else { return };
@@ -341,7 +387,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn state(config: EventsConfig) -> LiveState {
-        LiveState::new(Arc::new(testing::plain(10)), config)
+        LiveState::new(Arc::new(testing::plain(10)), config, StateConfig::default())
     }
 
     fn rows(state: &LiveState, user: &str) -> Vec<u32> {

@@ -10,7 +10,9 @@ pub mod fold_in;
 pub mod items;
 pub mod live;
 pub mod log;
+pub mod schema;
 pub mod trending;
+pub mod users;
 pub mod writer;
 
 use std::collections::BTreeMap;
@@ -21,6 +23,30 @@ use serde::{Deserialize, Serialize};
 use crate::config::in_range;
 
 pub use live::LiveState;
+
+/// `[state]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StateConfig {
+    /// Users of whom something may be upserted; an upsert of more is refused. 0 to 1e9, default 1000000.
+    pub live_users_max: u32,
+}
+
+impl Default for StateConfig {
+    fn default() -> Self {
+        StateConfig { live_users_max: 1_000_000 }
+    }
+}
+
+impl StateConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        in_range("state", [("live_users_max", self.live_users_max, 0, 1_000_000_000)])
+    }
+}
 
 /// `[events]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

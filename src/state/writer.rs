@@ -3,6 +3,7 @@
 //! Calls that wait are taken together: appended in one write, applied, answered; those that are to be durable after one
 //! sync for all of them.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-use super::change::Kind;
+use super::change::{self, Kind};
+use super::event::Damaged;
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use crate::api::Ticket;
@@ -176,6 +178,33 @@ pub fn spawn(
     })
 }
 
+/// What a batch adds, before it is applied.
+#[derive(Default)]
+struct Coming {
+    users: HashSet<Box<str>>,
+}
+
+impl Coming {
+    fn admit(&mut self, state: &LiveState, record: &[u8]) -> std::result::Result<(), Error> {
+        let Ok((kind @ Kind::UpsertUsers, body)) = Kind::of(record) else { return Ok(()) };
+        let mut new: HashSet<Box<str>> = HashSet::new();
+        // Damage was refused by the shard.
+        let _ = change::decode::<Damaged>(body, |change| {
+            if !state.has_profile(change.id) && !self.users.contains(change.id) {
+                new.insert(change.id.into());
+            }
+            Ok(())
+        });
+        let (held, most, key) = (state.n_profiles(), state.limits().live_users_max, "live_users_max");
+        if !new.is_empty() && held + self.users.len() + new.len() > most as usize {
+            let message = format!("{held} {} are held beside the bundle, and state.{key} is {most}", kind.entries());
+            return Err(Error::new(Code::Unavailable, message));
+        }
+        self.users.extend(new);
+        Ok(())
+    }
+}
+
 struct Writer<'a> {
     state: &'a LiveState,
     log: Option<EventLog>,
@@ -223,6 +252,7 @@ impl Writer<'_> {
 
     fn write(&mut self) {
         let mut batch = std::mem::take(&mut self.batch);
+        self.refuse(&mut batch);
         let appended = match &mut self.log {
             Some(log) => log.append(batch.iter().map(|submission| &submission.record[..])),
             None => Ok(()),
@@ -267,6 +297,19 @@ impl Writer<'_> {
                 self.sink.deliver(shard, ticket, result);
             }
         }
+    }
+
+    /// Answers calls for which there is no room, before the log has them.
+    fn refuse(&self, batch: &mut Vec<Submission>) {
+        let mut coming = Coming::default();
+        batch.retain(|Submission { record, shard, ticket, .. }| match coming.admit(self.state, record) {
+            Ok(()) => true,
+            Err(error) => {
+                self.queue.counters.refused.fetch_add(1, Relaxed);
+                self.sink.deliver(*shard, *ticket, Err(error));
+                false
+            }
+        });
     }
 
     fn apply(&self, record: &[u8]) -> Result {

@@ -315,6 +315,10 @@ pub struct Gauges<'a> {
     pub live_entries: usize,
     /// Items that must not be shown.
     pub items_gone: usize,
+    /// Users of whom something was upserted, or who are forgotten.
+    pub live_profiles: usize,
+    /// Memory of that.
+    pub profile_bytes: usize,
     /// Events and changes, and their log.
     pub events: Option<&'a EventCounters>,
     /// The second level of the cache, where there is one.
@@ -438,7 +442,7 @@ impl Metrics {
         );
         line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
         line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
-        let plain: [(&str, &str, &str, u64); 24] = [
+        let plain: [(&str, &str, &str, u64); 26] = [
             ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
             (
                 "tastemaker_partitions_down",
@@ -481,6 +485,8 @@ impl Metrics {
             ("tastemaker_live_users", "gauge", "Users with events", gauges.live_users as u64),
             ("tastemaker_live_entries", "gauge", "Items in the histories of these users", gauges.live_entries as u64),
             ("tastemaker_items_gone", "gauge", "Items that were deleted", gauges.items_gone as u64),
+            ("tastemaker_profiles", "gauge", "Users upserted or forgotten", gauges.live_profiles as u64),
+            ("tastemaker_profile_bytes", "gauge", "Memory of that", gauges.profile_bytes as u64),
             ("tastemaker_events_total", "counter", "Events logged and applied", event(|c| &c.accepted)),
             (
                 "tastemaker_events_duplicate_total",

@@ -3457,7 +3457,7 @@ impl<'a> Slate<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<StageTime>>>>(Slate::VT_TIMINGS, None)}
   }
-  /// Whether the user was in the bundle.
+  /// Whether the user is in the bundle or was upserted.
   #[inline]
   pub fn known_user(&self) -> bool {
     // Safety:

@@ -192,11 +192,16 @@ fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scrat
     {
         let clock = Instant::now();
         trained.clear();
+        // What the vector knows: what it was trained on, and, if it was upserted, what events had said by then.
+        let upserted = user.profile.as_deref().filter(|profile| profile.vector().is_some());
+        let known = upserted.map_or(&[][..], |profile| profile.known());
         if let Some(row) = user.row {
             let history = generation.histories.of(row);
             let skip = history.len().saturating_sub(config.history_length as usize);
-            trained.extend(history.skip(skip));
+            let is_new = |entry: &Interaction| known.iter().all(|other| other.row != entry.row);
+            trained.extend(history.skip(skip).filter(is_new));
         }
+        trained.extend_from_slice(known);
         solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
         timings.lap(Stage::Ann, clock);
     }
