@@ -5,7 +5,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, Vector, WIPOffset};
-use tastemaker::api::{Call, Event, EventsCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use tastemaker::api::{
+    Call, Change, ChangeCall, Event, EventsCall, Kind, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter,
+    Value,
+};
 use tastemaker::catalog::conditions::{Compare, Demand};
 use tastemaker::catalog::generation::MatrixData;
 use tastemaker::catalog::npy;
@@ -13,9 +16,9 @@ use tastemaker::config::Config;
 use tastemaker::index::SearchParams;
 use tastemaker::pipeline::models::{Model, ModelInput, ModelOutput};
 use tastemaker::ranking::signature::Datatype;
-use tastemaker::server::{json, tensors};
-use tastemaker::state::event;
+use tastemaker::server::{changes, json, tensors};
 use tastemaker::state::log::{EventLog, Limits};
+use tastemaker::state::{change, event};
 use tastemaker::wire::frame::{self, Split};
 use tastemaker::wire::request::Request;
 use tastemaker::wire::{client, request, schema};
@@ -133,6 +136,10 @@ pub fn http_json(bytes: &[u8]) {
     said(json::parse::<json::SearchBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::RankBody<'_>>(bytes).map(|body| format!("{body:?}")));
     said(json::parse::<json::EventsBody<'_>>(bytes).map(|body| format!("{body:?}")));
+    said(json::parse::<changes::ItemsBody<'_>>(bytes).map(|body| format!("{body:?}")));
+    said(json::parse::<changes::UsersBody<'_>>(bytes).map(|body| format!("{body:?}")));
+    said(json::parse::<changes::DeleteItemsBody<'_>>(bytes).map(|body| format!("{body:?}")));
+    said(json::parse::<changes::DeleteUsersBody<'_>>(bytes).map(|body| format!("{body:?}")));
 }
 
 /// Bytes as a segment of the event log: what is read of it is read again, without further damage, and the log goes on. Byte 0: 0 for
@@ -145,7 +152,14 @@ pub fn event_log(bytes: &[u8]) {
         let mut records = Vec::new();
         EventLog::open(dir.path(), limits, |record| {
             // Whatever is in it, reading it neither panics nor runs on.
-            let _ = event::decode(record, |event| drop(format!("{event:?}")));
+            let record = record.payload;
+            let _ = event::decode_body(record, |event| drop(format!("{event:?}")));
+            if let Ok((_, body)) = Kind::of(record) {
+                let _ = change::decode::<event::Damaged>(body, |change| {
+                    drop(format!("{change:?}"));
+                    Ok(())
+                });
+            }
             records.push(record.to_vec());
         })
         .map(|(log, found)| (log, found, records))
@@ -155,7 +169,8 @@ pub fn event_log(bytes: &[u8]) {
         0 => rest.to_vec(),
         n => {
             let (mut log, ..) = open().unwrap();
-            let records: Vec<Vec<u8>> = (0..n % 8).map(|at| vec![at; rest.len() % 40]).collect();
+            let records: Vec<Vec<u8>> =
+                (0..n % 8).map(|at| if n < 128 { vec![at; rest.len() % 40] } else { valid_change(at, rest) }).collect();
             log.append(records.iter().map(|record| &record[..])).unwrap();
             damaged(std::fs::read(&file).unwrap_or_default(), rest)
         }
@@ -313,7 +328,9 @@ pub fn valid_request(kind: u8, values: &[u8]) -> Vec<u8> {
         ..Event::new("user-1", "item-1", "view")
     };
     let record = encoder.push(&event).map_or_else(|_| Vec::new(), |()| encoder.record());
-    let request = match kind % 9 {
+    let change = valid_change(kind, values);
+    let request = match kind % 10 {
+        9 => Request::Call(Call::Change(ChangeCall { record: &change, durable: flags & 4 > 0, deadline })),
         8 => Request::Call(Call::Events(EventsCall { record: &record, durable: flags & 4 > 0, deadline })),
         0 => Request::Health,
         1 => Request::Call(Call::Recommend(recommend)),
@@ -327,12 +344,45 @@ pub fn valid_request(kind: u8, values: &[u8]) -> Vec<u8> {
     request::encode(&mut FlatBufferBuilder::new(), u64::from(kind), &request).to_vec()
 }
 
+/// A record of each kind of change; a few of its values come from `values`.
+pub fn valid_change(kind: u8, values: &[u8]) -> Vec<u8> {
+    let value = |at: usize| values.get(at).copied().unwrap_or(0);
+    let kind =
+        [Kind::UpsertItems, Kind::UpsertUsers, Kind::DeleteItems, Kind::DeleteUsers][usize::from((kind / 10) % 4)];
+    let long = "x".repeat(usize::from(value(5)));
+    let vector: Vec<f32> = values.iter().take(8).map(|&v| f32::from(v)).collect();
+    let list = ["a", "", &long].into_iter().cycle().take(usize::from(value(6) % 9)).collect();
+    let columns = [
+        ("price", Value::Number(f64::from(value(7)) / 3.0)),
+        ("title", Value::Text(&long)),
+        ("tags", Value::List(list)),
+        ("year", Value::Missing),
+    ];
+    let upserts = matches!(kind, Kind::UpsertItems | Kind::UpsertUsers);
+    let mut encoder = change::Encoder::carrying(kind);
+    for at in 0..1 + value(8) % 4 {
+        let change = Change {
+            available: (value(9) & 1 > 0 && kind == Kind::UpsertItems).then_some(false),
+            columns: if upserts { &columns[..usize::from(at) + 1] } else { &[] },
+            vector: (value(9) & 2 > 0 && upserts).then_some(&vector[..]),
+            ..Change::of(["item-1", "user-1"][usize::from(at % 2)])
+        };
+        encoder.push(&change).unwrap();
+    }
+    encoder.record()
+}
+
 /// An answer of each kind, with every field that it can have.
 pub fn valid_answer(kind: u8, values: &[u8]) -> Vec<u8> {
     let value = |at: usize| values.get(at).copied().unwrap_or(0);
     let mut b = FlatBufferBuilder::new();
     let text = |b: &mut FlatBufferBuilder<'static>, text: &str| Some(b.create_string(text));
-    let (body_type, body) = match kind % 4 {
+    let (body_type, body) = match kind % 5 {
+        4 => {
+            let args =
+                schema::ChangeReceiptArgs { accepted: 3, created: u32::from(value(3)), unknown: 1, durable: true };
+            (schema::Body::ChangeReceipt, schema::ChangeReceipt::create(&mut b, &args).as_union_value())
+        }
         0 => {
             let model_version = text(&mut b, "books-1");
             let args = schema::HealthStatusArgs { ready: value(3) > 0, model_version };

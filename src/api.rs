@@ -9,6 +9,7 @@ use crate::catalog::generation::Generation;
 use crate::context::{Degradation, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
+pub use crate::state::change::{Change, Kind, Value};
 pub use crate::state::event::Event;
 pub use crate::state::live::Receipt;
 
@@ -27,6 +28,8 @@ pub enum Call<'a> {
     Rank(RankCall<'a>),
     /// What users did.
     Events(EventsCall<'a>),
+    /// Items or users that come, change or go.
+    Change(ChangeCall<'a>),
 }
 
 /// Asks for a slate.
@@ -145,6 +148,17 @@ pub struct EventsCall<'a> {
     pub deadline: Option<Duration>,
 }
 
+/// Changes items or users. All entries are taken or none.
+#[derive(Clone, Copy, Debug)]
+pub struct ChangeCall<'a> {
+    /// The entries, within limits, as [`crate::state::change::Encoder`] makes them.
+    pub record: &'a [u8],
+    /// Answer when they are on the disk.
+    pub durable: bool,
+    /// As in [`RecommendCall`].
+    pub deadline: Option<Duration>,
+}
+
 /// Asks a ranker for its output on tensors that the client filled.
 #[derive(Clone, Copy, Debug)]
 pub struct InferCall<'a> {
@@ -220,7 +234,7 @@ pub struct Slate {
     pub degraded: Vec<Degradation>,
     /// Where the time went when it was computed.
     pub timings: StageTimings,
-    /// Whether the user had a row in the generation.
+    /// Whether the generation or an upsert knew the user.
     pub known_user: bool,
     /// Merged candidates that were ranked.
     pub n_candidates: u32,
@@ -311,6 +325,8 @@ pub enum Outcome {
     Inferred(Arc<[f32]>),
     /// For [`Call::Events`].
     Received(Receipt),
+    /// For [`Call::Change`].
+    Changed(Receipt),
     /// Any of them.
     Failed(Error),
 }

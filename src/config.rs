@@ -12,7 +12,7 @@ use crate::context::nearest;
 use crate::pipeline::PipelineConfig;
 use crate::rerank::RerankConfig;
 use crate::server::ServerConfig;
-use crate::state::EventsConfig;
+use crate::state::{EventsConfig, StateConfig};
 use crate::telemetry::TelemetryConfig;
 
 /// `tastemaker.toml`. Every key has a default; `docs/tastemaker.toml` shows each with its unit and range.
@@ -29,6 +29,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// Events and what they change.
     pub events: EventsConfig,
+    /// Items and users that come and change at run time.
+    pub state: StateConfig,
     /// Logs.
     pub telemetry: TelemetryConfig,
 }
@@ -115,6 +117,7 @@ impl Config {
         self.rerank.validate()?;
         self.cache.validate()?;
         self.events.validate()?;
+        self.state.validate()?;
         self.telemetry.validate()
     }
 }

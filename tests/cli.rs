@@ -72,7 +72,7 @@ fn every_command_has_help() {
     let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(
         commands,
-        ["demo", "build", "serve", "recommend", "eval", "tune", "inspect", "check", "features", "help"],
+        ["demo", "build", "serve", "recommend", "eval", "tune", "inspect", "check", "precompute", "features", "help"],
         "{listed}"
     );
     for command in commands.into_iter().filter(|c| *c != "help") {
@@ -382,6 +382,13 @@ fn slates_made_ahead_are_what_the_server_computes() {
     common::client(&server).put_events(&[event], false).unwrap();
     let (cache, _, after) = ask(call("user-2", 10));
     assert_eq!(cache, "miss");
+    assert!(after.iter().all(|item| item.0 != before[0].0));
+    // Nor one with an item that is gone.
+    let (cache, _, before) = ask(call("nobody", 3));
+    assert_eq!(cache, "precomputed");
+    common::client(&server).delete_items(&[&before[0].0], false).unwrap();
+    let (cache, _, after) = ask(call("nobody", 3));
+    assert_eq!((cache.as_str(), after.len()), ("miss", 3));
     assert!(after.iter().all(|item| item.0 != before[0].0));
     server.shut_down().unwrap();
 

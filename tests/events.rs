@@ -40,7 +40,7 @@ fn events_change_the_next_answer() {
     let before = slate(&mut client, "user-1", 10);
     assert_eq!(slate(&mut client, "user-1", 10), before);
     let receipt = client.put_events(&[Event::new("user-1", &before[0], "click")], false).unwrap();
-    assert_eq!(receipt, Receipt { accepted: 1, duplicates: 0, unknown_items: 0, durable: false });
+    assert_eq!(receipt, Receipt { accepted: 1, ..Receipt::default() });
     assert!(!slate(&mut client, "user-1", 10).contains(&before[0]));
     let search = SearchCall::new(SearchBy::User("user-1"), 600);
     assert!(client.search(&search).unwrap()[0].iter().all(|(id, _)| *id != before[0]));
@@ -161,7 +161,7 @@ fn both_protocols_say_the_same() {
     let mut client = client(&server);
     let with_id = Event { event_id: "e-1", ..Event::new("u", "item-1", "view") };
     let receipt = client.put_events(&[with_id, Event::new("u", "no-such-item", "view")], true).unwrap();
-    assert_eq!(receipt, Receipt { accepted: 2, duplicates: 0, unknown_items: 1, durable: true });
+    assert_eq!(receipt, Receipt { accepted: 2, unknown: 1, durable: true, ..Receipt::default() });
     let body = r#"{"events":[{"event_id":"e-1","user_id":"u","item_id":"item-1","kind":"view"},
         {"user_id":"u","item_id":"item-2","kind":"rating","value":4.5,"context":{"page":1}}],"durable":true}"#;
     let response = http(server.addrs.http, "POST", "/v1/events", body);

@@ -31,7 +31,7 @@ fn seeds_and_finds_pass() {
 /// Mutations of rubbish would find little.
 #[test]
 fn what_is_mutated_is_valid() {
-    for kind in 0..9 {
+    for kind in (0..10).chain([19, 29, 39]) {
         let message = harness::valid_request(kind, &[1; 16]);
         let known = tastemaker::wire::request::decode(&message, |id, _| id);
         assert_eq!(known.unwrap(), u64::from(kind), "request {kind}");

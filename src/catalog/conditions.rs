@@ -88,7 +88,7 @@ pub enum UnknownValue {
 /// Longest name for which a similar one is looked for, bytes: requests may be wrong at no cost to others.
 const MAX_HINTED: usize = 64;
 
-fn hint<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+pub(crate) fn hint<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
     let found = if name.len() <= MAX_HINTED { nearest(name, known) } else { None };
     found.map(|n| format!("; did you mean `{n}`?")).unwrap_or_default()
 }

@@ -8,6 +8,7 @@ pub mod cooccurrence;
 pub mod dataset;
 pub mod generation;
 pub mod index;
+pub mod live;
 pub mod npy;
 pub mod popularity;
 pub mod records;

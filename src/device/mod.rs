@@ -13,11 +13,13 @@ use crate::api::Ticket;
 use crate::candidates::{Candidates, Scored, Source};
 use crate::catalog::conditions::Test;
 use crate::catalog::generation::{Generation, Interaction};
+use crate::catalog::live::LiveItems;
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
 use crate::index::SearchParams;
 use crate::rerank::HardFilter;
 use crate::state::trending::LiveTrending;
+use crate::state::users::Profile;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
 ///
@@ -79,6 +81,8 @@ pub struct Job {
     pub query: String,
     /// What a search starts from and may return.
     pub search: PlannedSearch,
+    /// Items as they stood when it was planned, where any changed; set by whoever plans it, before.
+    pub items: Option<Arc<LiveItems>>,
     /// What is popular because of events, if there were any.
     pub trending: Option<Arc<LiveTrending>>,
     /// What must not be retrieved, beside what the user has seen.
@@ -108,6 +112,7 @@ impl Job {
             context: Context::default(),
             query: String::new(),
             search: PlannedSearch::default(),
+            items: None,
             trending: None,
             filter: HardFilter::default(),
             ranked: Ranked::default(),
@@ -117,12 +122,13 @@ impl Job {
         }
     }
 
-    /// Empties the job for another use and keeps its memory.
+    /// Empties the job for another use and keeps its memory, and [`Self::items`].
     pub fn reset(&mut self) {
         self.user.row = None;
         self.user.vector.clear();
         self.user.history.clear();
         self.user.seen.clear();
+        self.user.profile = None;
         self.user.fold_in = false;
         self.query.clear();
         self.search.clear();
@@ -173,7 +179,7 @@ pub enum Task {
 /// The user of a job. Devices read users from here only, so that live state can differ from the generation.
 #[derive(Clone, Debug, Default)]
 pub struct PlannedUser {
-    /// Row in the generation, for its feature columns; `None`: defaults.
+    /// Row in the generation, for its feature columns where the profile has none; `None`: defaults.
     pub row: Option<u32>,
     /// f32 `[dim]`; empty when unknown: the ANN source is then silent.
     pub vector: Vec<f32>,
@@ -181,8 +187,22 @@ pub struct PlannedUser {
     pub history: Vec<Interaction>,
     /// Everything already seen, ascending; never recommended.
     pub seen: Vec<u32>,
+    /// What was upserted of the user.
+    pub profile: Option<Arc<Profile>>,
     /// Events changed the history: the vector is still the trained one, or empty, and to be computed from it.
     pub fold_in: bool,
+}
+
+impl PlannedUser {
+    /// Whether the bundle or an upsert knows the user.
+    pub fn is_known(&self) -> bool {
+        self.row.is_some() || self.profile.as_ref().is_some_and(|profile| profile.is_known())
+    }
+
+    /// What was upserted of the number column at `column`, NaN where it is missing; `None`: nothing.
+    pub fn number(&self, column: usize) -> Option<f32> {
+        self.profile.as_ref()?.number(column)
+    }
 }
 
 /// A search, resolved as far as a shard has time for.

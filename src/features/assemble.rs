@@ -492,9 +492,10 @@ fn fill(
             }
         }
         Op::UserNumber(at) => {
-            let value = match (&generation.users.columns[*at].data, user.row) {
-                (data, Some(row)) => data.number(row).unwrap_or(0.0),
-                (ColumnData::Number { default, .. }, None) => *default,
+            let value = match (&generation.users.columns[*at].data, user.number(*at), user.row) {
+                (_, Some(value), _) if !value.is_nan() => value,
+                (data, None, Some(row)) => data.number(row).unwrap_or(0.0),
+                (ColumnData::Number { default, .. }, ..) => *default,
                 _ => 0.0,
             };
             target.each(|_, _| value);

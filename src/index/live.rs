@@ -92,18 +92,19 @@ impl Policy {
 
 /// States by row: pages are shared between views until one of them changes.
 #[derive(Clone, Debug, Default)]
-struct States(Vec<Option<Arc<[u32; PAGE]>>>);
+pub(crate) struct States(Vec<Option<Arc<[u32; PAGE]>>>);
 
 impl States {
+    /// 0 where none was set.
     #[inline]
-    fn get(&self, row: u32) -> u32 {
+    pub(crate) fn get(&self, row: u32) -> u32 {
         match self.0.get(row as usize / PAGE) {
             Some(Some(page)) => page[row as usize % PAGE],
             _ => UNCHANGED,
         }
     }
 
-    fn set(&mut self, row: u32, state: u32) {
+    pub(crate) fn set(&mut self, row: u32, state: u32) {
         let at = row as usize / PAGE;
         if self.0.len() <= at {
             self.0.resize(at + 1, None);

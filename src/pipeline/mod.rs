@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::{Explanation, RecommendCall, ScoredItems, Slate};
 use crate::candidates::{Scored, Source};
-use crate::catalog::generation::Generation;
+use crate::catalog::generation::{Generation, NO_ROW};
+use crate::catalog::live::{LiveItems, any_gone};
 use crate::config::in_range;
 use crate::context::{Degradation, Reason, Stage};
 use crate::device::{Device, Job};
@@ -137,16 +138,18 @@ pub fn execute(
     plan::recommend(call, generation, None, reranker, config, Instant::now(), job)?;
     let ran = device.execute(std::slice::from_mut(job));
     ran.map_err(|_| Error::fixed(Code::Unavailable, "the device failed"))?;
-    finish_recommend(job, reranker, call.n_items, call.explain, scratch)
+    finish_recommend(job, reranker, None, call.n_items, call.explain, scratch)
 }
 
-/// rerank → respond, for a job that came back from a device.
+/// rerank → respond, for a job that came back from a device. `live` is items as they stand now: what went
+/// meanwhile is left out.
 ///
 /// # Errors
 /// The job's own failure.
 pub fn finish_recommend(
     job: &mut Job,
     reranker: &Reranker,
+    live: Option<&Arc<LiveItems>>,
     n_items: u32,
     explain: bool,
     scratch: &mut FinishScratch,
@@ -161,6 +164,7 @@ pub fn finish_recommend(
         generation: &job.generation,
         context: &job.context,
         seen: &job.user.seen,
+        live,
         items: &job.ranked.items,
         unproposed: &job.ranked.backfill,
         n_items,
@@ -180,17 +184,18 @@ pub fn finish_recommend(
         items,
         degraded: job.degraded.to_vec(),
         timings: job.timings,
-        known_user: job.user.row.is_some(),
+        known_user: job.user.is_known(),
         n_candidates: job.ranked.n_candidates,
         coverage: 1.0 - job.ranked.uncovered,
     })
 }
 
-/// The answer of a search or rank job that came back from a device.
+/// The answer of a search or rank job that came back from a device. As with [`finish_recommend`], what went meanwhile is
+/// left out.
 ///
 /// # Errors
 /// The job's own failure.
-pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
+pub fn finish_scored(job: &mut Job, live: Option<&LiveItems>) -> Result<ScoredItems, Error> {
     if let Some(failure) = job.failure.take() {
         return Err(failure);
     }
@@ -200,6 +205,10 @@ pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
         }
         _ => String::new(),
     };
+    if any_gone(live, job.ranked.items.iter().map(|item| item.row)) {
+        let gone = |row: u32| live.is_some_and(|live| live.is_gone(row));
+        leave_out(job, gone);
+    }
     Ok(ScoredItems {
         generation: job.generation.clone(),
         items: job.ranked.items.iter().map(|i| Scored { row: i.row, score: i.score }).collect(),
@@ -209,6 +218,24 @@ pub fn finish_scored(job: &mut Job) -> Result<ScoredItems, Error> {
         timings: job.timings,
         coverage: 1.0 - job.ranked.uncovered,
     })
+}
+
+/// Takes items out of what was found; of a ranking, whose answers keep their places, they become unknown.
+fn leave_out(job: &mut Job, gone: impl Fn(u32) -> bool) {
+    let ranked = &mut job.ranked;
+    if let crate::device::Task::Rank { .. } = job.task {
+        for item in ranked.items.iter_mut().filter(|item| gone(item.row)) {
+            (item.row, item.score) = (NO_ROW, 0.0);
+        }
+        return;
+    }
+    let mut first = 0;
+    for length in &mut ranked.result_lengths {
+        let of_query = &ranked.items[first..first + *length as usize];
+        first += of_query.len();
+        *length = of_query.iter().filter(|item| !gone(item.row)).count() as u32;
+    }
+    ranked.items.retain(|item| !gone(item.row));
 }
 
 /// What the sources said of a candidate, for its explanation.

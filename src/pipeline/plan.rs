@@ -9,12 +9,14 @@ use super::PipelineConfig;
 use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use crate::catalog::conditions::{self, Test, UnknownValue};
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
+use crate::catalog::live;
 use crate::context::{Deadline, Stage};
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
 use crate::rerank::Reranker;
 use crate::state::LiveState;
 use crate::state::live::Entry;
+use crate::state::users::Profile;
 use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
@@ -24,7 +26,7 @@ pub const MAX_RESULTS: usize = 32_768;
 /// Time for a call in process that names no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// Plans a recommendation into a recycled job. `job.context` and `job.deadline` are set here too.
+/// Plans a recommendation into a recycled job, whose `items` are set. `job.context` and `job.deadline` are set here too.
 ///
 /// # Errors
 /// A slate length out of range.
@@ -42,7 +44,7 @@ pub fn recommend(
     job.context.assign(call.context);
     job.query.push_str(call.query.unwrap_or_default().trim());
     job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
-    job.filter = reranker.hard_filter(&job.context);
+    job.filter = reranker.hard_filter(&job.context, job.items.as_ref());
     job.trending = live.and_then(LiveState::trending);
     resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
@@ -140,7 +142,8 @@ fn start(
             vectors.extend_from_slice(values);
         }
         SearchBy::Item(id) => {
-            let row = generation.items.ids.row(id).ok_or(Error::fixed(Code::NotFound, "no such item"))?;
+            let row = live::row_of(&generation.items.ids, job.items.as_deref(), id)
+                .ok_or(Error::fixed(Code::NotFound, "no such item"))?;
             items.extend_row(row, vectors);
             job.search.exclude = Some(row);
         }
@@ -149,7 +152,7 @@ fn start(
             resolve_user(id, generation, live, config, job);
             return match job.user.fold_in || !job.user.vector.is_empty() {
                 true => Ok(()),
-                false if job.user.row.is_none() => Err(Error::fixed(Code::NotFound, "no such user")),
+                false if !job.user.is_known() => Err(Error::fixed(Code::NotFound, "no such user")),
                 false => Err(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings")),
             };
         }
@@ -210,7 +213,8 @@ pub fn rank(
     };
     begin(job, generation, call.deadline, now);
     job.context.assign(call.context);
-    let rows = call.item_ids.iter().map(|id| generation.items.ids.row(id).unwrap_or(NO_ROW)).collect();
+    let row = |id: &&str| live::row_of(&generation.items.ids, job.items.as_deref(), id).unwrap_or(NO_ROW);
+    let rows = call.item_ids.iter().map(row).collect();
     job.task = Task::Rank { rows, ranker };
     resolve_user(call.user_id, generation, live, config, job);
     job.enqueued = job.timings.lap(Stage::Plan, now);
@@ -240,13 +244,24 @@ fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>
     job.enqueued = now;
 }
 
-/// The user as trained, and what events added: an item that came again stands where it came last.
+/// The user as trained or upserted, and what events added: an item that came again stands where it came last.
 fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, config: &PipelineConfig, job: &mut Job) {
     let user = &mut job.user;
     user.row = generation.users.ids.row(id);
     let mut events: SmallVec<[Entry; 128]> = SmallVec::new();
     if let Some(live) = live {
-        live.read(id, |user| events.extend_from_slice(user.entries()));
+        live.with_user(id, |of_events, profile| {
+            events.extend_from_slice(of_events.map_or(&[], |user| user.entries()));
+            user.profile = profile.cloned();
+        });
+    }
+    let profile = user.profile.as_deref();
+    if profile.is_some_and(Profile::is_forgotten) {
+        user.row = None;
+    }
+    let upserted = profile.and_then(Profile::vector);
+    if let Some(vector) = upserted {
+        user.vector.extend_from_slice(vector);
     }
     user.fold_in = !events.is_empty();
     let mut again: SmallVec<[u32; 128]> = events.iter().map(|entry| entry.row).collect();
@@ -255,6 +270,7 @@ fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, con
     if let Some(row) = user.row {
         if let Some(matrix) = &generation.user_embeddings
             && generation.item_embeddings.is_some()
+            && upserted.is_none()
         {
             matrix.extend_row(row, &mut user.vector);
         }
@@ -272,8 +288,8 @@ fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, con
 mod tests {
     use super::*;
     use crate::catalog::generation::{Entities, Histories, IdTable, testing};
-    use crate::state::EventsConfig;
     use crate::state::event::Event;
+    use crate::state::{EventsConfig, StateConfig};
 
     #[test]
     fn a_history_is_the_newest_of_training_and_events() {
@@ -288,7 +304,7 @@ mod tests {
             resolve_user(id, &generation, Some(live), &config, &mut job);
             (job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>(), job.user.seen)
         };
-        let live = LiveState::new(generation.clone(), EventsConfig::default());
+        let live = LiveState::new(generation.clone(), EventsConfig::default(), StateConfig::default());
         assert_eq!(resolved(&live, "u", 3), (vec![2, 3, 4], vec![0, 1, 2, 3, 4]));
         assert_eq!(resolved(&live, "v", 3), (vec![], vec![]));
         for item in ["2", "7"] {

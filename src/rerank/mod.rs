@@ -4,14 +4,16 @@ pub mod caps;
 pub mod diversity;
 pub mod rules;
 
-use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::api::SlateItem;
 use crate::candidates::{Scored, SourceSet};
 use crate::catalog::conditions::Bitmap;
 use crate::catalog::generation::Generation;
+use crate::catalog::live::LiveItems;
 use crate::device::{Context, RankedItem};
 use caps::Counts;
 use diversity::{Diversity, DiversityScratch};
@@ -66,6 +68,8 @@ pub struct RerankInput<'a> {
     pub context: &'a Context,
     /// Ascending rows that must not be shown.
     pub seen: &'a [u32],
+    /// Items as they stand now, where any changed.
+    pub live: Option<&'a Arc<LiveItems>>,
     /// Best first, unique rows.
     pub items: &'a [RankedItem],
     /// What may fill the slate up when `items` do not, best first.
@@ -98,16 +102,16 @@ impl Reranker {
         })
     }
 
-    /// The exclude and require rules that are active in `context`, for retrieval and backfill.
-    pub fn hard_filter(&self, context: &Context) -> HardFilter {
-        self.rules.hard_filter(context)
+    /// The exclude and require rules that are active in `context`, and what is gone of `items`, for retrieval and backfill.
+    pub fn hard_filter(&self, context: &Context, items: Option<&Arc<LiveItems>>) -> HardFilter {
+        self.rules.hard_filter(context, items)
     }
 
     /// Fills `out` with at most `n_items` items in order: those not seen and not forbidden, diversified to `2 * n_items`,
     /// after rules; then whatever else caps allow, until the slate is full. Items are pinned when the rest stands.
     pub fn rerank(&self, input: RerankInput<'_>, scratch: &mut RerankScratch, out: &mut Vec<SlateItem>) {
         let RerankScratch { fresh, diverse, diversity, rules, counts } = scratch;
-        let hard = self.hard_filter(input.context);
+        let hard = self.hard_filter(input.context, input.live);
         let allowed = |row| input.seen.binary_search(&row).is_err() && hard.allows(row);
         fresh.clear();
         fresh.extend(input.items.iter().filter(|item| allowed(item.row)));
@@ -192,6 +196,7 @@ mod tests {
                 generation: &generation,
                 context: &Context::default(),
                 seen: &seen,
+                live: None,
                 items: &items,
                 unproposed: &unproposed,
                 n_items: n,

@@ -16,6 +16,7 @@ use crate::api::{Explanation, SlateItem};
 use crate::candidates::SourceSet;
 use crate::catalog::conditions::{self, Bitmap, Condition, Demand, OneOrMany, Test, UnknownValue};
 use crate::catalog::generation::Generation;
+use crate::catalog::live::LiveItems;
 use crate::device::{Context, RankedItem};
 
 /// One `[[rerank.rules]]`.
@@ -78,21 +79,23 @@ pub struct RuleError {
     pub reason: String,
 }
 
-/// The exclude and require rules that are active for one request.
+/// The exclude and require rules that are active for one request, and what is gone.
 #[derive(Clone, Debug, Default)]
 pub struct HardFilter {
     active: SmallVec<[(Arc<Bitmap>, bool); 4]>,
+    items: Option<Arc<LiveItems>>,
 }
 
 impl HardFilter {
     /// Whether the item may be shown.
     pub fn allows(&self, row: u32) -> bool {
-        self.active.iter().all(|(bitmap, wanted)| bitmap.has(row) == *wanted)
+        self.items.as_ref().is_none_or(|items| !items.is_gone(row))
+            && self.active.iter().all(|(bitmap, wanted)| bitmap.has(row) == *wanted)
     }
 
     /// Whether it forbids nothing.
     pub fn is_empty(&self) -> bool {
-        self.active.is_empty()
+        self.active.is_empty() && self.items.is_none()
     }
 }
 
@@ -178,13 +181,13 @@ impl Rules {
     }
 
     /// See [`super::Reranker::hard_filter`].
-    pub fn hard_filter(&self, context: &Context) -> HardFilter {
+    pub fn hard_filter(&self, context: &Context, items: Option<&Arc<LiveItems>>) -> HardFilter {
         let hard = self.active(context).filter_map(|(_, rule)| match rule.effect {
             Effect::Exclude => Some((rule.matches.clone(), false)),
             Effect::Require => Some((rule.matches.clone(), true)),
             _ => None,
         });
-        HardFilter { active: hard.collect() }
+        HardFilter { active: hard.collect(), items: items.cloned() }
     }
 
     /// The caps that are active in `context`, each with the items that it counts.
@@ -390,6 +393,7 @@ mod tests {
             generation: &generation,
             context: &request,
             seen,
+            live: None,
             items: &items,
             unproposed: &[],
             n_items: n,

@@ -22,7 +22,7 @@ use hyper::{Method, Request, Response};
 
 use super::json::{self, ConditionBody, EventsBody, RankBody, RecommendBody, SearchBody, VectorBody};
 use super::service::Service;
-use super::{index, tensors, v2};
+use super::{changes, index, tensors, v2};
 use crate::api::{
     Call, Event, EventsCall, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter, Ticket,
 };
@@ -184,7 +184,7 @@ impl HttpState {
     }
 
     /// Makes a call and waits for its outcome.
-    async fn call(&self, call: &Call<'_>) -> Outcome {
+    pub(super) async fn call(&self, call: &Call<'_>) -> Outcome {
         self.start(|service, ticket| service.submit(call, ticket, Instant::now())).await
     }
 
@@ -357,13 +357,19 @@ pub(super) fn only(method: &Method, allowed: &Method) -> Result<(), Error> {
 
 async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
     let started = Instant::now();
+    if let Some(route) = changes::route(&request) {
+        let route = route?;
+        let endpoint = route.endpoint();
+        return recorded(changes::answer(route, request, state).await, endpoint, state, started);
+    }
     let endpoint = match request.uri().path() {
         "/v1/recommend" => Endpoint::Recommend,
         "/v1/search" => Endpoint::Search,
         "/v1/rank" => Endpoint::Rank,
         "/v1/events" => Endpoint::Events,
         _ => {
-            let message = "no such path; there are /v1/recommend, /v1/search, /v1/rank, /v1/events and /v2";
+            let message =
+                "no such path; there are /v1/recommend, /v1/search, /v1/rank, /v1/events, /v1/items, /v1/users and /v2";
             return Err(Error::fixed(Code::NotFound, message).into());
         }
     };
@@ -375,10 +381,14 @@ async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
             Endpoint::Recommend => recommend(&body, state).await,
             Endpoint::Search => search(&body, state).await,
             Endpoint::Events => events(&body, state).await,
-            Endpoint::Rank | Endpoint::Infer => rank(&body, state).await,
+            _ => rank(&body, state).await,
         }
     };
-    let answer = answer.await;
+    recorded(answer.await, endpoint, state, started)
+}
+
+/// Counts what did not become a call.
+fn recorded(answer: Answer, endpoint: Endpoint, state: &HttpState, started: Instant) -> Answer {
     if let Err(Failure::Refused(error)) = &answer {
         let outcome = Outcome::Failed(error.clone());
         state.service.borrow().metrics().record_outcome(endpoint, &outcome, started.elapsed());
@@ -621,6 +631,9 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 filter_cache_bytes: shared.generation.filter_bytes(),
                 live_users: shared.live.n_users(),
                 live_entries: shared.live.n_entries(),
+                items_gone: shared.live.items().map_or(0, |items| items.n_gone()),
+                live_profiles: shared.live.n_profiles(),
+                profile_bytes: shared.live.profile_bytes(),
                 events: Some(&shared.events.counters),
                 redis: shared.redis.as_deref(),
                 generation: &shared.generation.version,

@@ -479,10 +479,17 @@ pub fn scored(scored: &ScoredItems) -> Vec<u8> {
 
 /// The body that answers events.
 pub fn receipt(receipt: Receipt) -> Vec<u8> {
-    let Receipt { accepted, duplicates, unknown_items, durable } = receipt;
+    let Receipt { accepted, duplicates, unknown, durable, .. } = receipt;
     let body = serde_json::json!({
-        "accepted": accepted, "duplicates": duplicates, "unknown_items": unknown_items, "durable": durable,
+        "accepted": accepted, "duplicates": duplicates, "unknown_items": unknown, "durable": durable,
     });
+    body.to_string().into_bytes()
+}
+
+/// The body that answers a change.
+pub fn changed(receipt: Receipt) -> Vec<u8> {
+    let Receipt { accepted, created, unknown, durable, .. } = receipt;
+    let body = serde_json::json!({"accepted": accepted, "created": created, "unknown": unknown, "durable": durable});
     body.to_string().into_bytes()
 }
 

@@ -1,5 +1,6 @@
 //! Sockets, shards, admission, completions.
 
+pub mod changes;
 pub mod completions;
 pub mod http;
 mod index;

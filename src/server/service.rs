@@ -9,7 +9,7 @@ use anyhow::Context as _;
 
 use super::completions::{Completion, Completions};
 use super::index::IndexAdmin;
-use crate::api::{CacheStatus, Call, EventsCall, InferCall, Outcome, RecommendCall, Slate, Ticket};
+use crate::api::{CacheStatus, Call, InferCall, Kind, Outcome, RecommendCall, Slate, Ticket};
 use crate::cache::CacheConfig;
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
@@ -18,6 +18,7 @@ use crate::cache::redis::{FoundSink, RedisCache};
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
 use crate::cache::value;
 use crate::catalog::generation::Generation;
+use crate::catalog::live::any_gone;
 use crate::config::Config;
 use crate::context::{Deadline, now_ms};
 use crate::device::ring::JobQueue;
@@ -27,8 +28,8 @@ use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
-use crate::state::LiveState;
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
+use crate::state::{LiveState, schema};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
 
 /// What all shards share.
@@ -75,7 +76,7 @@ impl Shared {
         let rankers = generation.rankers.iter().map(|r| r.name.clone()).collect();
         // Twice, so that a call that ran out of time and its slot's next one both fit.
         let completions = (0..n_shards).map(|_| Completions::new(2 * per_shard + 16)).collect::<Result<_, _>>();
-        let live = LiveState::new(generation.clone(), config.events.clone());
+        let live = LiveState::new(generation.clone(), config.events.clone(), config.state.clone());
         let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
         let scope = key::scope(&generation.version, &config)?;
         Ok(Shared {
@@ -209,6 +210,22 @@ impl Plan {
 
 const DRAINING: Error = Error::fixed(Code::Unavailable, "the server is shutting down");
 
+/// Jobs for another use. They keep their buffers and let go of what would be old by then.
+#[derive(Default)]
+#[expect(clippy::vec_box, reason = "jobs travel boxed: a queue's place is one pointer")]
+struct Pool(Vec<Box<Job>>);
+
+impl Pool {
+    fn push(&mut self, mut job: Box<Job>) {
+        (job.items, job.trending, job.filter) = Default::default();
+        self.0.push(job);
+    }
+
+    fn pop(&mut self) -> Option<Box<Job>> {
+        self.0.pop()
+    }
+}
+
 #[derive(Default)]
 struct Slot {
     reuse: u32,
@@ -221,8 +238,7 @@ pub struct Service {
     shard: u16,
     slots: Vec<Slot>,
     free: Vec<u32>,
-    #[expect(clippy::vec_box, reason = "jobs travel boxed: a queue's place is one pointer")]
-    pool: Vec<Box<Job>>,
+    pool: Pool,
     finish: FinishScratch,
     in_flight: usize,
     pushed: bool,
@@ -241,7 +257,7 @@ impl Service {
             shard,
             slots: (0..n).map(|_| Slot::default()).collect(),
             free: (0..n).rev().collect(),
-            pool: Vec::new(),
+            pool: Pool::default(),
             finish: FinishScratch::default(),
             in_flight: 0,
             pushed: false,
@@ -297,10 +313,18 @@ impl Service {
             Call::Search(_) => Endpoint::Search,
             Call::Rank(_) => Endpoint::Rank,
             Call::Events(_) => Endpoint::Events,
+            Call::Change(call) => match Kind::of(call.record) {
+                Ok((Kind::UpsertUsers | Kind::DeleteUsers, _)) => Endpoint::Users,
+                _ => Endpoint::Items,
+            },
         };
         let outcome = match call {
             _ if self.draining => Some(Outcome::Failed(DRAINING)),
-            Call::Events(call) => self.receive(call, ticket, now),
+            Call::Events(call) => self.receive(call.record, call.durable, call.deadline, endpoint, ticket, now),
+            Call::Change(call) => match schema::check(&self.shared.generation, call.record) {
+                Ok(()) => self.receive(call.record, call.durable, call.deadline, endpoint, ticket, now),
+                Err(error) => Some(Outcome::Failed(error)),
+            },
             call => self.begin(call, endpoint, ticket, now),
         };
         if let Some(outcome) = &outcome {
@@ -327,7 +351,9 @@ impl Service {
     }
 
     fn job(&mut self) -> Box<Job> {
-        self.pool.pop().unwrap_or_else(|| Box::new(Job::new(self.shared.generation.clone())))
+        let mut job = self.pool.pop().unwrap_or_else(|| Box::new(Job::new(self.shared.generation.clone())));
+        job.items = self.shared.live.items();
+        job
     }
 
     fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
@@ -359,7 +385,9 @@ impl Service {
                         query,
                         call.n_items,
                     );
-                    match cache.get(of, now) {
+                    let shown =
+                        |slate: &Slate| !any_gone(job.items.as_deref(), slate.items.iter().map(|item| item.row));
+                    match cache.get(of, now).filter(|(slate, _)| shown(slate)) {
                         Some((slate, false)) => {
                             pool.push(job);
                             return Some(Outcome::Slate(slate, CacheStatus::L1));
@@ -372,7 +400,7 @@ impl Service {
                         past => stale = past.map(|(slate, _)| slate),
                     }
                     if stale.is_none()
-                        && let Some(slate) = shared.made_ahead(of)
+                        && let Some(slate) = shared.made_ahead(of).filter(shown)
                     {
                         pool.push(job);
                         return Some(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed));
@@ -389,7 +417,7 @@ impl Service {
                 let call = crate::api::RankCall { deadline: budget(call.deadline), ..*call };
                 plan::rank(&call, generation, live, config, now, &mut job)
             }
-            Call::Events(_) => Err(Error::fixed(Code::Internal, "events are no job")),
+            Call::Events(_) | Call::Change(_) => Err(Error::fixed(Code::Internal, "this is no job")),
         };
         if let Err(error) = planned {
             pool.push(job);
@@ -464,21 +492,33 @@ impl Service {
         None
     }
 
-    /// Sends events to the log.
-    fn receive(&mut self, call: &EventsCall<'_>, ticket: Ticket, now: Instant) -> Option<Outcome> {
+    /// Sends events or changes to the log.
+    fn receive(
+        &mut self,
+        record: &[u8],
+        durable: bool,
+        deadline: Option<Duration>,
+        endpoint: Endpoint,
+        ticket: Ticket,
+        now: Instant,
+    ) -> Option<Outcome> {
         let Some(slot) = self.free.pop() else {
             return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
         };
         let internal = self.internal(slot);
-        let record = call.record.to_vec();
-        let submission = Submission { record, durable: call.durable, shard: self.shard, ticket: internal };
+        let submission = Submission { record: record.to_vec(), durable, shard: self.shard, ticket: internal };
         if let Err(error) = self.shared.events.push(submission) {
             self.free.push(slot);
             return Some(Outcome::Failed(error));
         }
-        let budget = self.shared.budget(call.deadline).unwrap_or_default();
-        self.fly(slot, Flight::new(&Plan::of(Endpoint::Events), ticket, Deadline(now + budget), now));
+        let budget = self.shared.budget(deadline).unwrap_or_default();
+        self.fly(slot, Flight::new(&Plan::of(endpoint), ticket, Deadline(now + budget), now));
         None
+    }
+
+    /// Whether a slate has items that went.
+    fn any_gone(&self, slate: &Slate) -> bool {
+        any_gone(self.shared.live.items().as_deref(), slate.items.iter().map(|item| item.row))
     }
 
     /// The shard's own name for the call in a slot.
@@ -506,9 +546,11 @@ impl Service {
             n += 1;
             match completion {
                 Completion::Job(job) => self.job_back(job, now, deliver),
+                // What went since the slate was made must not come out of it.
+                Completion::Shared { ticket, slate } if self.any_gone(&slate) => self.retry(ticket, deliver),
                 Completion::Shared { ticket, slate } => {
                     if let Some(mut flight) = self.take(ticket) {
-                        self.pool.extend(flight.waiting.take());
+                        flight.waiting.take().into_iter().for_each(|job| self.pool.push(job));
                         self.metrics().record_shared();
                         self.answer(&flight, Outcome::Slate(slate, CacheStatus::Miss), deliver);
                     }
@@ -517,7 +559,11 @@ impl Service {
                 Completion::Found { ticket, value } => self.found(ticket, value, now, deliver),
                 Completion::Received { ticket, result } => {
                     if let Some(flight) = self.take(ticket) {
-                        let outcome = result.map_or_else(Outcome::Failed, Outcome::Received);
+                        let received = match flight.endpoint {
+                            Endpoint::Events => Outcome::Received,
+                            _ => Outcome::Changed,
+                        };
+                        let outcome = result.map_or_else(Outcome::Failed, received);
                         self.answer(&flight, outcome, deliver);
                     }
                 }
@@ -556,20 +602,27 @@ impl Service {
             self.pool.push(job);
             return;
         };
+        let live = self.shared.live.items();
         let outcome = match flight.endpoint {
             Endpoint::Recommend => {
                 let reranker = &self.shared.reranker;
-                pipeline::finish_recommend(&mut job, reranker, flight.n_items, flight.explain, &mut self.finish).map(
-                    |slate| {
-                        let status = if flight.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
-                        Outcome::Slate(Arc::new(slate), status)
-                    },
+                pipeline::finish_recommend(
+                    &mut job,
+                    reranker,
+                    live.as_ref(),
+                    flight.n_items,
+                    flight.explain,
+                    &mut self.finish,
                 )
+                .map(|slate| {
+                    let status = if flight.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
+                    Outcome::Slate(Arc::new(slate), status)
+                })
             }
             Endpoint::Search | Endpoint::Rank => {
-                pipeline::finish_scored(&mut job).map(|scored| Outcome::Scored(Arc::new(scored)))
+                pipeline::finish_scored(&mut job, live.as_deref()).map(|scored| Outcome::Scored(Arc::new(scored)))
             }
-            Endpoint::Events => Err(Error::fixed(Code::Internal, "events are no job")),
+            Endpoint::Events | Endpoint::Items | Endpoint::Users => Err(Error::fixed(Code::Internal, "this is no job")),
             Endpoint::Infer => match job.failure.take() {
                 Some(failure) => Err(failure),
                 None => Ok(Outcome::Inferred(job.ranked.scores.as_slice().into())),
@@ -612,11 +665,11 @@ impl Service {
             if let (None, Some(redis)) = (&slate, &self.shared.redis) {
                 redis.counters.unreadable.fetch_add(1, Relaxed);
             }
-            slate
+            slate.filter(|slate| !self.any_gone(slate))
         });
         let Some(slate) = slate.map(Arc::new) else { return self.retry(ticket, deliver) };
         let Some(mut flight) = self.take(ticket) else { return };
-        self.pool.extend(flight.waiting.take());
+        flight.waiting.take().into_iter().for_each(|job| self.pool.push(job));
         if let (Some(cache), Some(key)) = (&self.shared.cache, flight.key) {
             cache.put(key, &slate, now);
         }

@@ -2,6 +2,7 @@
 
 use smallvec::SmallVec;
 
+use super::change::Kind;
 use crate::error::{Code, Error};
 use crate::wire::LIMITS;
 
@@ -53,7 +54,11 @@ impl Encoder {
     /// None or too many.
     pub fn new(n: usize, now_ms: i64) -> Result<Self, Error> {
         let code = match n {
-            1..=MAX_EVENTS => return Ok(Encoder { now_ms, n: 0, record: Vec::with_capacity(64 * n) }),
+            1..=MAX_EVENTS => {
+                let mut record = Vec::with_capacity(1 + 64 * n);
+                record.push(Kind::Events as u8);
+                return Ok(Encoder { now_ms, n: 0, record });
+            }
             0 => Code::BadRequest,
             _ => Code::TooLarge,
         };
@@ -90,7 +95,7 @@ impl Encoder {
     }
 }
 
-fn put(text: &str, out: &mut Vec<u8>) {
+pub(super) fn put(text: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(&(text.len() as u16).to_le_bytes());
     out.extend_from_slice(text.as_bytes());
 }
@@ -129,8 +134,19 @@ fn check(event: &Event<'_>, now_ms: i64) -> Result<(), &'static str> {
 ///
 /// # Errors
 /// The record is not what [`Encoder`] makes; events before the place were handed over.
-pub fn decode(mut record: &[u8], mut take: impl FnMut(&Event<'_>)) -> Result<(), Damaged> {
-    let input = &mut record;
+pub fn decode(record: &[u8], take: impl FnMut(&Event<'_>)) -> Result<(), Damaged> {
+    match Kind::of(record)? {
+        (Kind::Events, body) => decode_body(body, take),
+        _ => Err(Damaged),
+    }
+}
+
+/// The same of what follows the record's kind, which is the whole record in format 1 of the log.
+///
+/// # Errors
+/// As [`decode`].
+pub fn decode_body(mut body: &[u8], mut take: impl FnMut(&Event<'_>)) -> Result<(), Damaged> {
+    let input = &mut body;
     while !input.is_empty() {
         let time_ms = i64::from_le_bytes(*bytes(input)?);
         let value = f32::from_le_bytes(*bytes(input)?);
@@ -147,16 +163,16 @@ pub fn decode(mut record: &[u8], mut take: impl FnMut(&Event<'_>)) -> Result<(),
 
 /// A record that does not decode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("not a record of events")]
+#[error("not a record of the log")]
 pub struct Damaged;
 
-fn bytes<'a, const N: usize>(input: &mut &'a [u8]) -> Result<&'a [u8; N], Damaged> {
+pub(super) fn bytes<'a, const N: usize>(input: &mut &'a [u8]) -> Result<&'a [u8; N], Damaged> {
     let (head, rest) = input.split_first_chunk().ok_or(Damaged)?;
     *input = rest;
     Ok(head)
 }
 
-fn text<'a>(input: &mut &'a [u8]) -> Result<&'a str, Damaged> {
+pub(super) fn text<'a>(input: &mut &'a [u8]) -> Result<&'a str, Damaged> {
     let len = usize::from(u16::from_le_bytes(*bytes(input)?));
     let (head, rest) = input.split_at_checked(len).ok_or(Damaged)?;
     *input = rest;
@@ -201,7 +217,7 @@ pub(crate) mod tests {
 
         #[test]
         fn damage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = decode(&bytes, |_| {});
+            let _ = decode_body(&bytes, |_| {});
         }
     }
 

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::log::{self, HEADER, RECORD_HEADER};
+use super::log::{self, HEADER, Logged, RECORD_HEADER};
 
 /// Bytes read at a time; more for a record that is larger.
 const CHUNK: usize = 1 << 20;
@@ -45,12 +45,12 @@ impl Follower {
         self.lost
     }
 
-    /// Hands records below the sequence `until`, which must be in the log, to `take`: format of the segment, sequence, payload.
+    /// Hands records below the sequence `until`, which must be in the log, to `take`.
     /// Returns after about a MiB or when there are no more.
     ///
     /// # Errors
     /// A file can't be read; what was handed over counts as read.
-    pub fn read(&mut self, until: u64, mut take: impl FnMut(u32, u64, &[u8])) -> io::Result<()> {
+    pub fn read(&mut self, until: u64, mut take: impl FnMut(Logged<'_>)) -> io::Result<()> {
         while self.next < until {
             if self.segment.is_none() && !self.open(until)? {
                 return Ok(());
@@ -81,7 +81,8 @@ impl Follower {
                         }
                         if sequence >= self.next {
                             self.lost += sequence - self.next;
-                            take(segment.format, sequence, &self.buffer[at + RECORD_HEADER..at + RECORD_HEADER + len]);
+                            let payload = &self.buffer[at + RECORD_HEADER..at + RECORD_HEADER + len];
+                            take(Logged { format: segment.format, sequence, payload });
                             self.next = sequence + 1;
                             any = true;
                         }
@@ -190,7 +191,7 @@ mod tests {
         for _ in 0..10_000 {
             let before = follower.next();
             follower
-                .read(until, |format, sequence, payload| {
+                .read(until, |Logged { format, sequence, payload }| {
                     assert_eq!((format, log::number(payload, 0, 8)), (log::FORMAT, sequence));
                     assert!(payload[8..].iter().all(|&b| b == sequence as u8));
                     got.push(sequence);

@@ -1,21 +1,26 @@
-//! What users did since the bundle was built.
+//! What users did since the bundle was built, and what became of items.
 //!
 //! One thread writes, all read: users lie in stripes with a lock each, held for the copy of a history.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::EventsConfig;
+use super::change::{self, Change, Kind};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
+use super::items::{Catalogue, Changed};
+use super::log::Logged;
 use super::trending::{Counts, LiveTrending};
+use super::users::Profile;
+use super::{EventsConfig, StateConfig};
 use crate::catalog::generation::Generation;
+use crate::catalog::live::LiveItems;
 
 const STRIPES: usize = 256;
 
@@ -23,12 +28,19 @@ const STRIPES: usize = 256;
 pub struct LiveState {
     generation: Arc<Generation>,
     config: EventsConfig,
-    stripes: Vec<Mutex<Stripe>>,
+    limits: StateConfig,
+    pub(super) stripes: Vec<Mutex<Stripe>>,
     n_users: AtomicUsize,
     n_entries: AtomicUsize,
+    pub(super) n_profiles: AtomicUsize,
+    pub(super) profile_bytes: AtomicUsize,
     changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
     counts: Mutex<Counts>,
+    catalogue: Mutex<Catalogue>,
+    /// See [`LiveState::items`].
+    items: RwLock<Option<Arc<LiveItems>>>,
+    has_items: AtomicBool,
 }
 
 impl std::fmt::Debug for LiveState {
@@ -38,8 +50,9 @@ impl std::fmt::Debug for LiveState {
 }
 
 #[derive(Default)]
-struct Stripe {
-    users: HashMap<Arc<str>, LiveUser>,
+pub(super) struct Stripe {
+    pub(super) users: HashMap<Arc<str>, LiveUser>,
+    pub(super) profiles: HashMap<Arc<str>, Arc<Profile>>,
     /// Every user once, with the last change that it had when it was put here: those that did not change since go first.
     order: VecDeque<(Arc<str>, u64)>,
 }
@@ -93,31 +106,39 @@ pub enum Effect {
     Nothing,
 }
 
-/// What the events of a call did.
+/// What the events or changes of a call did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Receipt {
-    /// Events logged, all of them.
+    /// Entries logged, all of them.
     pub accepted: u32,
     /// Of these, repetitions of an event id, without effect.
     pub duplicates: u32,
-    /// Of these, events of items that the catalogue does not have, without effect.
-    pub unknown_items: u32,
+    /// Of these, without effect: events of items that the catalogue does not have; deletions of what nobody knows.
+    pub unknown: u32,
+    /// Of these, upserts of what was not known.
+    pub created: u32,
     /// Whether they are on the disk.
     pub durable: bool,
 }
 
 impl LiveState {
     /// An empty state over a generation.
-    pub fn new(generation: Arc<Generation>, config: EventsConfig) -> Self {
+    pub fn new(generation: Arc<Generation>, config: EventsConfig, limits: StateConfig) -> Self {
         LiveState {
             counts: Mutex::new(Counts::new(config.trending_half_life_hours)),
             generation,
             config,
+            limits,
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             n_users: AtomicUsize::new(0),
             n_entries: AtomicUsize::new(0),
+            n_profiles: AtomicUsize::new(0),
+            profile_bytes: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             trending: RwLock::new(None),
+            catalogue: Mutex::default(),
+            items: RwLock::new(None),
+            has_items: AtomicBool::new(false),
         }
     }
 
@@ -131,6 +152,16 @@ impl LiveState {
         &self.config
     }
 
+    /// What may be upserted.
+    pub fn limits(&self) -> &StateConfig {
+        &self.limits
+    }
+
+    /// Memory of the profiles, bytes, about.
+    pub fn profile_bytes(&self) -> usize {
+        self.profile_bytes.load(Relaxed)
+    }
+
     /// Users with events.
     pub fn n_users(&self) -> usize {
         self.n_users.load(Relaxed)
@@ -141,7 +172,7 @@ impl LiveState {
         self.n_entries.load(Relaxed)
     }
 
-    fn stripe(&self, user_id: &str) -> &Mutex<Stripe> {
+    pub(super) fn stripe(&self, user_id: &str) -> &Mutex<Stripe> {
         // Other bits than the map's.
         &self.stripes[(xxh3_64(user_id.as_bytes()) >> 48) as usize % STRIPES]
     }
@@ -154,9 +185,34 @@ impl LiveState {
         self.stripe(user_id).lock().users.get(user_id).map(read)
     }
 
-    /// Names what is known of a user, from its rows on: changes with every event that has an effect, 0 without any.
+    /// Reads what events and upserts say of a user.
+    pub fn with_user<R>(&self, user_id: &str, read: impl FnOnce(Option<&LiveUser>, Option<&Arc<Profile>>) -> R) -> R {
+        if self.n_users() == 0 && self.n_profiles() == 0 {
+            return read(None, None);
+        }
+        let stripe = self.stripe(user_id).lock();
+        read(stripe.users.get(user_id), stripe.profiles.get(user_id))
+    }
+
+    /// Names what is known of a user beside the bundle: changes with every event that has an effect and with every upsert, 0 without
+    /// any.
     pub fn version_of(&self, user_id: &str) -> u64 {
-        self.read(user_id, LiveUser::version).unwrap_or(0)
+        self.with_user(user_id, |events, profile| match (events.map_or(0, LiveUser::version), profile) {
+            (events, None) => events,
+            (events, Some(profile)) => {
+                let both = [events.to_le_bytes(), profile.digest().to_le_bytes()];
+                xxh3_64(both.as_flattened()).max(1)
+            }
+        })
+    }
+
+    /// Forgets what events said of a user; says whether there was something.
+    pub(super) fn drop_events(&self, stripe: &mut Stripe, id: &str) -> bool {
+        let Some(user) = stripe.users.remove(id) else { return false };
+        stripe.order.retain(|(other, _)| **other != *id);
+        self.n_users.fetch_sub(1, Relaxed);
+        self.n_entries.fetch_sub(user.entries.len(), Relaxed);
+        true
     }
 
     /// What is popular because of events; `None` before there are any.
@@ -182,19 +238,69 @@ impl LiveState {
         }
     }
 
-    /// Applies a record of the log.
+    /// Items as they stand; `None` where all are as in the bundle.
+    pub fn items(&self) -> Option<Arc<LiveItems>> {
+        if self.has_items.load(Acquire) { self.items.read().clone() } else { None }
+    }
+
+    /// Shows the changes of items since the last call to all calls that begin from now on; for one thread alone.
+    pub fn publish(&self) {
+        if let Some(fresh) = self.catalogue.lock().take_changed() {
+            let before = self.items.write().replace(Arc::new(fresh));
+            self.has_items.store(true, Release);
+            drop(before);
+        }
+    }
+
+    /// Applies a record; changes of items are seen after [`Self::publish`]. For one thread alone.
     ///
     /// # Errors
-    /// It is not a record of events; those before the damage took effect.
+    /// It is none; entries before the damage took effect.
     pub fn apply_record(&self, record: &[u8]) -> Result<Receipt, Damaged> {
+        match Kind::of(record)? {
+            (Kind::Events, body) => self.apply_events(body),
+            (kind, body) => self.apply_changes(kind, body),
+        }
+    }
+
+    /// The same for a record of the log as it is read again.
+    ///
+    /// # Errors
+    /// As [`Self::apply_record`].
+    pub fn replay(&self, record: Logged<'_>) -> Result<Receipt, Damaged> {
+        match record.format {
+            1 => self.apply_events(record.payload),
+            _ => self.apply_record(record.payload),
+        }
+    }
+
+    fn apply_events(&self, body: &[u8]) -> Result<Receipt, Damaged> {
         let mut receipt = Receipt::default();
-        event::decode(record, |event| {
+        event::decode_body(body, |event| {
             receipt.accepted += 1;
             match self.apply(event) {
                 Effect::Duplicate => receipt.duplicates += 1,
-                Effect::UnknownItem => receipt.unknown_items += 1,
+                Effect::UnknownItem => receipt.unknown += 1,
                 Effect::Applied | Effect::Nothing => {}
             }
+        })?;
+        Ok(receipt)
+    }
+
+    fn apply_changes(&self, kind: Kind, body: &[u8]) -> Result<Receipt, Damaged> {
+        let mut receipt = Receipt::default();
+        let mut catalogue = self.catalogue.lock();
+        change::decode(body, |change: &Change<'_>| {
+            receipt.accepted += 1;
+            let changed = match kind {
+                Kind::DeleteItems => catalogue.delete(&self.generation, change),
+                Kind::UpsertUsers => self.upsert_user(change),
+                Kind::DeleteUsers => self.delete_user(change.id, false),
+                _ => return Err(Damaged),
+            };
+            receipt.unknown += u32::from(changed == Changed::Unknown);
+            receipt.created += u32::from(changed == Changed::Created);
+            Ok(())
         })?;
         Ok(receipt)
     }
@@ -211,7 +317,7 @@ impl LiveState {
         let replaces = !kind.values.is_empty() || weight <= 0.0;
         let most = self.config.history_per_user as usize;
         let mut stripe = self.stripe(event.user_id).lock();
-        let Stripe { users, order } = &mut *stripe;
+        let Stripe { users, order, .. } = &mut *stripe;
         if !users.contains_key(event.user_id) {
             let id: Arc<str> = event.user_id.into();
             order.push_back((id.clone(), 0));
@@ -258,7 +364,7 @@ impl LiveState {
     }
 
     /// Forgets users of a stripe that holds more than its share, those first that did not change since they were last looked at.
-    fn evict(&self, Stripe { users, order }: &mut Stripe) {
+    fn evict(&self, Stripe { users, order, .. }: &mut Stripe) {
         let share = (self.config.max_users as usize).div_ceil(STRIPES);
         while users.len() > share {
             let Some((id, seen)) = order.pop_front() else { return };
@@ -281,7 +387,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn state(config: EventsConfig) -> LiveState {
-        LiveState::new(Arc::new(testing::plain(10)), config)
+        LiveState::new(Arc::new(testing::plain(10)), config, StateConfig::default())
     }
 
     fn rows(state: &LiveState, user: &str) -> Vec<u32> {
@@ -321,7 +427,7 @@ mod tests {
         );
         let again = record(&[first, Event { event_id: "e2", ..Event::new("a", "x", "like") }], 1);
         let receipt = state.apply_record(&again).unwrap();
-        assert_eq!(receipt, Receipt { accepted: 2, duplicates: 1, unknown_items: 1, durable: false });
+        assert_eq!(receipt, Receipt { accepted: 2, duplicates: 1, unknown: 1, ..Receipt::default() });
     }
 
     #[test]

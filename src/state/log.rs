@@ -16,8 +16,12 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, bail};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use super::change::Kind;
+
 const MAGIC: &[u8; 8] = b"TSTMEVNT";
-pub(super) const FORMAT: u32 = 1;
+/// From format 2 on the first byte of a record is its kind; before, all were of events.
+pub(super) const FORMAT: u32 = 2;
+const OLDEST_FORMAT: u32 = 1;
 pub(super) const HEADER: usize = 32;
 pub(super) const RECORD_HEADER: usize = 20;
 /// Largest payload; a length beyond it is damage.
@@ -49,6 +53,17 @@ pub struct Replayed {
     pub damaged_bytes: u64,
     /// Copies of damaged segments as they were found.
     pub damaged: Vec<PathBuf>,
+}
+
+/// A record as it is read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Logged<'a> {
+    /// Of its segment; see [`super::change::Kind`].
+    pub format: u32,
+    /// Its number in the log.
+    pub sequence: u64,
+    /// What was appended.
+    pub payload: &'a [u8],
 }
 
 /// An open log.
@@ -90,11 +105,11 @@ struct Parsed {
 }
 
 impl EventLog {
-    /// Opens the log in `dir`, which is made where it is missing, and hands the payload of every record to `take`.
+    /// Opens the log in `dir`, which is made where it is missing, and hands every record to `take`.
     ///
     /// # Errors
     /// The directory can't be made or read, or holds a segment of a newer format.
-    pub fn open(dir: &Path, limits: Limits, mut take: impl FnMut(&[u8])) -> anyhow::Result<(Self, Replayed)> {
+    pub fn open(dir: &Path, limits: Limits, mut take: impl FnMut(Logged<'_>)) -> anyhow::Result<(Self, Replayed)> {
         let place = || dir.display().to_string();
         fs::create_dir_all(dir).with_context(place)?;
         let mut paths = Vec::new();
@@ -128,18 +143,25 @@ impl EventLog {
         path: PathBuf,
         last: bool,
         found: &mut Replayed,
-        take: &mut impl FnMut(&[u8]),
+        take: &mut impl FnMut(Logged<'_>),
     ) -> anyhow::Result<()> {
         let place = || path.display().to_string();
         let bytes = fs::read(&path).with_context(place)?;
-        let first = first_sequence(&bytes).with_context(place)?;
+        let begins = begins(&bytes).with_context(place)?;
+        let first = begins.map(|(_, first)| first);
         let parsed = parse(&bytes, first.or_else(|| named(&path)).unwrap_or(0).max(self.next_sequence));
         if parsed.records.is_empty() && parsed.end == bytes.len() {
             // A start that wrote nothing, or a crash before the header was whole.
             return fs::remove_file(&path).with_context(place);
         }
+        let payload = |record: &Range<usize>| &bytes[record.start + RECORD_HEADER..record.end];
+        // Without a header the records themselves tell: one of format 1 begins with a time, which rarely looks like a kind.
+        let has_kind = |record| Kind::of(payload(record)).is_ok();
+        let guess = || if parsed.records.iter().all(has_kind) { FORMAT } else { OLDEST_FORMAT };
+        let format = begins.map_or_else(guess, |(format, _)| format);
         for record in &parsed.records {
-            take(&bytes[record.start + RECORD_HEADER..record.end]);
+            let sequence = number(&bytes, record.start + 4, 8);
+            take(Logged { format, sequence, payload: payload(record) });
         }
         self.next_sequence = parsed.next_sequence;
         found.segments += 1;
@@ -157,7 +179,7 @@ impl EventLog {
             found.damaged_bytes += if first.is_none() { HEADER as u64 } else { 0 };
             let begins =
                 parsed.records.first().map_or(self.next_sequence, |record| number(&bytes, record.start + 4, 8));
-            let mut mended = header(begins).to_vec();
+            let mut mended = header(format, begins).to_vec();
             parsed.records.iter().for_each(|record| mended.extend_from_slice(&bytes[record.clone()]));
             kept = mended.len() as u64;
             let beside = path.with_extension("mended");
@@ -262,7 +284,7 @@ impl EventLog {
         let path = self.dir.join(format!("events-{:020}.log", self.next_sequence));
         // A segment of this name holds no record: its header was all that was written.
         let file = OpenOptions::new().write(true).create(true).truncate(true).open(&path)?;
-        let written = file.write_all_at(&header(self.next_sequence), 0).and_then(|()| file.sync_all());
+        let written = file.write_all_at(&header(FORMAT, self.next_sequence), 0).and_then(|()| file.sync_all());
         if let Err(error) = written.and_then(|()| sync_directory(&self.dir)) {
             // Half a segment is worth nothing.
             let _ = fs::remove_file(&path);
@@ -294,10 +316,10 @@ fn set_aside(path: &Path) -> anyhow::Result<PathBuf> {
     Ok(aside)
 }
 
-fn header(first_sequence: u64) -> [u8; HEADER] {
+fn header(format: u32, first_sequence: u64) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..8].copy_from_slice(MAGIC);
-    header[8..12].copy_from_slice(&FORMAT.to_le_bytes());
+    header[8..12].copy_from_slice(&format.to_le_bytes());
     header[16..24].copy_from_slice(&first_sequence.to_le_bytes());
     let sum = xxh3_64(&header[..24]);
     header[24..].copy_from_slice(&sum.to_le_bytes());
@@ -309,22 +331,17 @@ pub(super) fn named(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("events-")?.strip_suffix(".log")?.parse().ok()
 }
 
-/// `None`: no header.
-fn first_sequence(bytes: &[u8]) -> anyhow::Result<Option<u64>> {
+/// Format and first sequence; `None`: no header.
+pub(super) fn begins(bytes: &[u8]) -> anyhow::Result<Option<(u32, u64)>> {
     let Some(header) = bytes.first_chunk::<HEADER>() else { return Ok(None) };
     if header[..8] != MAGIC[..] || xxh3_64(&header[..HEADER - 8]).to_le_bytes() != header[HEADER - 8..] {
         return Ok(None);
     }
     let format = number(header, 8, 4);
-    if format != u64::from(FORMAT) {
-        bail!("is of format {format}; this version knows {FORMAT}");
+    if !(u64::from(OLDEST_FORMAT)..=u64::from(FORMAT)).contains(&format) {
+        bail!("is of format {format}; this version knows {OLDEST_FORMAT} to {FORMAT}");
     }
-    Ok(Some(number(header, 16, 8)))
-}
-
-/// Format and first sequence; `None`: no header.
-pub(super) fn begins(bytes: &[u8]) -> anyhow::Result<Option<(u32, u64)>> {
-    Ok(first_sequence(bytes)?.map(|first| (FORMAT, first)))
+    Ok(Some((format as u32, number(header, 16, 8))))
 }
 
 pub(super) fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -369,7 +386,7 @@ mod tests {
 
     fn open(dir: &Path, limits: Limits) -> (EventLog, Replayed, Vec<Vec<u8>>) {
         let mut records = Vec::new();
-        let (log, found) = EventLog::open(dir, limits, |record| records.push(record.to_vec())).unwrap();
+        let (log, found) = EventLog::open(dir, limits, |record| records.push(record.payload.to_vec())).unwrap();
         (log, found, records)
     }
 
@@ -492,6 +509,29 @@ mod tests {
         let (_, found, records) = open(dir.path(), LIMITS);
         assert_eq!(records, [payload(0), payload(1)]);
         assert!(found.damaged.is_empty(), "{found:?}");
+    }
+
+    /// Of tests/golden/log/make.py, with its header and with a damaged one.
+    #[test]
+    fn a_log_of_the_first_format_is_read() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/log/format-1.log");
+        for damage in [0, 1] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bytes = fs::read(&golden).unwrap();
+            bytes[HEADER - 1] ^= damage;
+            fs::write(dir.path().join("events-00000000000000000000.log"), bytes).unwrap();
+            // Twice: what is mended keeps its format.
+            for _ in 0..2 {
+                let mut users = Vec::new();
+                EventLog::open(dir.path(), LIMITS, |record| {
+                    assert_eq!(record.format, 1);
+                    super::super::event::decode_body(record.payload, |event| users.push(event.user_id.to_owned()))
+                        .unwrap();
+                })
+                .unwrap();
+                assert_eq!(users, ["a", "a", "b"]);
+            }
+        }
     }
 
     #[test]

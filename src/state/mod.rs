@@ -1,15 +1,20 @@
-//! Live state above the immutable bundle: events, what they say of users, and what is popular because of them.
+//! Live state above the immutable bundle: events, what they say of users, and what is popular because of them; items and users that
+//! came, changed or went.
 //!
-//! Shards check events and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
+//! Shards check events and changes and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
 //! ([`live`]) and answers. A start replays the log through the same code.
 
+pub mod change;
 pub mod event;
 pub mod fold_in;
 pub mod follow;
+pub mod items;
 pub mod live;
 pub mod log;
+pub mod schema;
 pub mod sinks;
 pub mod trending;
+pub mod users;
 pub mod writer;
 
 use std::collections::BTreeMap;
@@ -26,9 +31,39 @@ use sinks::redis::StreamConfig;
 /// Hands every event of a record of the log to `take`; records of something else have none.
 ///
 /// # Errors
-/// As [`event::decode`].
-fn events_of(_format: u32, payload: &[u8], take: impl FnMut(&event::Event<'_>)) -> Result<(), event::Damaged> {
-    event::decode(payload, take)
+/// The record is damaged.
+fn events_of(record: log::Logged<'_>, take: impl FnMut(&event::Event<'_>)) -> Result<(), event::Damaged> {
+    match record.format {
+        1 => event::decode_body(record.payload, take),
+        _ => match change::Kind::of(record.payload)? {
+            (change::Kind::Events, body) => event::decode_body(body, take),
+            _ => Ok(()),
+        },
+    }
+}
+
+/// `[state]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StateConfig {
+    /// Users of whom something may be upserted; an upsert of more is refused. 0 to 1e9, default 1000000.
+    pub live_users_max: u32,
+}
+
+impl Default for StateConfig {
+    fn default() -> Self {
+        StateConfig { live_users_max: 1_000_000 }
+    }
+}
+
+impl StateConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        in_range("state", [("live_users_max", self.live_users_max, 0, 1_000_000_000)])
+    }
 }
 
 /// `[events]`

@@ -1,8 +1,9 @@
-//! The thread that owns the log: one order for all events.
+//! The thread that owns the log: one order for all events and changes.
 //!
 //! Calls that wait are taken together: appended in one write, applied, answered; those that are to be durable after one
 //! sync for all of them.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, OnceLock};
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
+use super::change::{self, Kind};
+use super::event::Damaged;
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
 use super::sinks::SinkCounters;
@@ -27,7 +30,7 @@ const BATCH: usize = 512;
 /// A call on its way to the log.
 #[derive(Debug)]
 pub struct Submission {
-    /// What [`super::event::Encoder`] made of its events.
+    /// What [`super::event::Encoder`] or [`super::change::Encoder`] made of it.
     pub record: Vec<u8>,
     /// Whether the answer waits for the disk.
     pub durable: bool,
@@ -57,6 +60,8 @@ pub struct EventCounters {
     pub unknown_items: AtomicU64,
     /// Calls that the log refused.
     pub refused: AtomicU64,
+    /// Entries of changes applied, by [`Kind`].
+    pub changes: [AtomicU64; 6],
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
     /// Records before this sequence are on the disk.
@@ -127,14 +132,15 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
         max_age: (!max_age.is_zero()).then_some(max_age),
     };
     let (started, mut applied, mut unreadable) = (Instant::now(), Receipt::default(), 0u64);
-    let opened = EventLog::open(&config.log_dir, limits, |record| match state.apply_record(record) {
+    let opened = EventLog::open(&config.log_dir, limits, |record| match state.replay(record) {
         Ok(receipt) => {
             applied.accepted += receipt.accepted;
             applied.duplicates += receipt.duplicates;
-            applied.unknown_items += receipt.unknown_items;
+            applied.unknown += receipt.unknown;
         }
         Err(_) => unreadable += 1,
     });
+    state.publish();
     let (log, found) = opened.context("opening the event log (events.log_dir)")?;
     state.refresh_trending(now_ms());
     tracing::info!(
@@ -142,7 +148,7 @@ pub fn open(state: &LiveState) -> anyhow::Result<Option<EventLog>> {
         records = found.records,
         events = applied.accepted,
         duplicates = applied.duplicates,
-        unknown_items = applied.unknown_items,
+        unknown_items = applied.unknown,
         torn_bytes = found.torn_bytes,
         users = state.n_users(),
         ms = started.elapsed().as_millis() as u64,
@@ -179,6 +185,33 @@ pub fn spawn(
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
             .run();
     })
+}
+
+/// What a batch adds, before it is applied.
+#[derive(Default)]
+struct Coming {
+    users: HashSet<Box<str>>,
+}
+
+impl Coming {
+    fn admit(&mut self, state: &LiveState, record: &[u8]) -> std::result::Result<(), Error> {
+        let Ok((kind @ Kind::UpsertUsers, body)) = Kind::of(record) else { return Ok(()) };
+        let mut new: HashSet<Box<str>> = HashSet::new();
+        // Damage was refused by the shard.
+        let _ = change::decode::<Damaged>(body, |change| {
+            if !state.has_profile(change.id) && !self.users.contains(change.id) {
+                new.insert(change.id.into());
+            }
+            Ok(())
+        });
+        let (held, most, key) = (state.n_profiles(), state.limits().live_users_max, "live_users_max");
+        if !new.is_empty() && held + self.users.len() + new.len() > most as usize {
+            let message = format!("{held} {} are held beside the bundle, and state.{key} is {most}", kind.entries());
+            return Err(Error::new(Code::Unavailable, message));
+        }
+        self.users.extend(new);
+        Ok(())
+    }
 }
 
 struct Writer<'a> {
@@ -228,6 +261,7 @@ impl Writer<'_> {
 
     fn write(&mut self) {
         let mut batch = std::mem::take(&mut self.batch);
+        self.refuse(&mut batch);
         let appended = match &mut self.log {
             Some(log) => log.append(batch.iter().map(|submission| &submission.record[..])),
             None => Ok(()),
@@ -250,8 +284,10 @@ impl Writer<'_> {
         }
         self.unsynced = self.unsynced.or(self.log.is_some().then(Instant::now));
         let mut waiting = Vec::new();
-        for Submission { record, durable, shard, ticket } in batch.drain(..) {
-            let result = self.apply(&record);
+        let applied: Vec<_> = batch.drain(..).map(|submission| (self.apply(&submission.record), submission)).collect();
+        // Whoever is answered finds the change.
+        self.state.publish();
+        for (result, Submission { durable, shard, ticket, .. }) in applied {
             match durable {
                 true => waiting.push((shard, ticket, result)),
                 false => self.sink.deliver(shard, ticket, result),
@@ -272,6 +308,19 @@ impl Writer<'_> {
         }
     }
 
+    /// Answers calls for which there is no room, before the log has them.
+    fn refuse(&self, batch: &mut Vec<Submission>) {
+        let mut coming = Coming::default();
+        batch.retain(|Submission { record, shard, ticket, .. }| match coming.admit(self.state, record) {
+            Ok(()) => true,
+            Err(error) => {
+                self.queue.counters.refused.fetch_add(1, Relaxed);
+                self.sink.deliver(*shard, *ticket, Err(error));
+                false
+            }
+        });
+    }
+
     fn apply(&self, record: &[u8]) -> Result {
         // A defect that one call finds must not take the others' writer with it.
         let applied = catch_unwind(AssertUnwindSafe(|| self.state.apply_record(record)));
@@ -280,9 +329,16 @@ impl Writer<'_> {
             return Err(Error::fixed(Code::Internal, "the events could not be applied"));
         };
         let counters = &self.queue.counters;
-        counters.accepted.fetch_add(u64::from(receipt.accepted), Relaxed);
-        counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
-        counters.unknown_items.fetch_add(u64::from(receipt.unknown_items), Relaxed);
+        let accepted = u64::from(receipt.accepted);
+        match Kind::of(record) {
+            Ok((Kind::Events, _)) => {
+                counters.accepted.fetch_add(accepted, Relaxed);
+                counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
+                counters.unknown_items.fetch_add(u64::from(receipt.unknown), Relaxed);
+            }
+            Ok((kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
+            Err(_) => {}
+        }
         Ok(receipt)
     }
 

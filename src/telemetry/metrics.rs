@@ -13,6 +13,7 @@ use crate::candidates::Source;
 use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
+use crate::state::change::Kind;
 use crate::state::sinks::SinkCounters;
 use crate::state::writer::EventCounters;
 
@@ -30,9 +31,13 @@ pub enum Endpoint {
     Infer = 3,
     /// `events`
     Events = 4,
+    /// `items`: upserts and deletions.
+    Items = 5,
+    /// `users`: the same.
+    Users = 6,
 }
 
-const ENDPOINTS: [&str; 5] = ["recommend", "search", "rank", "infer", "events"];
+const ENDPOINTS: [&str; 7] = ["recommend", "search", "rank", "infer", "events", "items", "users"];
 const STATUSES: [Option<Code>; 10] = [
     None,
     Some(Code::BadRequest),
@@ -196,7 +201,7 @@ impl ShardMetrics {
                 self.record_degraded(&scored.degraded);
                 None
             }
-            Outcome::Inferred(_) | Outcome::Received(_) => None,
+            Outcome::Inferred(_) | Outcome::Received(_) | Outcome::Changed(_) => None,
         };
         let status = STATUSES.iter().position(|s| *s == code).unwrap_or(0);
         self.requests[endpoint as usize][status].observe_time(&REQUEST_BUCKETS, latency);
@@ -314,7 +319,13 @@ pub struct Gauges<'a> {
     pub live_users: usize,
     /// Items in their histories.
     pub live_entries: usize,
-    /// Events and their log.
+    /// Items that must not be shown.
+    pub items_gone: usize,
+    /// Users of whom something was upserted, or who are forgotten.
+    pub live_profiles: usize,
+    /// Memory of that.
+    pub profile_bytes: usize,
+    /// Events and changes, and their log.
     pub events: Option<&'a EventCounters>,
     /// The second level of the cache, where there is one.
     pub redis: Option<&'a RedisCache>,
@@ -426,6 +437,11 @@ impl Metrics {
         }
         let event =
             |of: fn(&EventCounters) -> &AtomicU64| gauges.events.map_or(0, |counters| of(counters).load(Relaxed));
+        head(o, "tastemaker_changes_total", "counter", "Upserts and deletions logged and applied");
+        for kind in Kind::CHANGES {
+            let n = gauges.events.map_or(0, |counters| counters.changes[kind as usize].load(Relaxed));
+            line(o, "tastemaker_changes_total", &format!("kind=\"{}\"", kind.name()), n);
+        }
         head(
             o,
             "tastemaker_partition_troubles_total",
@@ -434,7 +450,7 @@ impl Metrics {
         );
         line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
         line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
-        let plain: [(&str, &str, &str, u64); 23] = [
+        let plain: [(&str, &str, &str, u64); 26] = [
             ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
             (
                 "tastemaker_partitions_down",
@@ -476,6 +492,9 @@ impl Metrics {
             ("tastemaker_filter_cache_bytes", "gauge", "Memory of search filters", gauges.filter_cache_bytes),
             ("tastemaker_live_users", "gauge", "Users with events", gauges.live_users as u64),
             ("tastemaker_live_entries", "gauge", "Items in the histories of these users", gauges.live_entries as u64),
+            ("tastemaker_items_gone", "gauge", "Items that were deleted", gauges.items_gone as u64),
+            ("tastemaker_profiles", "gauge", "Users upserted or forgotten", gauges.live_profiles as u64),
+            ("tastemaker_profile_bytes", "gauge", "Memory of that", gauges.profile_bytes as u64),
             ("tastemaker_events_total", "counter", "Events logged and applied", event(|c| &c.accepted)),
             (
                 "tastemaker_events_duplicate_total",

@@ -8,9 +8,9 @@ use std::time::Duration;
 use flatbuffers::FlatBufferBuilder;
 
 use super::frame::{self, Split};
-use super::request::{Request, encode, encode_events};
+use super::request::{Request, encode, encode_changes, encode_events};
 use super::{schema, verifier};
-use crate::api::{Call, Event, Receipt, RecommendCall, SearchCall};
+use crate::api::{Call, Change, Event, Kind, Receipt, RecommendCall, SearchCall};
 
 /// Largest answer accepted, bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -49,6 +49,8 @@ pub enum Answer {
     Results(Vec<Vec<(String, f32, bool)>>),
     /// To PutEvents.
     Received(Receipt),
+    /// To UpsertItems and the like.
+    Changed(Receipt),
     /// To Health.
     Health {
         /// Whether calls are taken.
@@ -230,6 +232,30 @@ impl Client {
         }
     }
 
+    /// Changes items or users, as `kind` says; `durable` waits for the disk.
+    ///
+    /// # Errors
+    /// As [`Self::call`], or the server's own.
+    pub fn change(&mut self, kind: Kind, changes: &[Change<'_>], durable: bool) -> Result<Receipt, ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let message = encode_changes(&mut self.builder, id, kind, changes, durable, None);
+        write(&mut self.stream, message)?;
+        match self.answer(id)? {
+            Answer::Changed(receipt) => Ok(receipt),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Takes items away; `durable` waits for the disk.
+    ///
+    /// # Errors
+    /// As [`Self::change`].
+    pub fn delete_items(&mut self, ids: &[&str], durable: bool) -> Result<Receipt, ClientError> {
+        let changes: Vec<Change<'_>> = ids.iter().map(|id| Change::of(id)).collect();
+        self.change(Kind::DeleteItems, &changes, durable)
+    }
+
     /// The items and scores of each query, best first; one list, unless the call has several vectors.
     ///
     /// # Errors
@@ -305,8 +331,17 @@ pub fn decode(message: &[u8]) -> Result<(u64, Answer), ClientError> {
         Answer::Received(Receipt {
             accepted: receipt.accepted(),
             duplicates: receipt.duplicates(),
-            unknown_items: receipt.unknown_items(),
+            unknown: receipt.unknown_items(),
             durable: receipt.durable(),
+            ..Receipt::default()
+        })
+    } else if let Some(receipt) = message.body_as_change_receipt() {
+        Answer::Changed(Receipt {
+            accepted: receipt.accepted(),
+            created: receipt.created(),
+            unknown: receipt.unknown(),
+            durable: receipt.durable(),
+            ..Receipt::default()
         })
     } else if let Some(health) = message.body_as_health_status() {
         Answer::Health { ready: health.ready(), model_version: health.model_version().unwrap_or_default().to_owned() }

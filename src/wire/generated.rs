@@ -115,10 +115,10 @@ impl ::flatbuffers::SimpleToVerifyInSlice for Cache {}
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 pub const ENUM_MIN_BODY: u8 = 0;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
-pub const ENUM_MAX_BODY: u8 = 10;
+pub const ENUM_MAX_BODY: u8 = 15;
 #[deprecated(since = "2.0.0", note = "Use associated constants instead. This will no longer be generated in 2021.")]
 #[allow(non_camel_case_types)]
-pub const ENUM_VALUES_BODY: [Body; 11] = [
+pub const ENUM_VALUES_BODY: [Body; 16] = [
   Body::NONE,
   Body::Recommend,
   Body::Search,
@@ -130,6 +130,11 @@ pub const ENUM_VALUES_BODY: [Body; 11] = [
   Body::Error,
   Body::PutEvents,
   Body::EventsReceipt,
+  Body::UpsertItems,
+  Body::DeleteItems,
+  Body::UpsertUsers,
+  Body::DeleteUsers,
+  Body::ChangeReceipt,
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -148,9 +153,14 @@ impl Body {
   pub const Error: Self = Self(8);
   pub const PutEvents: Self = Self(9);
   pub const EventsReceipt: Self = Self(10);
+  pub const UpsertItems: Self = Self(11);
+  pub const DeleteItems: Self = Self(12);
+  pub const UpsertUsers: Self = Self(13);
+  pub const DeleteUsers: Self = Self(14);
+  pub const ChangeReceipt: Self = Self(15);
 
   pub const ENUM_MIN: u8 = 0;
-  pub const ENUM_MAX: u8 = 10;
+  pub const ENUM_MAX: u8 = 15;
   pub const ENUM_VALUES: &'static [Self] = &[
     Self::NONE,
     Self::Recommend,
@@ -163,6 +173,11 @@ impl Body {
     Self::Error,
     Self::PutEvents,
     Self::EventsReceipt,
+    Self::UpsertItems,
+    Self::DeleteItems,
+    Self::UpsertUsers,
+    Self::DeleteUsers,
+    Self::ChangeReceipt,
   ];
   /// Returns the variant's name or "" if unknown.
   pub fn variant_name(self) -> Option<&'static str> {
@@ -178,6 +193,11 @@ impl Body {
       Self::Error => Some("Error"),
       Self::PutEvents => Some("PutEvents"),
       Self::EventsReceipt => Some("EventsReceipt"),
+      Self::UpsertItems => Some("UpsertItems"),
+      Self::DeleteItems => Some("DeleteItems"),
+      Self::UpsertUsers => Some("UpsertUsers"),
+      Self::DeleteUsers => Some("DeleteUsers"),
+      Self::ChangeReceipt => Some("ChangeReceipt"),
       _ => None,
     }
   }
@@ -1618,6 +1638,983 @@ impl ::core::fmt::Debug for PutEvents<'_> {
       ds.finish()
   }
 }
+pub enum ColumnValueOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A value of a column: one of number, text and list; none of them: the column has no value from now on.
+pub struct ColumnValue<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for ColumnValue<'a> {
+  type Inner = ColumnValue<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> ColumnValue<'a> {
+  pub const VT_COLUMN: ::flatbuffers::VOffsetT = 4;
+  pub const VT_NUMBER: ::flatbuffers::VOffsetT = 6;
+  pub const VT_TEXT: ::flatbuffers::VOffsetT = 8;
+  pub const VT_LIST: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    ColumnValue { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ColumnValueArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<ColumnValue<'bldr>> {
+    let mut builder = ColumnValueBuilder::new(_fbb);
+    if let Some(x) = args.number { builder.add_number(x); }
+    if let Some(x) = args.list { builder.add_list(x); }
+    if let Some(x) = args.text { builder.add_text(x); }
+    if let Some(x) = args.column { builder.add_column(x); }
+    builder.finish()
+  }
+
+
+  /// 1 to 256 bytes.
+  #[inline]
+  pub fn column(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ColumnValue::VT_COLUMN, None).unwrap()}
+  }
+  /// Number columns; a boolean is 1 or 0, a time seconds since 1970.
+  #[inline]
+  pub fn number(&self) -> Option<f64> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<f64>(ColumnValue::VT_NUMBER, None)}
+  }
+  /// Category columns, and text that search covers; at most 65536 bytes.
+  #[inline]
+  pub fn text(&self) -> Option<&'a str> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(ColumnValue::VT_TEXT, None)}
+  }
+  /// List columns; at most 1024 strings.
+  #[inline]
+  pub fn list(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(ColumnValue::VT_LIST, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for ColumnValue<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("column", Self::VT_COLUMN, true)?
+     .visit_field::<f64>("number", Self::VT_NUMBER, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("text", Self::VT_TEXT, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("list", Self::VT_LIST, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ColumnValueArgs<'a> {
+    pub column: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub number: Option<f64>,
+    pub text: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub list: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+}
+impl<'a> Default for ColumnValueArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ColumnValueArgs {
+      column: None, // required field
+      number: None,
+      text: None,
+      list: None,
+    }
+  }
+}
+
+pub struct ColumnValueBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ColumnValueBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_column(&mut self, column: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ColumnValue::VT_COLUMN, column);
+  }
+  #[inline]
+  pub fn add_number(&mut self, number: f64) {
+    self.fbb_.push_slot_always::<f64>(ColumnValue::VT_NUMBER, number);
+  }
+  #[inline]
+  pub fn add_text(&mut self, text: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ColumnValue::VT_TEXT, text);
+  }
+  #[inline]
+  pub fn add_list(&mut self, list: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(ColumnValue::VT_LIST, list);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ColumnValueBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ColumnValueBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<ColumnValue<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, ColumnValue::VT_COLUMN,"column");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for ColumnValue<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("ColumnValue");
+      ds.field("column", &self.column());
+      ds.field("number", &self.number());
+      ds.field("text", &self.text());
+      ds.field("list", &self.list());
+      ds.finish()
+  }
+}
+pub enum ItemOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// An item that comes or changes. What is not given stays as it is.
+pub struct Item<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for Item<'a> {
+  type Inner = Item<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> Item<'a> {
+  pub const VT_ITEM_ID: ::flatbuffers::VOffsetT = 4;
+  pub const VT_COLUMNS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_EMBEDDING: ::flatbuffers::VOffsetT = 8;
+  pub const VT_AVAILABLE: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    Item { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ItemArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<Item<'bldr>> {
+    let mut builder = ItemBuilder::new(_fbb);
+    if let Some(x) = args.embedding { builder.add_embedding(x); }
+    if let Some(x) = args.columns { builder.add_columns(x); }
+    if let Some(x) = args.item_id { builder.add_item_id(x); }
+    builder.add_available(args.available);
+    builder.finish()
+  }
+
+
+  /// 1 to 256 bytes.
+  #[inline]
+  pub fn item_id(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(Item::VT_ITEM_ID, None).unwrap()}
+  }
+  /// At most 256, of the columns that the bundle has.
+  #[inline]
+  pub fn columns(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue>>>>(Item::VT_COLUMNS, None)}
+  }
+  /// As many values as the embeddings have; absent: as it was.
+  #[inline]
+  pub fn embedding(&self) -> Option<::flatbuffers::Vector<'a, f32>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, f32>>>(Item::VT_EMBEDDING, None)}
+  }
+  /// Whether it may be shown.
+  #[inline]
+  pub fn available(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(Item::VT_AVAILABLE, Some(true)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for Item<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("item_id", Self::VT_ITEM_ID, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<ColumnValue>>>>("columns", Self::VT_COLUMNS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, f32>>>("embedding", Self::VT_EMBEDDING, false)?
+     .visit_field::<bool>("available", Self::VT_AVAILABLE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ItemArgs<'a> {
+    pub item_id: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub columns: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue<'a>>>>>,
+    pub embedding: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, f32>>>,
+    pub available: bool,
+}
+impl<'a> Default for ItemArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    ItemArgs {
+      item_id: None, // required field
+      columns: None,
+      embedding: None,
+      available: true,
+    }
+  }
+}
+
+pub struct ItemBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ItemBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_item_id(&mut self, item_id: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Item::VT_ITEM_ID, item_id);
+  }
+  #[inline]
+  pub fn add_columns(&mut self, columns: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<ColumnValue<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Item::VT_COLUMNS, columns);
+  }
+  #[inline]
+  pub fn add_embedding(&mut self, embedding: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , f32>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(Item::VT_EMBEDDING, embedding);
+  }
+  #[inline]
+  pub fn add_available(&mut self, available: bool) {
+    self.fbb_.push_slot::<bool>(Item::VT_AVAILABLE, available, true);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ItemBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ItemBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<Item<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, Item::VT_ITEM_ID,"item_id");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for Item<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("Item");
+      ds.field("item_id", &self.item_id());
+      ds.field("columns", &self.columns());
+      ds.field("embedding", &self.embedding());
+      ds.field("available", &self.available());
+      ds.finish()
+  }
+}
+pub enum UpsertItemsOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Makes items come or change; all are taken or none.
+pub struct UpsertItems<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for UpsertItems<'a> {
+  type Inner = UpsertItems<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> UpsertItems<'a> {
+  pub const VT_ITEMS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    UpsertItems { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args UpsertItemsArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<UpsertItems<'bldr>> {
+    let mut builder = UpsertItemsBuilder::new(_fbb);
+    builder.add_deadline_us(args.deadline_us);
+    if let Some(x) = args.items { builder.add_items(x); }
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// 1 to 1000.
+  #[inline]
+  pub fn items(&self) -> ::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Item<'a>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Item>>>>(UpsertItems::VT_ITEMS, None).unwrap()}
+  }
+  /// Answer when they are on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(UpsertItems::VT_DURABLE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn deadline_us(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(UpsertItems::VT_DEADLINE_US, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for UpsertItems<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<Item>>>>("items", Self::VT_ITEMS, true)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct UpsertItemsArgs<'a> {
+    pub items: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<Item<'a>>>>>,
+    pub durable: bool,
+    pub deadline_us: u32,
+}
+impl<'a> Default for UpsertItemsArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    UpsertItemsArgs {
+      items: None, // required field
+      durable: false,
+      deadline_us: 0,
+    }
+  }
+}
+
+pub struct UpsertItemsBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> UpsertItemsBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_items(&mut self, items: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<Item<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(UpsertItems::VT_ITEMS, items);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(UpsertItems::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn add_deadline_us(&mut self, deadline_us: u32) {
+    self.fbb_.push_slot::<u32>(UpsertItems::VT_DEADLINE_US, deadline_us, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> UpsertItemsBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    UpsertItemsBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<UpsertItems<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, UpsertItems::VT_ITEMS,"items");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for UpsertItems<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("UpsertItems");
+      ds.field("items", &self.items());
+      ds.field("durable", &self.durable());
+      ds.field("deadline_us", &self.deadline_us());
+      ds.finish()
+  }
+}
+pub enum DeleteItemsOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Takes items away: they never come out of anything again, until they are upserted.
+pub struct DeleteItems<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for DeleteItems<'a> {
+  type Inner = DeleteItems<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> DeleteItems<'a> {
+  pub const VT_ITEM_IDS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    DeleteItems { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DeleteItemsArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<DeleteItems<'bldr>> {
+    let mut builder = DeleteItemsBuilder::new(_fbb);
+    builder.add_deadline_us(args.deadline_us);
+    if let Some(x) = args.item_ids { builder.add_item_ids(x); }
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// 1 to 1000; unknown ones are counted and ignored.
+  #[inline]
+  pub fn item_ids(&self) -> ::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(DeleteItems::VT_ITEM_IDS, None).unwrap()}
+  }
+  /// Answer when it is on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(DeleteItems::VT_DURABLE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn deadline_us(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(DeleteItems::VT_DEADLINE_US, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for DeleteItems<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("item_ids", Self::VT_ITEM_IDS, true)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DeleteItemsArgs<'a> {
+    pub item_ids: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub durable: bool,
+    pub deadline_us: u32,
+}
+impl<'a> Default for DeleteItemsArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    DeleteItemsArgs {
+      item_ids: None, // required field
+      durable: false,
+      deadline_us: 0,
+    }
+  }
+}
+
+pub struct DeleteItemsBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DeleteItemsBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_item_ids(&mut self, item_ids: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteItems::VT_ITEM_IDS, item_ids);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(DeleteItems::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn add_deadline_us(&mut self, deadline_us: u32) {
+    self.fbb_.push_slot::<u32>(DeleteItems::VT_DEADLINE_US, deadline_us, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DeleteItemsBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DeleteItemsBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<DeleteItems<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, DeleteItems::VT_ITEM_IDS,"item_ids");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for DeleteItems<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("DeleteItems");
+      ds.field("item_ids", &self.item_ids());
+      ds.field("durable", &self.durable());
+      ds.field("deadline_us", &self.deadline_us());
+      ds.finish()
+  }
+}
+pub enum UserOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// A user who comes or changes. What is not given stays as it is.
+pub struct User<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for User<'a> {
+  type Inner = User<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> User<'a> {
+  pub const VT_USER_ID: ::flatbuffers::VOffsetT = 4;
+  pub const VT_COLUMNS: ::flatbuffers::VOffsetT = 6;
+  pub const VT_EMBEDDING: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    User { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args UserArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<User<'bldr>> {
+    let mut builder = UserBuilder::new(_fbb);
+    if let Some(x) = args.embedding { builder.add_embedding(x); }
+    if let Some(x) = args.columns { builder.add_columns(x); }
+    if let Some(x) = args.user_id { builder.add_user_id(x); }
+    builder.finish()
+  }
+
+
+  /// 1 to 256 bytes.
+  #[inline]
+  pub fn user_id(&self) -> &'a str {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<&str>>(User::VT_USER_ID, None).unwrap()}
+  }
+  /// At most 256, of the columns that the bundle has.
+  #[inline]
+  pub fn columns(&self) -> Option<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue<'a>>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue>>>>(User::VT_COLUMNS, None)}
+  }
+  /// As many values as the embeddings have; absent: as it was.
+  #[inline]
+  pub fn embedding(&self) -> Option<::flatbuffers::Vector<'a, f32>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, f32>>>(User::VT_EMBEDDING, None)}
+  }
+}
+
+impl ::flatbuffers::Verifiable for User<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<&str>>("user_id", Self::VT_USER_ID, true)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<ColumnValue>>>>("columns", Self::VT_COLUMNS, false)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, f32>>>("embedding", Self::VT_EMBEDDING, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct UserArgs<'a> {
+    pub user_id: Option<::flatbuffers::WIPOffset<&'a str>>,
+    pub columns: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<ColumnValue<'a>>>>>,
+    pub embedding: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, f32>>>,
+}
+impl<'a> Default for UserArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    UserArgs {
+      user_id: None, // required field
+      columns: None,
+      embedding: None,
+    }
+  }
+}
+
+pub struct UserBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> UserBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user_id(&mut self, user_id: ::flatbuffers::WIPOffset<&'b  str>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(User::VT_USER_ID, user_id);
+  }
+  #[inline]
+  pub fn add_columns(&mut self, columns: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<ColumnValue<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(User::VT_COLUMNS, columns);
+  }
+  #[inline]
+  pub fn add_embedding(&mut self, embedding: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , f32>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(User::VT_EMBEDDING, embedding);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> UserBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    UserBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<User<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, User::VT_USER_ID,"user_id");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for User<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("User");
+      ds.field("user_id", &self.user_id());
+      ds.field("columns", &self.columns());
+      ds.field("embedding", &self.embedding());
+      ds.finish()
+  }
+}
+pub enum UpsertUsersOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Makes users come or change; all are taken or none.
+pub struct UpsertUsers<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for UpsertUsers<'a> {
+  type Inner = UpsertUsers<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> UpsertUsers<'a> {
+  pub const VT_USERS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    UpsertUsers { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args UpsertUsersArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<UpsertUsers<'bldr>> {
+    let mut builder = UpsertUsersBuilder::new(_fbb);
+    builder.add_deadline_us(args.deadline_us);
+    if let Some(x) = args.users { builder.add_users(x); }
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// 1 to 1000.
+  #[inline]
+  pub fn users(&self) -> ::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<User<'a>>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<User>>>>(UpsertUsers::VT_USERS, None).unwrap()}
+  }
+  /// Answer when they are on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(UpsertUsers::VT_DURABLE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn deadline_us(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(UpsertUsers::VT_DEADLINE_US, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for UpsertUsers<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<User>>>>("users", Self::VT_USERS, true)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct UpsertUsersArgs<'a> {
+    pub users: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<User<'a>>>>>,
+    pub durable: bool,
+    pub deadline_us: u32,
+}
+impl<'a> Default for UpsertUsersArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    UpsertUsersArgs {
+      users: None, // required field
+      durable: false,
+      deadline_us: 0,
+    }
+  }
+}
+
+pub struct UpsertUsersBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> UpsertUsersBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_users(&mut self, users: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<User<'b >>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(UpsertUsers::VT_USERS, users);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(UpsertUsers::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn add_deadline_us(&mut self, deadline_us: u32) {
+    self.fbb_.push_slot::<u32>(UpsertUsers::VT_DEADLINE_US, deadline_us, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> UpsertUsersBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    UpsertUsersBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<UpsertUsers<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, UpsertUsers::VT_USERS,"users");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for UpsertUsers<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("UpsertUsers");
+      ds.field("users", &self.users());
+      ds.field("durable", &self.durable());
+      ds.field("deadline_us", &self.deadline_us());
+      ds.finish()
+  }
+}
+pub enum DeleteUsersOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Forgets users: what was upserted, their events, and what the bundle knows of them.
+pub struct DeleteUsers<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for DeleteUsers<'a> {
+  type Inner = DeleteUsers<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> DeleteUsers<'a> {
+  pub const VT_USER_IDS: ::flatbuffers::VOffsetT = 4;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 6;
+  pub const VT_DEADLINE_US: ::flatbuffers::VOffsetT = 8;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    DeleteUsers { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args DeleteUsersArgs<'args>
+  ) -> ::flatbuffers::WIPOffset<DeleteUsers<'bldr>> {
+    let mut builder = DeleteUsersBuilder::new(_fbb);
+    builder.add_deadline_us(args.deadline_us);
+    if let Some(x) = args.user_ids { builder.add_user_ids(x); }
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// 1 to 1000; unknown ones are counted.
+  #[inline]
+  pub fn user_ids(&self) -> ::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>> {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>(DeleteUsers::VT_USER_IDS, None).unwrap()}
+  }
+  /// Answer when it is on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(DeleteUsers::VT_DURABLE, Some(false)).unwrap()}
+  }
+  #[inline]
+  pub fn deadline_us(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(DeleteUsers::VT_DEADLINE_US, Some(0)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for DeleteUsers<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'_, ::flatbuffers::ForwardsUOffset<&'_ str>>>>("user_ids", Self::VT_USER_IDS, true)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .visit_field::<u32>("deadline_us", Self::VT_DEADLINE_US, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct DeleteUsersArgs<'a> {
+    pub user_ids: Option<::flatbuffers::WIPOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<&'a str>>>>,
+    pub durable: bool,
+    pub deadline_us: u32,
+}
+impl<'a> Default for DeleteUsersArgs<'a> {
+  #[inline]
+  fn default() -> Self {
+    DeleteUsersArgs {
+      user_ids: None, // required field
+      durable: false,
+      deadline_us: 0,
+    }
+  }
+}
+
+pub struct DeleteUsersBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> DeleteUsersBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_user_ids(&mut self, user_ids: ::flatbuffers::WIPOffset<::flatbuffers::Vector<'b , ::flatbuffers::ForwardsUOffset<&'b  str>>>) {
+    self.fbb_.push_slot_always::<::flatbuffers::WIPOffset<_>>(DeleteUsers::VT_USER_IDS, user_ids);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(DeleteUsers::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn add_deadline_us(&mut self, deadline_us: u32) {
+    self.fbb_.push_slot::<u32>(DeleteUsers::VT_DEADLINE_US, deadline_us, 0);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> DeleteUsersBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    DeleteUsersBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<DeleteUsers<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    self.fbb_.required(o, DeleteUsers::VT_USER_IDS,"user_ids");
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for DeleteUsers<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("DeleteUsers");
+      ds.field("user_ids", &self.user_ids());
+      ds.field("durable", &self.durable());
+      ds.field("deadline_us", &self.deadline_us());
+      ds.finish()
+  }
+}
 pub enum HealthOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
@@ -2464,7 +3461,7 @@ impl<'a> Slate<'a> {
     // which contains a valid value in this slot
     unsafe { self._tab.get::<::flatbuffers::ForwardsUOffset<::flatbuffers::Vector<'a, ::flatbuffers::ForwardsUOffset<StageTime>>>>(Slate::VT_TIMINGS, None)}
   }
-  /// Whether the user was in the bundle.
+  /// Whether the user is in the bundle or was upserted.
   #[inline]
   pub fn known_user(&self) -> bool {
     // Safety:
@@ -3058,6 +4055,158 @@ impl ::core::fmt::Debug for EventsReceipt<'_> {
       ds.finish()
   }
 }
+pub enum ChangeReceiptOffset {}
+#[derive(Copy, Clone, PartialEq)]
+
+/// Answers UpsertItems, DeleteItems, UpsertUsers and DeleteUsers.
+pub struct ChangeReceipt<'a> {
+  pub _tab: ::flatbuffers::Table<'a>,
+}
+
+impl<'a> ::flatbuffers::Follow<'a> for ChangeReceipt<'a> {
+  type Inner = ChangeReceipt<'a>;
+  #[inline]
+  unsafe fn follow(buf: &'a [u8], loc: usize) -> Self::Inner {
+    Self { _tab: unsafe { ::flatbuffers::Table::new(buf, loc) } }
+  }
+}
+
+impl<'a> ChangeReceipt<'a> {
+  pub const VT_ACCEPTED: ::flatbuffers::VOffsetT = 4;
+  pub const VT_CREATED: ::flatbuffers::VOffsetT = 6;
+  pub const VT_UNKNOWN: ::flatbuffers::VOffsetT = 8;
+  pub const VT_DURABLE: ::flatbuffers::VOffsetT = 10;
+
+  #[inline]
+  pub unsafe fn init_from_table(table: ::flatbuffers::Table<'a>) -> Self {
+    ChangeReceipt { _tab: table }
+  }
+  #[allow(unused_mut)]
+  pub fn create<'bldr: 'args, 'args: 'mut_bldr, 'mut_bldr, A: ::flatbuffers::Allocator + 'bldr>(
+    _fbb: &'mut_bldr mut ::flatbuffers::FlatBufferBuilder<'bldr, A>,
+    args: &'args ChangeReceiptArgs
+  ) -> ::flatbuffers::WIPOffset<ChangeReceipt<'bldr>> {
+    let mut builder = ChangeReceiptBuilder::new(_fbb);
+    builder.add_unknown(args.unknown);
+    builder.add_created(args.created);
+    builder.add_accepted(args.accepted);
+    builder.add_durable(args.durable);
+    builder.finish()
+  }
+
+
+  /// Entries taken, all of the call's.
+  #[inline]
+  pub fn accepted(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ChangeReceipt::VT_ACCEPTED, Some(0)).unwrap()}
+  }
+  /// Of these, upserts of what was not known.
+  #[inline]
+  pub fn created(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ChangeReceipt::VT_CREATED, Some(0)).unwrap()}
+  }
+  /// Of these, deletions of what was not known.
+  #[inline]
+  pub fn unknown(&self) -> u32 {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<u32>(ChangeReceipt::VT_UNKNOWN, Some(0)).unwrap()}
+  }
+  /// Whether they are on the disk.
+  #[inline]
+  pub fn durable(&self) -> bool {
+    // Safety:
+    // Created from valid Table for this object
+    // which contains a valid value in this slot
+    unsafe { self._tab.get::<bool>(ChangeReceipt::VT_DURABLE, Some(false)).unwrap()}
+  }
+}
+
+impl ::flatbuffers::Verifiable for ChangeReceipt<'_> {
+  #[inline]
+  fn run_verifier(
+    v: &mut ::flatbuffers::Verifier, pos: usize
+  ) -> Result<(), ::flatbuffers::InvalidFlatbuffer> {
+    v.visit_table(pos)?
+     .visit_field::<u32>("accepted", Self::VT_ACCEPTED, false)?
+     .visit_field::<u32>("created", Self::VT_CREATED, false)?
+     .visit_field::<u32>("unknown", Self::VT_UNKNOWN, false)?
+     .visit_field::<bool>("durable", Self::VT_DURABLE, false)?
+     .finish();
+    Ok(())
+  }
+}
+pub struct ChangeReceiptArgs {
+    pub accepted: u32,
+    pub created: u32,
+    pub unknown: u32,
+    pub durable: bool,
+}
+impl<'a> Default for ChangeReceiptArgs {
+  #[inline]
+  fn default() -> Self {
+    ChangeReceiptArgs {
+      accepted: 0,
+      created: 0,
+      unknown: 0,
+      durable: false,
+    }
+  }
+}
+
+pub struct ChangeReceiptBuilder<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> {
+  fbb_: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>,
+  start_: ::flatbuffers::WIPOffset<::flatbuffers::TableUnfinishedWIPOffset>,
+}
+impl<'a: 'b, 'b, A: ::flatbuffers::Allocator + 'a> ChangeReceiptBuilder<'a, 'b, A> {
+  #[inline]
+  pub fn add_accepted(&mut self, accepted: u32) {
+    self.fbb_.push_slot::<u32>(ChangeReceipt::VT_ACCEPTED, accepted, 0);
+  }
+  #[inline]
+  pub fn add_created(&mut self, created: u32) {
+    self.fbb_.push_slot::<u32>(ChangeReceipt::VT_CREATED, created, 0);
+  }
+  #[inline]
+  pub fn add_unknown(&mut self, unknown: u32) {
+    self.fbb_.push_slot::<u32>(ChangeReceipt::VT_UNKNOWN, unknown, 0);
+  }
+  #[inline]
+  pub fn add_durable(&mut self, durable: bool) {
+    self.fbb_.push_slot::<bool>(ChangeReceipt::VT_DURABLE, durable, false);
+  }
+  #[inline]
+  pub fn new(_fbb: &'b mut ::flatbuffers::FlatBufferBuilder<'a, A>) -> ChangeReceiptBuilder<'a, 'b, A> {
+    let start = _fbb.start_table();
+    ChangeReceiptBuilder {
+      fbb_: _fbb,
+      start_: start,
+    }
+  }
+  #[inline]
+  pub fn finish(self) -> ::flatbuffers::WIPOffset<ChangeReceipt<'a>> {
+    let o = self.fbb_.end_table(self.start_);
+    ::flatbuffers::WIPOffset::new(o.value())
+  }
+}
+
+impl ::core::fmt::Debug for ChangeReceipt<'_> {
+  fn fmt(&self, f: &mut ::core::fmt::Formatter<'_>) -> ::core::fmt::Result {
+    let mut ds = f.debug_struct("ChangeReceipt");
+      ds.field("accepted", &self.accepted());
+      ds.field("created", &self.created());
+      ds.field("unknown", &self.unknown());
+      ds.field("durable", &self.durable());
+      ds.finish()
+  }
+}
 pub enum HealthStatusOffset {}
 #[derive(Copy, Clone, PartialEq)]
 
@@ -3526,6 +4675,76 @@ impl<'a> Message<'a> {
     }
   }
 
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_upsert_items(&self) -> Option<UpsertItems<'a>> {
+    if self.body_type() == Body::UpsertItems {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { UpsertItems::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_delete_items(&self) -> Option<DeleteItems<'a>> {
+    if self.body_type() == Body::DeleteItems {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { DeleteItems::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_upsert_users(&self) -> Option<UpsertUsers<'a>> {
+    if self.body_type() == Body::UpsertUsers {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { UpsertUsers::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_delete_users(&self) -> Option<DeleteUsers<'a>> {
+    if self.body_type() == Body::DeleteUsers {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { DeleteUsers::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
+  #[inline]
+  #[allow(non_snake_case)]
+  pub fn body_as_change_receipt(&self) -> Option<ChangeReceipt<'a>> {
+    if self.body_type() == Body::ChangeReceipt {
+      let u = self.body();
+      // Safety:
+      // Created from a valid Table for this object
+      // Which contains a valid union in this slot
+      Some(unsafe { ChangeReceipt::init_from_table(u) })
+    } else {
+      None
+    }
+  }
+
 }
 
 impl ::flatbuffers::Verifiable for Message<'_> {
@@ -3547,6 +4766,11 @@ impl ::flatbuffers::Verifiable for Message<'_> {
           Body::Error => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<Error>>("Body::Error", pos),
           Body::PutEvents => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<PutEvents>>("Body::PutEvents", pos),
           Body::EventsReceipt => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<EventsReceipt>>("Body::EventsReceipt", pos),
+          Body::UpsertItems => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<UpsertItems>>("Body::UpsertItems", pos),
+          Body::DeleteItems => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<DeleteItems>>("Body::DeleteItems", pos),
+          Body::UpsertUsers => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<UpsertUsers>>("Body::UpsertUsers", pos),
+          Body::DeleteUsers => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<DeleteUsers>>("Body::DeleteUsers", pos),
+          Body::ChangeReceipt => v.verify_union_variant::<::flatbuffers::ForwardsUOffset<ChangeReceipt>>("Body::ChangeReceipt", pos),
           _ => Ok(()),
         }
      })?
@@ -3674,6 +4898,41 @@ impl ::core::fmt::Debug for Message<'_> {
         },
         Body::EventsReceipt => {
           if let Some(x) = self.body_as_events_receipt() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::UpsertItems => {
+          if let Some(x) = self.body_as_upsert_items() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::DeleteItems => {
+          if let Some(x) = self.body_as_delete_items() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::UpsertUsers => {
+          if let Some(x) = self.body_as_upsert_users() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::DeleteUsers => {
+          if let Some(x) = self.body_as_delete_users() {
+            ds.field("body", &x)
+          } else {
+            ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")
+          }
+        },
+        Body::ChangeReceipt => {
+          if let Some(x) = self.body_as_change_receipt() {
             ds.field("body", &x)
           } else {
             ds.field("body", &"InvalidFlatbuffer: Union discriminant does not match value.")

@@ -1,5 +1,6 @@
 //! The binary protocol: `u32` little-endian length, then a FlatBuffer of `schemas/tastemaker.fbs`.
 
+mod changes;
 pub mod client;
 pub mod frame;
 #[expect(missing_docs, unsafe_code, clippy::all, reason = "written by flatc")]

@@ -6,8 +6,10 @@ use flatbuffers::{FlatBufferBuilder, ForwardsUOffset, UnionWIPOffset, Vector, WI
 use smallvec::SmallVec;
 
 use super::schema::{self, Body};
-use super::{LIMITS, verifier};
-use crate::api::{Call, Event, EventsCall, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
+use super::{LIMITS, changes, verifier};
+use crate::api::{
+    Call, Change, ChangeCall, Event, EventsCall, Kind, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter,
+};
 use crate::catalog::conditions::{Compare, Demand};
 use crate::context::now_ms;
 use crate::error::{Code, Error};
@@ -135,6 +137,10 @@ pub fn decode<R>(frame: &[u8], then: impl FnOnce(u64, Request<'_>) -> R) -> Resu
         let call = EventsCall { record: &record, durable: put.durable(), deadline: budget(put.deadline_us()) };
         return Ok(then(request_id, Request::Call(Call::Events(call))));
     }
+    if let Some((record, durable, deadline_us)) = changes::record(&message).map_err(wrong)? {
+        let call = ChangeCall { record: &record, durable, deadline: budget(deadline_us) };
+        return Ok(then(request_id, Request::Call(Call::Change(call))));
+    }
     match message.body_as_health() {
         Some(_) => Ok(then(request_id, Request::Health)),
         None => Err(wrong(Error::fixed(Code::BadRequest, "not a request"))),
@@ -239,7 +245,7 @@ fn budget(us: u32) -> Option<Duration> {
     (us > 0).then(|| Duration::from_micros(u64::from(us)))
 }
 
-fn us(deadline: Option<Duration>) -> u32 {
+pub(super) fn us(deadline: Option<Duration>) -> u32 {
     deadline.map_or(0, |d| u32::try_from(d.as_micros()).unwrap_or(u32::MAX).max(1))
 }
 
@@ -320,7 +326,22 @@ pub fn encode<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, 
             let _ = event::decode(call.record, |event| events.push(event_offset(builder, event)));
             (Body::PutEvents, put_events_offset(builder, &events, call.durable, call.deadline))
         }
+        Request::Call(Call::Change(call)) => changes::offset_of(builder, call),
     };
+    super::response::finish(builder, request_id, kind, body)
+}
+
+/// Makes the message of a change; its limits are the server's to check.
+pub fn encode_changes<'b>(
+    builder: &'b mut FlatBufferBuilder<'static>,
+    request_id: u64,
+    kind: Kind,
+    changes: &[Change<'_>],
+    durable: bool,
+    deadline: Option<Duration>,
+) -> &'b [u8] {
+    builder.reset();
+    let (kind, body) = changes::offset(builder, kind, |take| changes.iter().for_each(take), durable, us(deadline));
     super::response::finish(builder, request_id, kind, body)
 }
 
@@ -416,6 +437,8 @@ fn filter_offset<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::Value;
+    use crate::state::change;
     use proptest::prelude::*;
 
     fn described(frame: &[u8]) -> Result<(u64, String), Malformed> {
@@ -457,6 +480,17 @@ mod tests {
             };
             let events: Vec<Event<'_>> = items.iter().chain(&["i"]).enumerate().map(|(at, item)| event(*item, at + 1)).collect();
             let record = event::tests::record(&events, 0);
+            let list = Value::List(items.clone());
+            let columns = [("a", Value::Number(1.5)), ("b", Value::Text(&user)), ("c", list), ("d", Value::Missing)];
+            let full = Change { columns: &columns, vector: flags[0].then_some(&vector), ..Change::of(&user) };
+            let gone = Change { available: flags[2].then_some(false), ..full.clone() };
+            let records = [
+                change::tests::record(Kind::UpsertItems, &[gone, Change::of("i")]),
+                change::tests::record(Kind::UpsertUsers, &[full]),
+                change::tests::record(Kind::DeleteItems, &[Change::of("i"), Change::of(&user)]),
+                change::tests::record(Kind::DeleteUsers, &[Change::of(&user)]),
+            ];
+            let change = |record| Request::Call(Call::Change(ChangeCall { record, durable: flags[0], deadline }));
             let calls = [
                 Request::Health,
                 Request::Call(Call::Recommend(RecommendCall {
@@ -474,6 +508,7 @@ mod tests {
                     user_id: &user, context: &context, item_ids: &items, ranker: None, deadline,
                 })),
                 Request::Call(Call::Events(EventsCall { record: &record, durable: flags[1], deadline })),
+                change(&records[0]), change(&records[1]), change(&records[2]), change(&records[3]),
             ];
             for call in &calls {
                 let frame = encode(&mut builder, id, call).to_vec();

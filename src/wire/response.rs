@@ -34,6 +34,7 @@ pub fn encode<'b>(
         Outcome::Scored(scored) => encode_scored(builder, request_id, scored),
         Outcome::Failed(failure) => error(builder, request_id, failure),
         Outcome::Received(receipt) => encode_receipt(builder, request_id, *receipt),
+        Outcome::Changed(receipt) => encode_changed(builder, request_id, *receipt),
         // No frame asks for it.
         Outcome::Inferred(_) => error(builder, request_id, &Error::fixed(Code::Internal, "no answer of this protocol")),
     }
@@ -67,10 +68,18 @@ pub fn health<'b>(
 
 fn encode_receipt<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, receipt: Receipt) -> &'b [u8] {
     builder.reset();
-    let Receipt { accepted, duplicates, unknown_items, durable } = receipt;
+    let Receipt { accepted, duplicates, unknown: unknown_items, durable, .. } = receipt;
     let args = schema::EventsReceiptArgs { accepted, duplicates, unknown_items, durable };
     let body = schema::EventsReceipt::create(builder, &args).as_union_value();
     finish(builder, request_id, Body::EventsReceipt, body)
+}
+
+fn encode_changed<'b>(builder: &'b mut FlatBufferBuilder<'static>, request_id: u64, receipt: Receipt) -> &'b [u8] {
+    builder.reset();
+    let Receipt { accepted, created, unknown, durable, .. } = receipt;
+    let args = schema::ChangeReceiptArgs { accepted, created, unknown, durable };
+    let body = schema::ChangeReceipt::create(builder, &args).as_union_value();
+    finish(builder, request_id, Body::ChangeReceipt, body)
 }
 
 fn encode_slate<'b>(

@@ -192,11 +192,16 @@ fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scrat
     {
         let clock = Instant::now();
         trained.clear();
+        // What the vector knows: what it was trained on, and, if it was upserted, what events had said by then.
+        let upserted = user.profile.as_deref().filter(|profile| profile.vector().is_some());
+        let known = upserted.map_or(&[][..], |profile| profile.known());
         if let Some(row) = user.row {
             let history = generation.histories.of(row);
             let skip = history.len().saturating_sub(config.history_length as usize);
-            trained.extend(history.skip(skip));
+            let is_new = |entry: &Interaction| known.iter().all(|other| other.row != entry.row);
+            trained.extend(history.skip(skip).filter(is_new));
         }
+        trained.extend_from_slice(known);
         solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
         timings.lap(Stage::Ann, clock);
     }
@@ -409,14 +414,16 @@ impl Loaded {
     fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
         let Scratch { seen, search, filter, results, .. } = scratch;
         let items = &self.generation.items;
-        let Job { user, query, search: plan, ranked, failure, timings, deadline, degraded, .. } = job;
+        let Job { user, query, search: plan, ranked, failure, timings, deadline, degraded, items: live, .. } = job;
+        let live = live.as_deref().filter(|live| live.n_gone() > 0);
         let mut clock = Instant::now();
         for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
             seen.insert(row);
         }
-        let unseen = |row: u32| !seen.contains(row);
+        let unseen = |row: u32| !seen.contains(row) && live.is_none_or(|live| !live.is_gone(row));
         // Without a predicate an index can count what a set admits.
-        let all_unseen = user.seen.is_empty() && plan.exclude_ids.is_empty() && plan.exclude.is_none();
+        let all_unseen =
+            user.seen.is_empty() && plan.exclude_ids.is_empty() && plan.exclude.is_none() && live.is_none();
         let mut filtered = if all_unseen { Filter::ALL } else { Filter::predicate(&unseen) };
         if !plan.tests.is_empty() {
             if let Some(bits) = self.generation.filters(config.filter_cache_bytes).admitted(items, &plan.tests, filter)

@@ -182,9 +182,10 @@ impl Carrier {
             while follower.next() < until {
                 let (before, sink) = (follower.next(), &mut self.sink);
                 let (mut failed, mut n) = (None, 0);
-                follower.read(until, |format, sequence, payload| {
+                follower.read(until, |record| {
+                    let sequence = record.sequence;
                     let mut index = 0;
-                    let events = super::events_of(format, payload, |event| {
+                    let events = super::events_of(record, |event| {
                         let at = Position { sequence, index };
                         index += 1;
                         if failed.is_none() && at >= from {
