@@ -286,3 +286,70 @@ fn draining_answers_the_events_that_it_took() {
     tastemaker::state::log::EventLog::open(&work.path().join("log"), limits, |_| found += 1).unwrap();
     assert!(taken > 0 && found >= taken, "{found} records, {taken} answered");
 }
+
+/// The ids of all events in Parquet files below `dir`.
+fn carried(dir: &Path) -> Vec<String> {
+    use arrow_array::cast::AsArray;
+    let mut found = Vec::new();
+    for day in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).filter(|path| path.is_dir()) {
+        for hour in std::fs::read_dir(day).unwrap().map(|e| e.unwrap().path()) {
+            for file in std::fs::read_dir(hour).unwrap().map(|e| e.unwrap().path()) {
+                let file = std::fs::File::open(file).unwrap();
+                let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+                for batch in reader.build().unwrap() {
+                    let batch = batch.unwrap();
+                    let ids = batch.column_by_name("event_id").unwrap().as_string::<i32>();
+                    found.extend(ids.iter().map(|id| id.unwrap().to_owned()));
+                }
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn events_are_carried_to_parquet_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = logged(dir.path());
+    config.events.parquet.dir = dir.path().join("parquet");
+    config.events.parquet.max_rows = 7;
+    config.events.segment_bytes = 64 << 10;
+    let mut ids: Vec<String> = (0..3000).map(|n| format!("e{n:04}")).collect();
+    for round in ids.chunks(1000) {
+        let server = start(config.clone(), Options::default());
+        let mut client = client(&server);
+        for some in round.chunks(50) {
+            let events: Vec<_> =
+                some.iter().map(|id| Event { event_id: id, ..Event::new("u", "item-1", "view") }).collect();
+            client.put_events(&events, false).unwrap();
+        }
+        // Even those that nobody asked to be durable: they follow them to the disk.
+        eventually("events are on the disk and read", || {
+            metric(&server, "tastemaker_event_sink_events_total{sink=\"parquet\"}") >= 1000.0
+        });
+        assert_eq!(metric(&server, "tastemaker_event_sink_lost_total{sink=\"parquet\"}"), 0.0);
+        server.shut_down().unwrap();
+    }
+    assert_eq!(carried(&config.events.parquet.dir), ids);
+    // A log that began anew is not carried over the files of the old one, and serving goes on.
+    std::fs::remove_dir_all(&config.events.log_dir).unwrap();
+    let server = start(config.clone(), Options::default());
+    client(&server).put_events(&[Event { event_id: "late", ..Event::new("u", "item-1", "view") }], true).unwrap();
+    eventually("the sink refuses", || metric(&server, "tastemaker_event_sink_failures_total{sink=\"parquet\"}") >= 1.0);
+    server.shut_down().unwrap();
+    assert_eq!(carried(&config.events.parquet.dir), ids);
+    // Files elsewhere begin with it.
+    config.events.parquet.dir = dir.path().join("elsewhere");
+    start(config.clone(), Options::default()).shut_down().unwrap();
+    ids = carried(&config.events.parquet.dir);
+    assert_eq!(ids, ["late"]);
+}
+
+#[test]
+fn sinks_need_a_log() {
+    let mut config = config();
+    config.events.parquet.dir = "somewhere".into();
+    let error = config.events.validate().unwrap_err();
+    assert!(error.contains("events.parquet.dir needs events.log_dir"), "{error}");
+}

@@ -250,3 +250,61 @@ fn faults_of_redis_fail_no_call() {
     println!("{} calls, the slowest took {} µs", answered.load(Relaxed), slowest.load(Relaxed));
     server.shut_down().unwrap();
 }
+
+/// The event ids in the stream, in its order.
+fn streamed(redis: &Redis, key: &str) -> Vec<String> {
+    type Entry = (String, std::collections::HashMap<String, String>);
+    let entries: Vec<Entry> = redis::cmd("XRANGE").arg((key, "-", "+")).query(&mut redis.connect()).unwrap();
+    entries.into_iter().map(|(_, fields)| fields["event_id"].clone()).collect()
+}
+
+#[test]
+fn events_reach_the_stream_once_and_in_order() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.events.log_dir = dir.path().to_owned();
+    config.events.sync_interval_ms = 20;
+    config.events.redis_stream.url = redis.url();
+    config.events.redis_stream.key = "of events".into();
+    let ids: Vec<String> = (0..1200).map(|n| format!("e{n}")).collect();
+    let put = |server: &Server, ids: &[String]| {
+        for some in ids.chunks(300) {
+            let context = [("place", "home")];
+            let event = |id| Event { event_id: id, context: &context, ..Event::new("u", "item-1", "view") };
+            client(server).put_events(&some.iter().map(|id| event(id)).collect::<Vec<_>>(), true).unwrap();
+        }
+    };
+    let server = start(config.clone(), Options::default());
+    put(&server, &ids[..300]);
+    eventually("the first are there", || streamed(&redis, "of events").len() == 300);
+    // While Redis hangs, events are accepted; what it got of them is not sent twice.
+    redis.signal(libc::SIGSTOP);
+    put(&server, &ids[300..600]);
+    std::thread::sleep(Duration::from_millis(300));
+    server.shut_down().unwrap();
+    redis.signal(libc::SIGCONT);
+    // In the middle of a record.
+    let _: () = redis::cmd("XTRIM").arg(("of events", "MAXLEN", 250)).query(&mut redis.connect()).unwrap();
+    let server = start(config.clone(), Options::default());
+    put(&server, &ids[600..900]);
+    eventually("all are there", || streamed(&redis, "of events").last() == Some(&ids[899]));
+    // Somebody else's key is left alone; serving goes on.
+    let _: () = redis::cmd("SET").arg(("taken", "value")).query(&mut redis.connect()).unwrap();
+    server.shut_down().unwrap();
+    let got = streamed(&redis, "of events");
+    let mut sorted = got.clone();
+    sorted.sort_by_key(|id| id[1..].parse::<u32>().unwrap());
+    sorted.dedup();
+    assert_eq!(got, sorted, "in order, none twice");
+    assert!(got.ends_with(&ids[300..900]), "none is missing");
+    config.events.redis_stream.key = "taken".into();
+    let server = start(config, Options::default());
+    put(&server, &ids[900..]);
+    eventually("the sink fails", || {
+        metric(&server, "tastemaker_event_sink_failures_total{sink=\"redis_stream\"}") >= 1.0
+    });
+    let value: String = redis::cmd("GET").arg("taken").query(&mut redis.connect()).unwrap();
+    assert_eq!(value, "value");
+    server.shut_down().unwrap();
+}

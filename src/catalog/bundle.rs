@@ -649,6 +649,7 @@ impl Reader {
             roles,
             shared_index: SharedIndex::new(m.index.clone(), index),
             shared_filters: Default::default(),
+            shared_records: OnceLock::new(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
             ranker_reports: OnceLock::new(),

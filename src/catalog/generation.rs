@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::catalog::array::Array;
 use crate::catalog::conditions::FilterCache;
 use crate::catalog::index::SharedIndex;
+use crate::catalog::records::{Field, Records};
 use crate::catalog::text::TextIndex;
 use crate::index::{Searchers, VectorIndex};
 use crate::memory::{prefetch, prefetch_range};
@@ -57,6 +58,8 @@ pub struct Generation {
     pub(super) shared_index: SharedIndex,
     /// See [`Generation::filters`].
     pub(super) shared_filters: OnceLock<FilterCache>,
+    /// See [`Generation::records`].
+    pub(super) shared_records: OnceLock<Records>,
     /// See [`Generation::fold_in`].
     pub(super) shared_fold_in: OnceLock<Option<FoldIn>>,
     /// What a kind of device made of the rankers once, for all its workers.
@@ -109,6 +112,11 @@ impl Generation {
     /// The same, if it is there already.
     pub fn ready_fold_in(&self) -> Option<&FoldIn> {
         self.shared_fold_in.get().and_then(Option::as_ref)
+    }
+
+    /// The records of all items, which all workers share; the first that asks says what is in them.
+    pub fn records(&self, fields: impl FnOnce() -> Vec<Field>) -> &Records {
+        self.shared_records.get_or_init(|| Records::new(&self.items, fields()))
     }
 
     /// The bitmaps of filters, which all workers share; the first that asks says how many bytes they may take.
@@ -497,6 +505,7 @@ pub mod testing {
             roles: Roles::default(),
             shared_index: SharedIndex::default(),
             shared_filters: OnceLock::new(),
+            shared_records: OnceLock::new(),
             shared_fold_in: OnceLock::new(),
             shared_rankers: OnceLock::new(),
             ranker_reports: OnceLock::new(),

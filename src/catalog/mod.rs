@@ -11,6 +11,7 @@ pub mod index;
 pub mod live;
 pub mod npy;
 pub mod popularity;
+pub mod records;
 pub mod synthetic;
 pub mod text;
 

@@ -4,10 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::candidates::{Candidates, Dependence, Source, SourceSet};
-use crate::catalog::generation::{ColumnData, Generation, Interaction};
+use crate::catalog::generation::{ColumnData, Generation, Roles};
+use crate::catalog::records::{Field, Records, Value, Values};
 use crate::context::nearest;
 use crate::device::{Context, PlannedUser};
 use crate::index::SearchScratch;
+
+use super::history::{AHEAD, Counts, Series, SeriesColumns};
 
 /// Why a column can't be computed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,15 +88,41 @@ impl Op {
             _ => Dependence::Candidate,
         }
     }
+
+    /// The codes of items that it reads, where it reads nothing else of them but where the item stands in a series.
+    fn field(&self, roles: &Roles) -> Option<Field> {
+        match *self {
+            Op::SameCreator(column) | Op::Overlap(column) => Some(Field { column, first_only: false }),
+            Op::SameCategory(column) => Some(Field { column, first_only: true }),
+            Op::SameSeries | Op::NextInSeries | Op::SeriesGap => {
+                roles.series.map(|column| Field { column, first_only: true })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The columns of one model input.
 #[derive(Clone, Debug)]
 pub struct Layout {
     ops: Vec<Op>,
+    /// By operation: where in a record its codes are.
+    fields: Vec<Option<usize>>,
+    /// The operations that read records, in the order of their fields.
+    recorded: Vec<Recorded>,
     dim: usize,
     width: usize,
     logs: Arc<Logs>,
+}
+
+/// An operation that reads records.
+#[derive(Clone, Copy, Debug)]
+struct Recorded {
+    field: usize,
+    /// Position of the operation.
+    op: usize,
+    /// Position of its value in a row.
+    at: usize,
 }
 
 /// Logarithms that would be taken again and again: libm's cost more than the rest of a column.
@@ -135,104 +164,6 @@ pub struct FeatureScratch {
     cooccurrence: Vec<CooccurrenceSignal>,
 }
 
-/// Occurrences of codes in the history.
-#[derive(Debug, Default)]
-struct Counts {
-    by_code: Vec<u32>,
-    touched: Vec<u32>,
-}
-
-impl Counts {
-    /// Counts up to `most` codes of every liked entry.
-    fn gather(&mut self, column: &ColumnData, history: &[Interaction], most: usize) {
-        for code in self.touched.drain(..) {
-            self.by_code[code as usize] = 0;
-        }
-        let n = column.vocabulary().map_or(0, |v| v.len());
-        if self.by_code.len() < n {
-            self.by_code.resize(n, 0);
-        }
-        for (at, entry) in history.iter().enumerate() {
-            column.prefetch_ahead(history.get(at + AHEAD).map(|e| e.row), history.get(at + 2 * AHEAD).map(|e| e.row));
-            let codes = column.codes(entry.row);
-            for &code in codes.iter().take(if entry.weight > 0.0 { most } else { 0 }) {
-                if self.by_code[code as usize] == 0 {
-                    self.touched.push(code);
-                }
-                self.by_code[code as usize] += 1;
-            }
-        }
-    }
-}
-
-/// What the history holds of series.
-#[derive(Debug, Default)]
-struct Series {
-    /// By code: the entry's place plus one, 0 where there is none.
-    places: Vec<u32>,
-    entries: Vec<SeriesEntry>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct SeriesEntry {
-    code: u32,
-    /// The furthest in the history; NaN where none is known.
-    position: f32,
-    n_liked: u32,
-}
-
-impl Series {
-    fn gather(&mut self, columns: &SeriesColumns<'_>, history: &[Interaction]) {
-        for entry in self.entries.drain(..) {
-            self.places[entry.code as usize] = 0;
-        }
-        let n = columns.series.vocabulary().map_or(0, |v| v.len());
-        if self.places.len() < n {
-            self.places.resize(n, 0);
-        }
-        for liked in history {
-            let Some(&code) = columns.series.codes(liked.row).first() else { continue };
-            let place = &mut self.places[code as usize];
-            if *place == 0 {
-                self.entries.push(SeriesEntry { code, position: f32::NAN, n_liked: 0 });
-                *place = self.entries.len() as u32;
-            }
-            let entry = &mut self.entries[*place as usize - 1];
-            entry.position = entry.position.max(columns.position(liked.row));
-            entry.n_liked += u32::from(liked.weight > 0.0);
-        }
-    }
-
-    /// What the history holds of a row's series.
-    fn of(&self, columns: &SeriesColumns<'_>, row: u32) -> Option<SeriesEntry> {
-        let &code = columns.series.codes(row).first()?;
-        self.entries.get((self.places[code as usize] as usize).wrapping_sub(1)).copied()
-    }
-}
-
-/// The columns that speak of series.
-struct SeriesColumns<'a> {
-    series: &'a ColumnData,
-    positions: Option<&'a ColumnData>,
-}
-
-impl<'a> SeriesColumns<'a> {
-    fn of(generation: &'a Generation) -> Option<Self> {
-        let data = |at: usize| &generation.items.columns[at].data;
-        Some(SeriesColumns {
-            series: generation.roles.series.map(data)?,
-            positions: generation.roles.series_position.map(data),
-        })
-    }
-
-    fn position(&self, row: u32) -> f32 {
-        match self.positions {
-            Some(ColumnData::Number { values, .. }) => values[row as usize],
-            _ => f32::NAN,
-        }
-    }
-}
-
 impl Layout {
     /// Compiles the columns that a manifest names.
     ///
@@ -240,12 +171,24 @@ impl Layout {
     /// A column that does not exist or that the generation can't give.
     pub fn compile(columns: &[String], generation: &Generation) -> Result<Self, FeatureError> {
         let ops = columns.iter().map(|c| compile(c, generation)).collect::<Result<Vec<_>, _>>()?;
+        let records = generation.records(|| fields(generation));
+        let fields = ops.iter().map(|op| records.position(op.field(&generation.roles)?)).collect();
         let dim = generation.item_embeddings.as_ref().map_or(0, |m| m.dim);
-        let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
         let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
         let popularity = if asks(|op| matches!(op, Op::Popularity)) { &generation.popularity[..] } else { &[] };
         let logs = Arc::new(Logs::new(popularity));
-        Ok(Layout { ops, dim, width, logs })
+        Ok(Layout::of(ops, fields, dim, logs))
+    }
+
+    fn of(ops: Vec<Op>, fields: Vec<Option<usize>>, dim: usize, logs: Arc<Logs>) -> Self {
+        let mut width = 0;
+        let mut recorded = Vec::new();
+        for (op, field) in fields.iter().enumerate() {
+            recorded.extend(field.map(|field| Recorded { field, op, at: width }));
+            width += Self::op_width(&ops[op], dim);
+        }
+        recorded.sort_by_key(|r| r.field);
+        Layout { ops, fields, recorded, dim, width, logs }
     }
 
     fn op_width(op: &Op, dim: usize) -> usize {
@@ -267,12 +210,12 @@ impl Layout {
 
     /// The columns of several layouts that depend on what is `wanted`, side by side.
     pub fn part(layouts: &[Layout], wanted: impl Fn(Dependence) -> bool) -> Layout {
-        let ops: Vec<Op> = layouts.iter().flat_map(|l| &l.ops).filter(|op| wanted(op.dependence())).cloned().collect();
+        let columns = layouts.iter().flat_map(|l| l.ops.iter().zip(&l.fields));
+        let (ops, fields) = columns.filter(|(op, _)| wanted(op.dependence())).map(|(op, at)| (op.clone(), *at)).unzip();
         let dim = layouts.first().map_or(0, |l| l.dim);
-        let width = ops.iter().map(|op| Self::op_width(op, dim)).sum();
         let informed = layouts.iter().find(|l| !l.logs.of_popularity.is_empty()).or(layouts.first());
         let logs = informed.map_or_else(|| Arc::new(Logs::new(&[])), |l| l.logs.clone());
-        Layout { ops, dim, width, logs }
+        Layout::of(ops, fields, dim, logs)
     }
 
     /// Fills `out` with `[candidates, width]`, row-major.
@@ -318,18 +261,51 @@ impl Layout {
         for (block, out) in out.chunks_mut(BLOCK * self.width.max(1)).enumerate() {
             let first = block * BLOCK;
             let rows = &rows[first..rows.len().min(first + BLOCK)];
+            let gathered = Gathered {
+                logs: &self.logs,
+                counts: &scratch.counts,
+                n_liked,
+                series: &scratch.series,
+                columns: SeriesColumns::of(inputs.generation),
+                dots: &scratch.dots,
+                cooccurrence: &scratch.cooccurrence,
+            };
+            if !self.recorded.is_empty() {
+                let records = inputs.generation.records(|| fields(inputs.generation));
+                match records.values() {
+                    Values::Narrow(values) => self.fill_recorded(records, values, &gathered, rows, out),
+                    Values::Wide(values) => self.fill_recorded(records, values, &gathered, rows, out),
+                }
+            }
             let mut at = 0;
-            for (op, counts) in self.ops.iter().zip(&scratch.counts) {
-                let target = Target { out: &mut *out, width: self.width, at, first, rows };
-                let gathered = Gathered {
-                    counts,
-                    n_liked,
-                    series: &scratch.series,
-                    dots: &scratch.dots,
-                    cooccurrence: &scratch.cooccurrence,
-                };
-                fill(op, inputs, &self.logs, &gathered, &mut scratch.row, target);
+            for (index, (op, field)) in self.ops.iter().zip(&self.fields).enumerate() {
+                if field.is_none() {
+                    let target = Target { out: &mut *out, width: self.width, at, first, rows };
+                    fill(index, op, inputs, &gathered, &mut scratch.row, target);
+                }
                 at += Self::op_width(op, self.dim);
+            }
+        }
+    }
+
+    /// Fills the columns that read records.
+    fn fill_recorded<V: Value>(
+        &self,
+        records: &Records,
+        values: &[V],
+        gathered: &Gathered<'_>,
+        rows: &[u32],
+        out: &mut [f32],
+    ) {
+        for ((index, &row), line) in rows.iter().enumerate().zip(out.chunks_exact_mut(self.width)) {
+            records.prefetch_ahead(values, rows.get(index + AHEAD), rows.get(index + 2 * AHEAD));
+            let (mut record, mut field) = (records.of(values, row), 0);
+            for recorded in &self.recorded {
+                while field < recorded.field {
+                    record.advance();
+                    field += 1;
+                }
+                line[recorded.at] = gathered.of_codes(recorded.op, &self.ops[recorded.op], record.codes(), row);
             }
         }
     }
@@ -382,8 +358,6 @@ impl Layout {
 
 /// Candidates whose columns are filled together.
 const BLOCK: usize = 128;
-/// How many candidates ahead of its use a column's value is asked for.
-const AHEAD: usize = 8;
 
 /// One column of a block of candidates.
 struct Target<'a> {
@@ -416,19 +390,63 @@ impl Target<'_> {
 
 /// What was gathered for the whole request.
 struct Gathered<'a> {
-    /// Of this column.
-    counts: &'a Counts,
+    logs: &'a Logs,
+    /// By operation.
+    counts: &'a [Counts],
     /// How many entries of the history are liked, at least 1.
     n_liked: f32,
     series: &'a Series,
+    columns: Option<SeriesColumns<'a>>,
     dots: &'a [f32],
     cooccurrence: &'a [CooccurrenceSignal],
 }
 
-fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vector: &mut Vec<f32>, target: Target<'_>) {
+impl Gathered<'_> {
+    /// The value of an operation (the one at `index`) that has a field, from the item's codes.
+    #[inline(always)]
+    fn of_codes<V: Value>(&self, index: usize, op: &Op, codes: &[V], row: u32) -> f32 {
+        let counts = &self.counts[index].by_code;
+        let count = |&code: &V| counts[code.into() as usize];
+        let position = || self.columns.as_ref().map_or(f32::NAN, |columns| columns.position(row));
+        let series = || codes.first().and_then(|&code| self.series.of(code.into()));
+        match op {
+            Op::SameCreator(_) => self.logs.of(codes.iter().map(count).sum()),
+            Op::SameCategory(_) => codes.first().map_or(0.0, |code| count(code) as f32 / self.n_liked),
+            Op::Overlap(_) => {
+                let shared: u32 = codes.iter().map(count).sum();
+                shared as f32 / (self.n_liked * codes.len().max(1) as f32)
+            }
+            Op::SameSeries => series().map_or(0.0, |s| self.logs.of(s.n_liked)),
+            Op::NextInSeries => series().map_or(0.0, |s| {
+                let gap = position() - s.position;
+                if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 }
+            }),
+            Op::SeriesGap => {
+                let gap = series().map_or(0.0, |s| position() - s.position);
+                if gap.is_nan() { 0.0 } else { gap.clamp(-10.0, 10.0) }
+            }
+            _ => 0.0,
+        }
+    }
+}
+
+/// The fields that the generation's rankers ask for.
+fn fields(generation: &Generation) -> Vec<Field> {
+    let columns = generation.rankers.iter().flat_map(|r| &r.manifest.inputs).flat_map(|input| &input.columns);
+    columns.filter_map(|column| compile(column, generation).ok()?.field(&generation.roles)).collect()
+}
+
+fn fill(
+    index: usize,
+    op: &Op,
+    inputs: &Inputs<'_>,
+    gathered: &Gathered<'_>,
+    vector: &mut Vec<f32>,
+    target: Target<'_>,
+) {
     let Inputs { generation, user, context, candidates, .. } = inputs;
     let history = &user.history[..];
-    let Gathered { counts, n_liked, series, dots, cooccurrence } = gathered;
+    let Gathered { logs, dots, cooccurrence, .. } = gathered;
     let column = |at: usize| &generation.items.columns[at].data;
     match op {
         Op::SourceScore(source) => {
@@ -448,41 +466,15 @@ fn fill(op: &Op, inputs: &Inputs<'_>, logs: &Logs, gathered: &Gathered<'_>, vect
         Op::CoCount => target.each(|at, _| logs.of(cooccurrence[at].count)),
         Op::CoMean => target.each(|at, _| cooccurrence[at].sum / cooccurrence[at].count.max(1) as f32),
         Op::CoTop3 => target.each(|at, _| cooccurrence[at].top3),
-        Op::SameCreator(at) => {
-            let column = column(*at);
-            let count = |row: u32| column.codes(row).iter().map(|&code| counts.by_code[code as usize]).sum();
-            target.each_of(column, |row| logs.of(count(row)));
-        }
-        Op::SameCategory(at) => {
-            let (column, n_liked) = (column(*at), *n_liked);
-            target.each_of(column, |row| {
-                column.codes(row).first().map_or(0.0, |&code| counts.by_code[code as usize] as f32 / n_liked)
-            });
-        }
-        Op::Overlap(at) => {
-            let (column, n_liked) = (column(*at), *n_liked);
-            target.each_of(column, |row| {
-                let codes = column.codes(row);
-                let shared: u32 = codes.iter().map(|&code| counts.by_code[code as usize]).sum();
-                shared as f32 / (n_liked * codes.len().max(1) as f32)
-            });
-        }
-        Op::SameSeries | Op::NextInSeries | Op::SeriesGap => {
-            let Some(columns) = SeriesColumns::of(generation) else { return };
-            let known = |row: u32| series.of(&columns, row);
-            match op {
-                Op::SameSeries => target.each(|_, row| known(row).map_or(0.0, |s| logs.of(s.n_liked))),
-                Op::NextInSeries => target.each(|_, row| {
-                    known(row).map_or(0.0, |s| {
-                        let gap = columns.position(row) - s.position;
-                        if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 }
-                    })
-                }),
-                _ => target.each(|_, row| {
-                    let gap = known(row).map_or(0.0, |s| columns.position(row) - s.position);
-                    if gap.is_nan() { 0.0 } else { gap.clamp(-10.0, 10.0) }
-                }),
-            }
+        Op::SameCreator(_)
+        | Op::SameCategory(_)
+        | Op::Overlap(_)
+        | Op::SameSeries
+        | Op::NextInSeries
+        | Op::SeriesGap => {
+            let Some(field) = op.field(&generation.roles) else { return };
+            let column = column(field.column);
+            target.each_of(column, |row| gathered.of_codes(index, op, column.codes(row), row));
         }
         Op::UserEmbedding => {
             if !user.vector.is_empty() {
@@ -606,7 +598,8 @@ fn compile(name: &str, generation: &Generation) -> Result<Op, FeatureError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::generation::testing;
+    use crate::catalog::generation::{Interaction, NO_CODE, RankerModel, testing};
+    use crate::ranking::manifest::{RankerInput, RankerManifest};
 
     fn history(rows: &[u32]) -> Vec<Interaction> {
         rows.iter().map(|&row| Interaction { row, weight: 1.0 }).collect()
@@ -683,6 +676,55 @@ mod tests {
         assert_eq!(get("context.place"), [0.0; 2]);
         let wide = matrix(&generation, &["user.embedding", "cross.dot", "item.embedding"], &user, &[1, 2]);
         assert_eq!(wide, [9.0, 8.0, 0.75, 3.0, 4.0, 9.0, 8.0, -2.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn records_give_what_columns_give() {
+        let made = |ranked: &[&str]| {
+            let mut generation = testing::plain(300);
+            let tags: Vec<Vec<u32>> =
+                (0..300).map(|row| (0..row % 7).map(|at| (row * 3 + at * 5) % 40).collect()).collect();
+            testing::add_tags(&mut generation, "tags", &tags);
+            let series = |row: u32| if row.is_multiple_of(3) { NO_CODE } else { row % 11 };
+            testing::add_category(&mut generation, "series", &(0..300).map(series).collect::<Vec<_>>());
+            testing::add_number(&mut generation, "position", &(0..300).map(|row| (row % 5) as f32).collect::<Vec<_>>());
+            generation.roles = Roles {
+                category: Some(0),
+                creator: Some(0),
+                series: Some(1),
+                series_position: Some(2),
+                ..Roles::default()
+            };
+            let input =
+                RankerInput { columns: ranked.iter().map(|c| (*c).to_owned()).collect(), ..RankerInput::default() };
+            let manifest = RankerManifest { inputs: vec![input], ..RankerManifest::default() };
+            generation.rankers = vec![RankerModel { name: "main".into(), manifest, onnx: Default::default() }];
+            generation
+        };
+        let columns = [
+            "cross.overlap.tags",
+            "item.position",
+            "cross.series_gap",
+            "cross.same_creator",
+            "cross.next_in_series",
+            "cross.same_category",
+            "candidate.ann.rank",
+            "cross.same_series",
+            "cross.overlap.series",
+        ];
+        let user = PlannedUser {
+            history: history(&(0..60).map(|at| at * 37 % 300).collect::<Vec<_>>()),
+            ..Default::default()
+        };
+        let rows: Vec<u32> = (0..300).filter(|row| row % 4 != 1).collect();
+        let get = |generation: &Generation| matrix(generation, &columns, &user, &rows);
+        let want = get(&made(&[]));
+        assert!(
+            columns.iter().enumerate().all(|(at, _)| want.iter().skip(at).step_by(columns.len()).any(|v| *v != 0.0))
+        );
+        // All of them, and some: the rest then come from their columns.
+        assert_eq!(get(&made(&columns)), want);
+        assert_eq!(get(&made(&columns[..4])), want);
     }
 
     #[test]

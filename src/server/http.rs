@@ -620,6 +620,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
         "/metrics" => {
             let pieces = shared.index.states();
             let gauges = Gauges {
+                sinks: shared.events.sinks.get().map_or(&[], |sinks| &sinks[..]),
                 partitions: pieces.len(),
                 partitions_down: pieces.iter().filter(|state| !state.is_up).count(),
                 partition_failures: pieces.iter().map(|state| state.failures).sum(),

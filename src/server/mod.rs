@@ -30,6 +30,7 @@ use crate::device::batcher::BatchLimits;
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use crate::index::Searchers;
+use crate::state::sinks::Sinks;
 use crate::state::{self, writer::ReceiptSink};
 use completions::Completions;
 use service::Shared;
@@ -232,6 +233,7 @@ pub struct Server {
     shards: Vec<JoinHandle<std::io::Result<()>>>,
     workers: Vec<JoinHandle<()>>,
     events: JoinHandle<()>,
+    sinks: Sinks,
     redis: Option<JoinHandle<()>>,
     watchdog: JoinHandle<()>,
     watched: Arc<AtomicBool>,
@@ -266,6 +268,7 @@ impl Server {
             None => None,
         };
         let events = state::writer::spawn(shared.live.clone(), log, shared.events.clone(), sink)?;
+        let sinks = Sinks::start(&shared.config.events, &shared.events)?;
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
         let (ready, started) = std::sync::mpsc::channel();
@@ -292,7 +295,7 @@ impl Server {
             move || watchdog::run(&shared, &watched)
         })?;
         drop(ready);
-        let server = Server { addrs, stop, shared, shards, workers, events, redis, watchdog, watched };
+        let server = Server { addrs, stop, shared, shards, workers, events, sinks, redis, watchdog, watched };
         let failed = started.iter().take(server.shards.len()).find_map(Result::err);
         match failed {
             Some(error) => {
@@ -386,6 +389,7 @@ impl Server {
         if self.events.join().is_err() {
             failed = failed.or(Some(anyhow::anyhow!("the event log's thread panicked")));
         }
+        self.sinks.close();
         if let Some(redis) = &self.shared.redis {
             redis.close();
         }

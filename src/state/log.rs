@@ -20,10 +20,10 @@ use super::change::Kind;
 
 const MAGIC: &[u8; 8] = b"TSTMEVNT";
 /// From format 2 on the first byte of a record is its kind; before, all were of events.
-const FORMAT: u32 = 2;
+pub(super) const FORMAT: u32 = 2;
 const OLDEST_FORMAT: u32 = 1;
-const HEADER: usize = 32;
-const RECORD_HEADER: usize = 20;
+pub(super) const HEADER: usize = 32;
+pub(super) const RECORD_HEADER: usize = 20;
 /// Largest payload; a length beyond it is damage.
 pub const MAX_RECORD: usize = 64 << 20;
 /// A sequence further ahead than this is damage.
@@ -115,10 +115,7 @@ impl EventLog {
         let mut paths = Vec::new();
         for entry in fs::read_dir(dir).with_context(place)? {
             let path = entry.with_context(place)?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            if name.starts_with("events-") && name.ends_with(".log") {
-                paths.push(path);
-            }
+            paths.extend(named(&path).map(|_| path));
         }
         paths.sort();
         let mut log = EventLog {
@@ -130,6 +127,10 @@ impl EventLog {
             buffer: Vec::new(),
         };
         let mut found = Replayed::default();
+        if let Some(newest) = paths.last() {
+            // A process that was killed may have left it to the operating system.
+            File::open(newest).and_then(|file| file.sync_all()).with_context(place)?;
+        }
         let last = paths.len().saturating_sub(1);
         for (at, path) in paths.into_iter().enumerate() {
             log.replay(path, at == last, &mut found, &mut take)?;
@@ -148,8 +149,7 @@ impl EventLog {
         let bytes = fs::read(&path).with_context(place)?;
         let begins = begins(&bytes).with_context(place)?;
         let first = begins.map(|(_, first)| first);
-        let named = || path.file_stem()?.to_str()?.strip_prefix("events-")?.parse().ok();
-        let parsed = parse(&bytes, first.or_else(named).unwrap_or(0).max(self.next_sequence));
+        let parsed = parse(&bytes, first.or_else(|| named(&path)).unwrap_or(0).max(self.next_sequence));
         if parsed.records.is_empty() && parsed.end == bytes.len() {
             // A start that wrote nothing, or a crash before the header was whole.
             return fs::remove_file(&path).with_context(place);
@@ -270,6 +270,11 @@ impl EventLog {
         Ok(removed)
     }
 
+    /// Sequence of the next record.
+    pub fn next_sequence(&self) -> u64 {
+        self.next_sequence
+    }
+
     /// Size of all segments.
     pub fn bytes(&self) -> u64 {
         self.sealed.iter().map(|s| s.bytes).sum::<u64>() + self.current.as_ref().map_or(0, |s| s.bytes)
@@ -321,8 +326,13 @@ fn header(format: u32, first_sequence: u64) -> [u8; HEADER] {
     header
 }
 
+/// The sequence of a segment's first record, by its file's name; `None`: it is none.
+pub(super) fn named(path: &Path) -> Option<u64> {
+    path.file_name()?.to_str()?.strip_prefix("events-")?.strip_suffix(".log")?.parse().ok()
+}
+
 /// Format and first sequence; `None`: no header.
-fn begins(bytes: &[u8]) -> anyhow::Result<Option<(u32, u64)>> {
+pub(super) fn begins(bytes: &[u8]) -> anyhow::Result<Option<(u32, u64)>> {
     let Some(header) = bytes.first_chunk::<HEADER>() else { return Ok(None) };
     if header[..8] != MAGIC[..] || xxh3_64(&header[..HEADER - 8]).to_le_bytes() != header[HEADER - 8..] {
         return Ok(None);
@@ -334,7 +344,7 @@ fn begins(bytes: &[u8]) -> anyhow::Result<Option<(u32, u64)>> {
     Ok(Some((format as u32, number(header, 16, 8))))
 }
 
-fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
+pub(super) fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
     let mut eight = [0; 8];
     eight[..len].copy_from_slice(&bytes[at..at + len]);
     u64::from_le_bytes(eight)
@@ -360,7 +370,7 @@ fn parse(bytes: &[u8], first: u64) -> Parsed {
 }
 
 /// Payload length and sequence of the record at `at`, if one is there.
-fn record(bytes: &[u8], at: usize, expected: u64) -> Option<(usize, u64)> {
+pub(super) fn record(bytes: &[u8], at: usize, expected: u64) -> Option<(usize, u64)> {
     let (len, sequence) = (number(bytes, at, 4) as usize, number(bytes, at + 4, 8));
     let start = at + RECORD_HEADER;
     let plausible = len <= MAX_RECORD && (expected..expected.saturating_add(MAX_SEQUENCE_GAP)).contains(&sequence);

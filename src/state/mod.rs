@@ -7,10 +7,12 @@
 pub mod change;
 pub mod event;
 pub mod fold_in;
+pub mod follow;
 pub mod items;
 pub mod live;
 pub mod log;
 pub mod schema;
+pub mod sinks;
 pub mod trending;
 pub mod users;
 pub mod writer;
@@ -23,6 +25,22 @@ use serde::{Deserialize, Serialize};
 use crate::config::in_range;
 
 pub use live::LiveState;
+use sinks::parquet::ParquetConfig;
+use sinks::redis::StreamConfig;
+
+/// Hands every event of a record of the log to `take`; records of something else have none.
+///
+/// # Errors
+/// As [`event::decode`].
+fn events_of(format: u32, payload: &[u8], take: impl FnMut(&event::Event<'_>)) -> Result<(), event::Damaged> {
+    match format {
+        1 => event::decode_body(payload, take),
+        _ => match change::Kind::of(payload)? {
+            (change::Kind::Events, body) => event::decode_body(body, take),
+            _ => Ok(()),
+        },
+    }
+}
 
 /// `[state]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,6 +87,10 @@ pub struct EventsConfig {
     pub history_per_user: u32,
     /// Users kept; the least recently active go. 1 to 1e9, default 1000000.
     pub max_users: u32,
+    /// Events as Parquet files.
+    pub parquet: ParquetConfig,
+    /// Events as a Redis stream.
+    pub redis_stream: StreamConfig,
     /// What the kinds of events say. Events of other kinds are logged and change nothing.
     pub kinds: BTreeMap<String, KindConfig>,
     /// Half-life of live trending, hours. Above 0, default 168.
@@ -136,6 +158,8 @@ impl Default for EventsConfig {
             max_queued: 1024,
             history_per_user: 500,
             max_users: 1_000_000,
+            parquet: ParquetConfig::default(),
+            redis_stream: StreamConfig::default(),
             kinds: kinds.map(|(name, kind)| (name.to_owned(), kind)).into(),
             trending_half_life_hours: 168.0,
             fold_in_alpha: 40.0,
@@ -159,6 +183,15 @@ impl EventsConfig {
             ("max_users", u64::from(self.max_users), 1, 1_000_000_000),
         ];
         in_range("events", ranges)?;
+        self.parquet.validate()?;
+        self.redis_stream.validate()?;
+        let sinks = [
+            ("parquet.dir", self.parquet.dir.as_os_str().is_empty()),
+            ("redis_stream.url", self.redis_stream.url.is_empty()),
+        ];
+        if let Some((key, _)) = sinks.iter().find(|(_, off)| self.log_dir.as_os_str().is_empty() && !off) {
+            return Err(format!("events.{key} needs events.log_dir: events are carried from the log"));
+        }
         let weight = |weight: f32| weight >= 0.0 && weight.is_finite();
         for (name, kind) in &self.kinds {
             if !(1..=event::MAX_KIND_BYTES).contains(&name.len()) {

@@ -5,8 +5,8 @@
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use super::change::{self, Kind};
 use super::event::Damaged;
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
+use super::sinks::SinkCounters;
 use crate::api::Ticket;
 use crate::context::now_ms;
 use crate::error::{Code, Error};
@@ -63,6 +64,8 @@ pub struct EventCounters {
     pub changes: [AtomicU64; 6],
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
+    /// Records before this sequence are on the disk.
+    pub on_disk: AtomicU64,
     /// Syncs, and nanoseconds in them.
     pub syncs: AtomicU64,
     /// As above.
@@ -76,6 +79,8 @@ pub struct EventQueue {
     durable: bool,
     /// Counters.
     pub counters: EventCounters,
+    /// Of the sinks, once they are started.
+    pub sinks: OnceLock<Vec<Arc<SinkCounters>>>,
 }
 
 impl EventQueue {
@@ -85,6 +90,7 @@ impl EventQueue {
             inbox: Ring::new(state.config().max_queued as usize, 1),
             durable: !state.config().log_dir.as_os_str().is_empty(),
             counters: EventCounters::default(),
+            sinks: OnceLock::new(),
         }
     }
 
@@ -171,6 +177,9 @@ pub fn spawn(
         let state = state.clone();
         // Seconds for a large catalogue: until then users keep the vectors that they have.
         std::thread::Builder::new().name("fold-in".into()).spawn(move || state.prepare_fold_in())?;
+    }
+    if let Some(log) = &log {
+        queue.counters.on_disk.store(log.next_sequence(), Release);
     }
     std::thread::Builder::new().name("events".into()).spawn(move || {
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
@@ -340,6 +349,9 @@ impl Writer<'_> {
         let done = log.sync();
         self.queue.counters.syncs.fetch_add(1, Relaxed);
         self.queue.counters.sync_ns.fetch_add(started.elapsed().as_nanos() as u64, Relaxed);
+        if done.is_ok() {
+            self.queue.counters.on_disk.store(log.next_sequence(), Release);
+        }
         done.map_err(|error| tracing::error!(%error, "syncing the event log failed"))
     }
 

@@ -14,6 +14,7 @@ use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
 use crate::state::change::Kind;
+use crate::state::sinks::SinkCounters;
 use crate::state::writer::EventCounters;
 
 /// Which call.
@@ -309,6 +310,8 @@ pub struct Gauges<'a> {
     pub cache_entries: usize,
     /// Memory of the bitmaps of search filters.
     pub filter_cache_bytes: u64,
+    /// Sinks of events.
+    pub sinks: &'a [std::sync::Arc<SinkCounters>],
     /// Users with events.
     pub live_users: usize,
     /// Items in their histories.
@@ -521,6 +524,28 @@ impl Metrics {
         }
         head(o, "tastemaker_event_log_sync_seconds_total", "counter", "Time spent in these");
         let _ = writeln!(o, "tastemaker_event_log_sync_seconds_total {}", event(|c| &c.sync_ns) as f64 * 1e-9);
+        if !gauges.sinks.is_empty() {
+            type Counted = fn(&SinkCounters) -> &AtomicU64;
+            let families: [(_, _, _, Counted); 4] = [
+                ("tastemaker_event_sink_events_total", "counter", "Events that a sink took", |s| &s.events),
+                (
+                    "tastemaker_event_sink_lost_total",
+                    "counter",
+                    "Records gone or damaged before a sink read them",
+                    |s| &s.lost,
+                ),
+                ("tastemaker_event_sink_behind", "gauge", "Records on the disk that a sink did not read yet", |s| {
+                    &s.behind
+                }),
+                ("tastemaker_event_sink_failures_total", "counter", "Times that a sink failed", |s| &s.failures),
+            ];
+            for (name, kind, help, of) in families {
+                head(o, name, kind, help);
+                for sink in gauges.sinks {
+                    line(o, name, &format!("sink=\"{}\"", sink.name), of(sink).load(Relaxed));
+                }
+            }
+        }
         if let Some(redis) = gauges.redis {
             head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
             line(o, "tastemaker_redis_breaker", "", redis.breaker() as u64);
