@@ -30,11 +30,12 @@ pub fn of_scope(scope: &str) -> CacheKey {
 }
 
 /// The key of a recommendation. `generation` names the bundle and everything else that shapes the answer; `user_version` what is
-/// known of the user, so that an event puts whatever was cached before it out of reach.
+/// known of the user, so that an event puts whatever was cached before it out of reach, and `items` what was upserted of items.
 pub fn recommend(
     generation: &str,
     user_id: &str,
     user_version: u64,
+    items: u64,
     context: &Context,
     query: &str,
     n_items: u32,
@@ -53,6 +54,7 @@ pub fn recommend(
     }
     hash.update(&n_items.to_le_bytes());
     hash.update(&user_version.to_le_bytes());
+    hash.update(&items.to_le_bytes());
     hash.digest128()
 }
 
@@ -72,7 +74,7 @@ mod tests {
         fn order_of_context_does_not_matter(pairs in prop::collection::btree_map("[a-c]{1,2}", "[a-c]{0,2}", 0..5)) {
             let forward: Vec<(&str, &str)> = pairs.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
             let backward: Vec<(&str, &str)> = forward.iter().rev().copied().collect();
-            let key = |pairs| recommend("g", "u", 0, &context(pairs), "q", 10);
+            let key = |pairs| recommend("g", "u", 0, 0, &context(pairs), "q", 10);
             prop_assert_eq!(key(&forward), key(&backward));
         }
     }
@@ -80,15 +82,16 @@ mod tests {
     #[test]
     fn every_part_matters() {
         let keys = [
-            recommend("g", "u", 0, &context(&[]), "", 10),
-            recommend("h", "u", 0, &context(&[]), "", 10),
-            recommend("g", "v", 0, &context(&[]), "", 10),
-            recommend("g", "u", 0, &context(&[("a", "b")]), "", 10),
-            recommend("g", "u", 0, &context(&[("ab", "")]), "", 10),
-            recommend("g", "u", 0, &context(&[]), "q", 10),
-            recommend("g", "u", 0, &context(&[]), "", 11),
-            recommend("g", "u", 1, &context(&[]), "", 10),
-            recommend("g", "", 0, &context(&[]), "u", 10),
+            recommend("g", "u", 0, 0, &context(&[]), "", 10),
+            recommend("h", "u", 0, 0, &context(&[]), "", 10),
+            recommend("g", "v", 0, 0, &context(&[]), "", 10),
+            recommend("g", "u", 0, 0, &context(&[("a", "b")]), "", 10),
+            recommend("g", "u", 0, 0, &context(&[("ab", "")]), "", 10),
+            recommend("g", "u", 0, 0, &context(&[]), "q", 10),
+            recommend("g", "u", 0, 0, &context(&[]), "", 11),
+            recommend("g", "u", 1, 0, &context(&[]), "", 10),
+            recommend("g", "", 0, 0, &context(&[]), "u", 10),
+            recommend("g", "u", 0, 1, &context(&[]), "", 10),
         ];
         let distinct: std::collections::HashSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());

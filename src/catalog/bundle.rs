@@ -501,7 +501,7 @@ impl Reader {
         if !room {
             return Err(self.corrupt(name, "the hash table is full or of an odd size"));
         }
-        Ok(IdTable { offsets, bytes, slots, integer })
+        Ok(IdTable { offsets, bytes, slots, integer, more: Arc::default() })
     }
 
     fn vocabulary(&self, name: &str) -> Result<Arc<IdTable>, CatalogError> {

@@ -211,7 +211,12 @@ impl Test {
             }
             (Test::AnyOf(wanted), _) => {
                 let mut among = Bitmap::of(data.vocabulary().map_or(0, IdTable::len), |_| false);
-                wanted.iter().for_each(|&code| among.0[code as usize / 64] |= 1 << (code % 64));
+                // No item of the bundle has a code that came later.
+                for &code in wanted {
+                    if let Some(word) = among.0.get_mut(code as usize / 64) {
+                        *word |= 1 << (code % 64);
+                    }
+                }
                 match data {
                     // A missing value is beyond every code.
                     ColumnData::Category { codes, .. } => {
@@ -222,6 +227,15 @@ impl Test {
                 }
             }
             (Test::Within { .. }, _) => Bitmap::of(n, |_| false),
+        }
+    }
+
+    /// Whether an item with this number (NaN: none) or these codes fulfils it.
+    pub fn holds(&self, number: f32, codes: &[u32]) -> bool {
+        match self {
+            Test::Within { low, high } => *low <= number && number <= *high,
+            Test::AnyOf(wanted) => codes.iter().any(|code| wanted.binary_search(code).is_ok()),
+            Test::Missing(missing) => (number.is_nan() && codes.is_empty()) == *missing,
         }
     }
 

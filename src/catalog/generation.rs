@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::catalog::array::Array;
 use crate::catalog::conditions::FilterCache;
 use crate::catalog::index::SharedIndex;
+use crate::catalog::names::Names;
 use crate::catalog::records::{Field, Records};
 use crate::catalog::text::TextIndex;
 use crate::index::{Searchers, VectorIndex};
@@ -184,6 +185,8 @@ pub struct IdTable {
     pub slots: Array<u32>,
     /// Whether the dataset's ids were integers; JSON answers then carry numbers.
     pub integer: bool,
+    /// Ids that came later; their rows follow. They are no part of [`Self::len`].
+    pub more: Arc<Names>,
 }
 
 impl IdTable {
@@ -213,7 +216,17 @@ impl IdTable {
             }
             slots[slot] = row as u32;
         }
-        Ok(IdTable { offsets: offsets.into(), bytes: bytes.into(), slots: slots.into(), integer })
+        Ok(IdTable { offsets: offsets.into(), bytes: bytes.into(), slots: slots.into(), integer, more: Arc::default() })
+    }
+
+    /// Number of ids, and of those that came later.
+    pub fn len_with_more(&self) -> usize {
+        self.len() + self.more.len() as usize
+    }
+
+    /// The row of an id, which is given the next one if it has none; `None` where rows end.
+    pub fn give(&self, id: &str) -> Option<u32> {
+        self.row(id).or_else(|| self.more.give(id)?.checked_add(self.len() as u32))
     }
 
     /// Number of ids.
@@ -231,17 +244,21 @@ impl IdTable {
     /// # Panics
     /// If `row` is out of range.
     pub fn id(&self, row: u32) -> &str {
+        if let Some(later) = (row as usize).checked_sub(self.len()) {
+            return self.more.get(later as u32).unwrap_or_else(|| panic!("no row {row} of ids"));
+        }
         let bytes = &self.bytes[self.offsets[row as usize] as usize..self.offsets[row as usize + 1] as usize];
         std::str::from_utf8(bytes).unwrap_or("\u{fffd}")
     }
 
     /// The row of `id`.
     pub fn row(&self, id: &str) -> Option<u32> {
-        let mask = self.slots.len().checked_sub(1)?;
+        let later = || self.more.number(id)?.checked_add(self.len() as u32);
+        let Some(mask) = self.slots.len().checked_sub(1) else { return later() };
         let mut slot = xxh3_64(id.as_bytes()) as usize & mask;
         loop {
             match self.slots[slot] {
-                NO_ROW => return None,
+                NO_ROW => return later(),
                 row if self.id(row) == id => return Some(row),
                 _ => slot = (slot + 1) & mask,
             }
@@ -484,6 +501,7 @@ pub struct RankerModel {
 #[cfg(test)]
 pub mod testing {
     use super::*;
+    use crate::catalog::live::{Cell, LiveItem, LiveItems, extend_vector};
 
     /// `n` items with ids "0", "1", …; nothing else.
     pub fn plain(n: usize) -> Generation {
@@ -544,6 +562,45 @@ pub mod testing {
         let data = ColumnData::Category { codes: codes.to_vec().into(), vocabulary };
         generation.items.columns.push(Column { name: name.into(), data });
         generation.roles.category.get_or_insert(generation.items.columns.len() - 1);
+    }
+
+    /// What makes `old` what `new` is, of which it has the first rows, columns and values.
+    pub fn changes(old: &Generation, new: &Generation) -> LiveItems {
+        let mut items = LiveItems::new(old.items.len());
+        for (before, after) in old.items.columns.iter().zip(&new.items.columns) {
+            if let (Some(before), Some(after)) = (before.data.vocabulary(), after.data.vocabulary()) {
+                for code in before.len()..after.len() {
+                    before.more.give(after.id(code as u32));
+                }
+            }
+        }
+        let vector = |of: &Generation, row: u32| {
+            let mut vector = Vec::new();
+            if (row as usize) < of.items.len() {
+                extend_vector(of, None, row, &mut vector);
+            }
+            vector
+        };
+        let cells = |of: &Generation, row: u32| -> Box<[Cell]> {
+            let cell = |column: &Column| match &column.data {
+                ColumnData::Number { values, .. } => Cell::Number(values[row as usize]),
+                data => Cell::Codes(data.codes(row).into()),
+            };
+            of.items.columns.iter().map(cell).collect()
+        };
+        for row in 0..new.items.len() as u32 {
+            let (now, known) = (vector(new, row), (row as usize) < old.items.len());
+            let same = known && format!("{:?}", cells(old, row)) == format!("{:?}", cells(new, row));
+            let other = now != vector(old, row);
+            if !same || other {
+                if !known {
+                    old.items.ids.more.give(new.items.ids.id(row));
+                }
+                let vector = other.then(|| now.into_boxed_slice());
+                items.put(row, Arc::new(LiveItem { cells: cells(new, row), vector, inverse_norm: 1.0 }));
+            }
+        }
+        items
     }
 
     /// Adds a number column.

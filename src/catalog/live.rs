@@ -1,13 +1,67 @@
 //! What changed of items since the bundle was built, as it stands at one moment.
 //!
 //! A snapshot never changes; a new one shares with the one before all that no change touched. A call takes one when it is planned and
-//! keeps it to its answer.
+//! keeps it to its answer. A row belongs to one item for good: those of the bundle come first, items that came later follow, named by
+//! [`IdTable::more`]. What is known of a row that changed lies in an entry of its own; arrays of the bundle do not reach that far, so
+//! whoever reads one by row asks here first.
 
-use super::generation::IdTable;
-use crate::index::live::States;
+use std::sync::Arc;
 
-/// Marks the state of an item that must not be shown.
+use smallvec::SmallVec;
+
+use super::conditions::Test;
+use super::generation::{Generation, IdTable};
+use crate::index::live::{States, View};
+
+/// Marks the state of an item that must not be shown; the rest of it is the place of its entry plus one, or 0.
 const GONE: u32 = 1 << 31;
+/// Entries that are copied together.
+const CHUNK: usize = 64;
+
+/// A value of an item's column.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Cell {
+    /// NaN where missing.
+    Number(f32),
+    /// As in [`super::generation::ColumnData::codes`].
+    Codes(SmallVec<[u32; 4]>),
+}
+
+/// An item that changed. Immutable: a change makes another one.
+#[derive(Debug, Default)]
+pub struct LiveItem {
+    /// By item column.
+    pub cells: Box<[Cell]>,
+    /// f32 `[dim]`, where one was upserted.
+    pub vector: Option<Box<[f32]>>,
+    /// `1 / |vector|`; 0 without one.
+    pub inverse_norm: f32,
+}
+
+impl LiveItem {
+    /// The number of a column; NaN where it is missing or holds no numbers.
+    pub fn number(&self, column: usize) -> f32 {
+        match self.cells.get(column) {
+            Some(Cell::Number(number)) => *number,
+            _ => f32::NAN,
+        }
+    }
+
+    /// The codes of a column.
+    pub fn codes(&self, column: usize) -> &[u32] {
+        match self.cells.get(column) {
+            Some(Cell::Codes(codes)) => codes,
+            _ => &[],
+        }
+    }
+
+    /// Whether it fulfils all of `tests`, each with the position of its column.
+    pub fn passes(&self, tests: &[(u32, Test)]) -> bool {
+        tests.iter().all(|(column, test)| test.holds(self.number(*column as usize), self.codes(*column as usize)))
+    }
+}
+
+type Entries = Vec<Arc<Vec<(u32, Arc<LiveItem>)>>>;
 
 /// One state of all items; see the module.
 #[derive(Clone, Debug, Default)]
@@ -15,9 +69,28 @@ pub struct LiveItems {
     /// By row: 0 where it is as in the bundle.
     states: States,
     n_gone: usize,
+    /// Rows and what is known of them, in the order in which they first changed.
+    entries: Entries,
+    n_entries: usize,
+    /// The bundle's and later ones.
+    n_rows: u32,
+    /// The vectors of [`Self::entries`].
+    vectors: Option<Arc<View>>,
+    digest: u64,
+    bytes: usize,
 }
 
 impl LiveItems {
+    /// All as in the bundle.
+    pub fn new(n_bundle: usize) -> Self {
+        LiveItems { n_rows: n_bundle as u32, ..LiveItems::default() }
+    }
+
+    /// Rows that there are, also of what is gone.
+    pub fn n_rows(&self) -> u32 {
+        self.n_rows
+    }
+
     /// Whether `row` must not be shown.
     #[inline]
     pub fn is_gone(&self, row: u32) -> bool {
@@ -29,6 +102,43 @@ impl LiveItems {
         self.n_gone
     }
 
+    /// Items that came or changed.
+    pub fn n_entries(&self) -> usize {
+        self.n_entries
+    }
+
+    /// What is known of `row`, where it came or changed.
+    #[inline]
+    pub fn get(&self, row: u32) -> Option<&LiveItem> {
+        let place = (self.states.get(row) & !GONE).checked_sub(1)? as usize;
+        Some(&self.entries[place / CHUNK][place % CHUNK].1)
+    }
+
+    /// Everything that came or changed.
+    pub fn entries(&self) -> impl Iterator<Item = (u32, &Arc<LiveItem>)> {
+        self.entries.iter().flat_map(|chunk| chunk.iter()).map(|(row, item)| (*row, item))
+    }
+
+    /// Whether the bundle's vector of `row` is not that of an item that may be found.
+    #[inline]
+    pub fn hides_vector(&self, row: u32) -> bool {
+        match self.states.get(row) {
+            0 => false,
+            state if state & GONE > 0 => true,
+            _ => self.get(row).is_some_and(|item| item.vector.is_some()),
+        }
+    }
+
+    /// The index over the vectors that came.
+    pub fn vectors(&self) -> Option<&Arc<View>> {
+        self.vectors.as_ref()
+    }
+
+    /// Names what came and changed; the same upserts make the same, in any process. What is gone does not enter.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
     /// Sets whether `row` may be shown; says whether that changed.
     pub fn set_gone(&mut self, row: u32, gone: bool) -> bool {
         let changes = self.is_gone(row) != gone;
@@ -38,6 +148,52 @@ impl LiveItems {
         }
         changes
     }
+
+    /// Puts an item in the place of what was known of `row`, which is the bundle's, known, or the next one.
+    pub fn put(&mut self, row: u32, item: Arc<LiveItem>) {
+        self.n_rows = self.n_rows.max(row + 1);
+        let state = self.states.get(row);
+        match (state & !GONE).checked_sub(1) {
+            Some(place) => {
+                let chunk = Arc::make_mut(&mut self.entries[place as usize / CHUNK]);
+                chunk[place as usize % CHUNK].1 = item;
+            }
+            None => {
+                if self.n_entries.is_multiple_of(CHUNK) {
+                    self.entries.push(Arc::new(Vec::with_capacity(CHUNK)));
+                }
+                let last = self.entries.len() - 1;
+                Arc::make_mut(&mut self.entries[last]).push((row, item));
+                self.n_entries += 1;
+                self.states.set(row, state | self.n_entries as u32);
+            }
+        }
+    }
+
+    /// Puts the index over all that came in its place.
+    pub fn set_vectors(&mut self, vectors: Arc<View>) {
+        self.vectors = Some(vectors);
+    }
+
+    /// Memory of what came and changed, bytes, about.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// See [`Self::bytes`].
+    pub fn set_bytes(&mut self, bytes: usize) {
+        self.bytes = bytes;
+    }
+
+    /// See [`Self::digest`].
+    pub fn set_digest(&mut self, digest: u64) {
+        self.digest = digest;
+    }
+}
+
+/// Rows that there are: those of the bundle, and what came later.
+pub fn n_rows(generation: &Generation, items: Option<&LiveItems>) -> usize {
+    items.map_or(generation.items.len(), |items| items.n_rows() as usize)
 }
 
 /// Whether any of `rows` must not be shown.
@@ -47,7 +203,26 @@ pub fn any_gone(items: Option<&LiveItems>, rows: impl IntoIterator<Item = u32>) 
 
 /// The row of an item that may be shown.
 pub fn row_of(ids: &IdTable, items: Option<&LiveItems>, id: &str) -> Option<u32> {
-    ids.row(id).filter(|&row| items.is_none_or(|items| !items.is_gone(row)))
+    let is_there = |row: u32| match items {
+        Some(items) => row < items.n_rows && !items.is_gone(row),
+        None => (row as usize) < ids.len(),
+    };
+    ids.row(id).filter(|&row| is_there(row))
+}
+
+/// Appends the vector of `row` to `out`; says whether it has one.
+pub fn extend_vector(generation: &Generation, items: Option<&LiveItems>, row: u32, out: &mut Vec<f32>) -> bool {
+    if let Some(vector) = items.and_then(|items| items.get(row)?.vector.as_deref()) {
+        out.extend_from_slice(vector);
+        return true;
+    }
+    match &generation.item_embeddings {
+        Some(matrix) if (row as usize) < matrix.n_rows() => {
+            matrix.extend_row(row, out);
+            true
+        }
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -56,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_stays_as_it_was() {
-        let mut items = LiveItems::default();
+        let mut items = LiveItems::new(6000);
         assert!(items.set_gone(5000, true) && !items.set_gone(5000, true));
         let before = items.clone();
         assert!(items.set_gone(5000, false) && items.set_gone(3, true));
@@ -64,5 +239,22 @@ mod tests {
         assert_eq!((items.is_gone(5000), items.is_gone(3), items.n_gone()), (false, true, 1));
         assert!(!items.is_gone(u32::MAX));
         assert!(any_gone(Some(&before), [1, 5000]) && !any_gone(Some(&items), [1, 5000]) && !any_gone(None, [1]));
+    }
+
+    #[test]
+    fn entries_are_found_by_their_rows() {
+        let item = |number: f32| Arc::new(LiveItem { cells: [Cell::Number(number)].into(), ..LiveItem::default() });
+        let mut items = LiveItems::new(10);
+        items.set_gone(7, true);
+        for row in (0..300).rev() {
+            items.put(row, item(row as f32));
+        }
+        let before = items.clone();
+        items.put(7, item(0.5));
+        assert_eq!((items.n_rows(), items.n_entries(), items.entries().count()), (300, 300, 300));
+        assert!(items.is_gone(7) && items.get(7).unwrap().number(0) == 0.5 && before.get(7).unwrap().number(0) == 7.0);
+        assert!(items.entries().all(|(row, item)| row == 7 || item.number(0) == row as f32));
+        assert!(items.get(300).is_none() && items.get(u32::MAX).is_none());
+        assert!(items.hides_vector(7) && !items.hides_vector(8));
     }
 }

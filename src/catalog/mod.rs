@@ -9,6 +9,7 @@ pub mod dataset;
 pub mod generation;
 pub mod index;
 pub mod live;
+pub mod names;
 pub mod npy;
 pub mod popularity;
 pub mod records;

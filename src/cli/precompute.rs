@@ -59,7 +59,7 @@ impl Precompute {
                 for &n in &lengths {
                     let slate = pipeline.recommend(user, n)?;
                     if slate.degraded.is_empty() {
-                        let at = key::recommend(&scope, user, 0, &Context::default(), "", n);
+                        let at = key::recommend(&scope, user, 0, 0, &Context::default(), "", n);
                         own.push((at, value::encode(&slate)));
                     }
                 }

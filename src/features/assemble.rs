@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use crate::candidates::{Candidates, Dependence, Source, SourceSet};
 use crate::catalog::generation::{ColumnData, Generation, Roles};
+use crate::catalog::live::{LiveItem, LiveItems, extend_vector};
 use crate::catalog::records::{Field, Records, Value, Values};
 use crate::context::nearest;
 use crate::device::{Context, PlannedUser};
 use crate::index::SearchScratch;
 
-use super::history::{AHEAD, Counts, Series, SeriesColumns};
+use super::history::{AHEAD, Counts, ItemColumn, Series, SeriesColumns};
 
 /// Why a column can't be computed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,6 +43,8 @@ pub type Dots<'a> = dyn Fn(&[u32], &mut SearchScratch, &mut Vec<f32>) + 'a;
 pub struct Inputs<'a> {
     /// Columns, embeddings.
     pub generation: &'a Generation,
+    /// Items that came or changed.
+    pub live: Option<&'a LiveItems>,
     /// Resolved user.
     pub user: &'a PlannedUser,
     /// Request context.
@@ -162,6 +165,8 @@ pub struct FeatureScratch {
     dots: Vec<f32>,
     /// By candidate.
     cooccurrence: Vec<CooccurrenceSignal>,
+    /// Rows of the bundle, by candidate.
+    stand_ins: Vec<u32>,
 }
 
 impl Layout {
@@ -238,6 +243,7 @@ impl Layout {
         candidates.source_ranks.iter_mut().for_each(|ranks| ranks.resize(n, 0));
         let inputs = Inputs {
             generation,
+            live: None,
             user: &PlannedUser::default(),
             context: &Context::default(),
             candidates: &candidates,
@@ -252,10 +258,13 @@ impl Layout {
     /// # Panics
     /// If there are fewer.
     pub fn fill_first(&self, n: usize, inputs: &Inputs<'_>, scratch: &mut FeatureScratch, out: &mut Vec<f32>) {
-        let rows = &inputs.candidates.rows[..n];
+        let all = &inputs.candidates.rows[..n];
         out.clear();
-        out.resize(rows.len() * self.width, 0.0);
+        out.resize(all.len() * self.width, 0.0);
         self.prepare(inputs, scratch);
+        let live = inputs.live.filter(|live| live.n_entries() > 0);
+        let stand_ins = live.map(|_| self.stand_ins(inputs, all, scratch));
+        let rows = stand_ins.as_deref().unwrap_or(all);
         let n_liked = inputs.user.history.iter().filter(|e| e.weight > 0.0).count().max(1) as f32;
         // Some candidates at a time: the lines that their columns share stay in the nearest cache.
         for (block, out) in out.chunks_mut(BLOCK * self.width.max(1)).enumerate() {
@@ -266,7 +275,7 @@ impl Layout {
                 counts: &scratch.counts,
                 n_liked,
                 series: &scratch.series,
-                columns: SeriesColumns::of(inputs.generation),
+                columns: SeriesColumns::of(inputs.generation, inputs.live),
                 dots: &scratch.dots,
                 cooccurrence: &scratch.cooccurrence,
             };
@@ -284,6 +293,71 @@ impl Layout {
                     fill(index, op, inputs, &gathered, &mut scratch.row, target);
                 }
                 at += Self::op_width(op, self.dim);
+            }
+            if let Some(live) = live {
+                let all = &all[first..first + rows.len()];
+                for (&row, line) in all.iter().zip(out.chunks_exact_mut(self.width)) {
+                    if let Some(item) = live.get(row) {
+                        self.fill_changed(row, item, inputs, &gathered, &mut scratch.row, line);
+                    }
+                }
+            }
+        }
+        if let Some(rows) = stand_ins {
+            scratch.stand_ins = rows;
+        }
+    }
+
+    /// The rows, with one of the bundle in the place of each that the bundle's columns do not have; none where that has no rows.
+    fn stand_ins(&self, inputs: &Inputs<'_>, rows: &[u32], scratch: &mut FeatureScratch) -> Vec<u32> {
+        let n = inputs.generation.items.len() as u32;
+        let mut stand_ins = std::mem::take(&mut scratch.stand_ins);
+        stand_ins.clear();
+        stand_ins.extend(rows.iter().map(|&row| if row < n { row } else { 0 }));
+        stand_ins
+    }
+
+    /// Puts what columns read of an item that came or changed in the place of what the bundle has.
+    fn fill_changed(
+        &self,
+        row: u32,
+        item: &LiveItem,
+        inputs: &Inputs<'_>,
+        gathered: &Gathered<'_>,
+        vector: &mut Vec<f32>,
+        line: &mut [f32],
+    ) {
+        let generation = inputs.generation;
+        let mut at = 0;
+        for (index, op) in self.ops.iter().enumerate() {
+            let width = Self::op_width(op, self.dim);
+            let place = &mut line[at..at + width];
+            at += width;
+            if let Some(field) = op.field(&generation.roles) {
+                let codes = item.codes(field.column);
+                let codes = if field.first_only { &codes[..codes.len().min(1)] } else { codes };
+                place[0] = gathered.of_codes(index, op, codes, row);
+                continue;
+            }
+            match op {
+                Op::ItemNumber(column) => {
+                    let number = item.number(*column);
+                    place[0] = match &generation.items.columns[*column].data {
+                        ColumnData::Number { default, .. } if number.is_nan() => *default,
+                        _ => number,
+                    };
+                }
+                Op::Popularity => {
+                    place[0] = gathered.logs.of_popularity.get(row as usize).copied().unwrap_or(0.0);
+                }
+                Op::ItemEmbedding => {
+                    vector.clear();
+                    match extend_vector(generation, inputs.live, row, vector) {
+                        true => place.copy_from_slice(vector),
+                        false => place.fill(0.0),
+                    }
+                }
+                _ => {}
             }
         }
     }
@@ -317,16 +391,16 @@ impl Layout {
         if counts.len() < self.ops.len() {
             counts.resize_with(self.ops.len(), Counts::default);
         }
-        let column = |at: usize| &generation.items.columns[at].data;
+        let column = |at: usize| ItemColumn::new(generation, inputs.live, at);
         for (op, counts) in self.ops.iter().zip(counts) {
             match op {
-                Op::SameCreator(at) | Op::Overlap(at) => counts.gather(column(*at), history, usize::MAX),
-                Op::SameCategory(at) => counts.gather(column(*at), history, 1),
+                Op::SameCreator(at) | Op::Overlap(at) => counts.gather(&column(*at), history, usize::MAX),
+                Op::SameCategory(at) => counts.gather(&column(*at), history, 1),
                 _ => {}
             }
         }
         if self.asks(|op| matches!(op, Op::SameSeries | Op::NextInSeries | Op::SeriesGap))
-            && let Some(columns) = SeriesColumns::of(generation)
+            && let Some(columns) = SeriesColumns::of(generation, inputs.live)
         {
             series.gather(&columns, history);
         }
@@ -600,6 +674,7 @@ mod tests {
     use super::*;
     use crate::catalog::generation::{Interaction, NO_CODE, RankerModel, testing};
     use crate::ranking::manifest::{RankerInput, RankerManifest};
+    use proptest::prelude::*;
 
     fn history(rows: &[u32]) -> Vec<Interaction> {
         rows.iter().map(|&row| Interaction { row, weight: 1.0 }).collect()
@@ -621,6 +696,7 @@ mod tests {
         context.assign(&[("hour", "13"), ("place", "home")]);
         let inputs = Inputs {
             generation,
+            live: None,
             user,
             context: &context,
             candidates: &candidates,
@@ -749,6 +825,65 @@ mod tests {
         let items = Layout::part(&whole, |d| d == Item);
         items.fill_items(&generation, 1..3, &mut FeatureScratch::default(), &mut out);
         assert_eq!(out, [3.0, 4.0, 8.0, 1f32.ln_1p(), 5.0, 6.0, 9.0, 2f32.ln_1p()]);
+    }
+
+    proptest! {
+        /// As a bundle that was built with the changes would give them.
+        #[test]
+        fn items_that_came_or_changed_give_what_a_bundle_of_them_gives(
+            before in prop::collection::vec((0u32..4, prop::collection::vec(0u32..5, 0..4), 0u8..5), 3..12),
+            after in prop::collection::vec((0u32..7, prop::collection::vec(0u32..9, 0..4), 0u8..5), 0..6),
+            changed in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
+            history in prop::collection::vec(any::<prop::sample::Index>(), 0..6), liked in any::<bool>(),
+        ) {
+            let mut rows = before.clone();
+            for (at, row) in changed.iter().zip(&after) {
+                rows[at.index(before.len())] = row.clone();
+            }
+            rows.extend(after.iter().skip(changed.len()).cloned());
+            let made = |rows: &[(u32, Vec<u32>, u8)]| {
+                let vectors = rows.iter().flat_map(|row| [row.0 as f32, f32::from(row.2)]).collect();
+                let mut generation = testing::with_embeddings(vectors, 2);
+                let series: Vec<u32> = rows.iter().map(|row| if row.0 == 3 { NO_CODE } else { row.0 }).collect();
+                testing::add_category(&mut generation, "series", &series);
+                testing::add_tags(&mut generation, "tags", &rows.iter().map(|row| row.1.clone()).collect::<Vec<_>>());
+                let position = |row: &(u32, Vec<u32>, u8)| if row.2 == 4 { f32::NAN } else { f32::from(row.2) };
+                testing::add_number(&mut generation, "position", &rows.iter().map(position).collect::<Vec<_>>());
+                generation.roles.creator = Some(1);
+                (generation.roles.series, generation.roles.series_position) = (Some(0), Some(2));
+                let popularity = |row: usize| if row < before.len() { row as f32 } else { 0.0 };
+                generation.popularity = (0..rows.len()).map(popularity).collect::<Vec<f32>>().into();
+                generation
+            };
+            let (old, new) = (made(&before), made(&rows));
+            let live = testing::changes(&old, &new);
+            let columns = [
+                "cross.same_category", "cross.same_creator", "cross.overlap.tags", "cross.overlap.series",
+                "cross.same_series", "cross.next_in_series", "cross.series_gap", "item.position", "item.popularity",
+                "item.embedding", "user.history_length",
+            ].map(str::to_owned);
+            let weight = if liked { 1.0 } else { 0.0 };
+            let user = PlannedUser {
+                history: history.iter().map(|at| Interaction { row: at.index(rows.len()) as u32, weight }).collect(),
+                ..PlannedUser::default()
+            };
+            let n = rows.len();
+            let mut candidates = Candidates { rows: (0..n as u32).collect(), ..Candidates::default() };
+            candidates.sources.resize(n, Default::default());
+            candidates.source_scores.iter_mut().for_each(|scores| scores.resize(n, 0.0));
+            candidates.source_ranks.iter_mut().for_each(|ranks| ranks.resize(n, 0));
+            let fill = |generation: &Generation, live: Option<&LiveItems>| {
+                let inputs = Inputs {
+                    generation, live, user: &user, context: &Context::default(), candidates: &candidates,
+                    cooccurrence: &|rows, out| out.resize(rows.len(), Default::default()),
+                    dots: &|rows, _, out| out.resize(out.len() + rows.len(), 0.0),
+                };
+                let mut out = Vec::new();
+                Layout::compile(&columns, generation).unwrap().fill(&inputs, &mut FeatureScratch::default(), &mut out);
+                out
+            };
+            prop_assert_eq!(fill(&old, Some(&live)), fill(&new, None));
+        }
     }
 
     #[test]

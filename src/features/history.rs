@@ -1,9 +1,56 @@
 //! What columns need to know of the user's history, gathered once per request.
 
 use crate::catalog::generation::{ColumnData, Generation, Interaction};
+use crate::catalog::live::LiveItems;
 
 /// How many entries ahead of its use a column's value is asked for.
 pub(super) const AHEAD: usize = 8;
+
+/// A column of items, as it is of the bundle and of those that came or changed.
+pub(super) struct ItemColumn<'a> {
+    data: &'a ColumnData,
+    at: usize,
+    items: Option<&'a LiveItems>,
+}
+
+impl<'a> ItemColumn<'a> {
+    /// The one at position `at`.
+    pub(super) fn new(generation: &'a Generation, items: Option<&'a LiveItems>, at: usize) -> Self {
+        ItemColumn { data: &generation.items.columns[at].data, at, items: items.filter(|items| items.n_entries() > 0) }
+    }
+
+    fn n_codes(&self) -> usize {
+        self.data.vocabulary().map_or(0, |vocabulary| match self.items {
+            Some(_) => vocabulary.len_with_more(),
+            None => vocabulary.len(),
+        })
+    }
+
+    #[inline(always)]
+    fn codes(&self, row: u32) -> &'a [u32] {
+        match self.items.and_then(|items| items.get(row)) {
+            Some(item) => item.codes(self.at),
+            None => self.data.codes(row),
+        }
+    }
+
+    /// NaN where it is missing.
+    #[inline(always)]
+    fn number(&self, row: u32) -> f32 {
+        match (self.items.and_then(|items| items.get(row)), self.data) {
+            (Some(item), _) => item.number(self.at),
+            (None, ColumnData::Number { values, .. }) => values[row as usize],
+            _ => f32::NAN,
+        }
+    }
+
+    fn prefetch_ahead(&self, soon: Option<u32>, later: Option<u32>) {
+        // The bundle's columns do not reach to every row then.
+        if self.items.is_none() {
+            self.data.prefetch_ahead(soon, later);
+        }
+    }
+}
 
 /// Occurrences of codes in the history.
 #[derive(Debug, Default)]
@@ -14,11 +61,11 @@ pub(super) struct Counts {
 
 impl Counts {
     /// Counts up to `most` codes of every liked entry.
-    pub(super) fn gather(&mut self, column: &ColumnData, history: &[Interaction], most: usize) {
+    pub(super) fn gather(&mut self, column: &ItemColumn<'_>, history: &[Interaction], most: usize) {
         for code in self.touched.drain(..) {
             self.by_code[code as usize] = 0;
         }
-        let n = column.vocabulary().map_or(0, |v| v.len());
+        let n = column.n_codes();
         if self.by_code.len() < n {
             self.by_code.resize(n, 0);
         }
@@ -56,7 +103,7 @@ impl Series {
         for entry in self.entries.drain(..) {
             self.places[entry.code as usize] = 0;
         }
-        let n = columns.series.vocabulary().map_or(0, |v| v.len());
+        let n = columns.series.n_codes();
         if self.places.len() < n {
             self.places.resize(n, 0);
         }
@@ -82,13 +129,13 @@ impl Series {
 
 /// The columns that speak of series.
 pub(super) struct SeriesColumns<'a> {
-    series: &'a ColumnData,
-    positions: Option<&'a ColumnData>,
+    series: ItemColumn<'a>,
+    positions: Option<ItemColumn<'a>>,
 }
 
 impl<'a> SeriesColumns<'a> {
-    pub(super) fn of(generation: &'a Generation) -> Option<Self> {
-        let data = |at: usize| &generation.items.columns[at].data;
+    pub(super) fn of(generation: &'a Generation, items: Option<&'a LiveItems>) -> Option<Self> {
+        let data = |at: usize| ItemColumn::new(generation, items, at);
         Some(SeriesColumns {
             series: generation.roles.series.map(data)?,
             positions: generation.roles.series_position.map(data),
@@ -96,9 +143,6 @@ impl<'a> SeriesColumns<'a> {
     }
 
     pub(super) fn position(&self, row: u32) -> f32 {
-        match self.positions {
-            Some(ColumnData::Number { values, .. }) => values[row as usize],
-            _ => f32::NAN,
-        }
+        self.positions.as_ref().map_or(f32::NAN, |positions| positions.number(row))
     }
 }

@@ -10,6 +10,7 @@ mod ivf;
 mod kmeans;
 pub mod live;
 mod options;
+mod overlay;
 pub mod partitions;
 mod refine;
 mod rotation;
@@ -24,6 +25,7 @@ pub use fastscan::Blocks;
 pub use hnsw::{Hnsw, HnswParts, NO_LINK};
 pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
+pub use overlay::Overlay;
 pub use partitions::{Coverage, Partitioned, Searchers};
 pub use simd::Simd;
 

@@ -144,7 +144,9 @@ fn start(
         SearchBy::Item(id) => {
             let row = live::row_of(&generation.items.ids, job.items.as_deref(), id)
                 .ok_or(Error::fixed(Code::NotFound, "no such item"))?;
-            items.extend_row(row, vectors);
+            if !live::extend_vector(generation, job.items.as_deref(), row, vectors) {
+                return Err(Error::fixed(Code::NotFound, "the item has no embedding"));
+            }
             job.search.exclude = Some(row);
         }
         // The device searches by the user's vector, which events may have moved.
@@ -245,15 +247,24 @@ fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>
 }
 
 /// The user as trained or upserted, and what events added: an item that came again stands where it came last.
-fn resolve_user(id: &str, generation: &Generation, live: Option<&LiveState>, config: &PipelineConfig, job: &mut Job) {
+fn resolve_user(
+    id: &str,
+    generation: &Generation,
+    of_state: Option<&LiveState>,
+    config: &PipelineConfig,
+    job: &mut Job,
+) {
     let user = &mut job.user;
     user.row = generation.users.ids.row(id);
     let mut events: SmallVec<[Entry; 128]> = SmallVec::new();
-    if let Some(live) = live {
-        live.with_user(id, |of_events, profile| {
+    if let Some(state) = of_state {
+        state.with_user(id, |of_events, profile| {
             events.extend_from_slice(of_events.map_or(&[], |user| user.entries()));
             user.profile = profile.cloned();
         });
+        // Of items that came after the call's view of them.
+        let n_rows = live::n_rows(generation, job.items.as_deref());
+        events.retain(|entry| (entry.row as usize) < n_rows);
     }
     let profile = user.profile.as_deref();
     if profile.is_some_and(Profile::is_forgotten) {

@@ -1,12 +1,17 @@
 //! Caps: at most so many items of one attribute value in a slate.
 
 use crate::catalog::generation::ColumnData;
+use crate::catalog::live::LiveItems;
 
 /// One cap.
 #[derive(Clone, Copy)]
 pub struct Cap<'a> {
     /// Whose values are counted.
     pub column: &'a ColumnData,
+    /// Its position.
+    pub at: usize,
+    /// Items that came or changed.
+    pub items: Option<&'a LiveItems>,
     /// Items per value.
     pub max: u32,
     /// Of several values only the first counts: an item's category is one.
@@ -18,7 +23,10 @@ pub type Counts = Vec<(u32, u32)>;
 
 impl Cap<'_> {
     fn codes(&self, row: u32) -> &[u32] {
-        let codes = self.column.codes(row);
+        let codes = match self.items.and_then(|items| items.get(row)) {
+            Some(item) => item.codes(self.at),
+            None => self.column.codes(row),
+        };
         if self.first_only { codes.get(..1).unwrap_or_default() } else { codes }
     }
 

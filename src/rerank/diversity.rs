@@ -2,6 +2,7 @@
 
 use super::caps::{Cap, Counts};
 use crate::catalog::generation::{Generation, Matrix, MatrixData};
+use crate::catalog::live::LiveItems;
 use crate::device::RankedItem;
 use crate::index::Kernel;
 
@@ -49,6 +50,7 @@ impl Diversity {
     pub fn pick(
         &self,
         generation: &Generation,
+        live: Option<&LiveItems>,
         items: &[RankedItem],
         n: usize,
         scratch: &mut DiversityScratch,
@@ -56,7 +58,7 @@ impl Diversity {
     ) {
         let DiversityScratch { vectors, ready, relevance, closest, open, picked, categories } = scratch;
         categories.clear();
-        let cap = self.cap(generation);
+        let cap = self.cap(generation, live);
         let embeddings = generation.item_embeddings.as_ref().filter(|_| !self.inverse_norms.is_empty());
         let Some(matrix) = embeddings else {
             for item in items {
@@ -100,7 +102,7 @@ impl Diversity {
                     continue;
                 }
                 if !picked.is_empty() {
-                    self.make_ready(matrix, pool, at, vectors, ready);
+                    self.make_ready(matrix, live, pool, at, vectors, ready);
                 }
                 for &other in &picked[*compared..] {
                     let vector = |at: usize| &vectors[at * dim..(at + 1) * dim];
@@ -115,7 +117,7 @@ impl Diversity {
             // Order is kept, so that ties go to the better ranked.
             let at = open.remove(best);
             if within(cap, pool[at as usize].row, categories) {
-                self.make_ready(matrix, pool, at as usize, vectors, ready);
+                self.make_ready(matrix, live, pool, at as usize, vectors, ready);
                 out.push(pool[at as usize]);
                 picked.push(at);
             }
@@ -131,13 +133,27 @@ impl Diversity {
     }
 
     /// Makes the unit vector of the pool's item `at`; most are never needed.
-    fn make_ready(&self, matrix: &Matrix, pool: &[RankedItem], at: usize, vectors: &mut [f32], ready: &mut [bool]) {
+    fn make_ready(
+        &self,
+        matrix: &Matrix,
+        live: Option<&LiveItems>,
+        pool: &[RankedItem],
+        at: usize,
+        vectors: &mut [f32],
+        ready: &mut [bool],
+    ) {
         if std::mem::replace(&mut ready[at], true) {
             return;
         }
         let (item, dim) = (pool[at].row as usize, matrix.dim);
-        let inverse = self.inverse_norms[item];
         let out = &mut vectors[at * dim..(at + 1) * dim];
+        if let Some(live) = live.and_then(|live| live.get(pool[at].row))
+            && let Some(vector) = &live.vector
+        {
+            return out.iter_mut().zip(vector).for_each(|(out, v)| *out = v * live.inverse_norm);
+        }
+        // Who came without a vector is like nobody.
+        let Some(inverse) = self.inverse_norms.get(item).copied() else { return out.fill(0.0) };
         match &matrix.data {
             MatrixData::F32(values) => {
                 out.iter_mut().zip(&values[item * dim..]).for_each(|(out, v)| *out = v * inverse);
@@ -149,9 +165,10 @@ impl Diversity {
     }
 
     /// The cap per category, where there is one.
-    pub fn cap<'a>(&self, generation: &'a Generation) -> Option<Cap<'a>> {
-        let column = &generation.items.columns[generation.roles.category?].data;
-        (self.max_per_category > 0).then_some(Cap { column, max: self.max_per_category, first_only: true })
+    pub fn cap<'a>(&self, generation: &'a Generation, items: Option<&'a LiveItems>) -> Option<Cap<'a>> {
+        let at = generation.roles.category?;
+        let column = &generation.items.columns[at].data;
+        (self.max_per_category > 0).then_some(Cap { column, at, items, max: self.max_per_category, first_only: true })
     }
 }
 
@@ -194,7 +211,7 @@ mod tests {
 
     fn picked(diversity: &Diversity, generation: &Generation, items: &[RankedItem], n: usize) -> Vec<u32> {
         let mut out = Vec::new();
-        diversity.pick(generation, items, n, &mut DiversityScratch::default(), &mut out);
+        diversity.pick(generation, None, items, n, &mut DiversityScratch::default(), &mut out);
         out.iter().map(|i| i.row).collect()
     }
 

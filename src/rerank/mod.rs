@@ -11,13 +11,12 @@ use smallvec::SmallVec;
 
 use crate::api::SlateItem;
 use crate::candidates::{Scored, SourceSet};
-use crate::catalog::conditions::Bitmap;
 use crate::catalog::generation::Generation;
 use crate::catalog::live::LiveItems;
 use crate::device::{Context, RankedItem};
 use caps::Counts;
 use diversity::{Diversity, DiversityScratch};
-use rules::{Entry, Rules, RulesScratch};
+use rules::{Allowed, Entry, Matches, Rules, RulesScratch};
 pub use rules::{HardFilter, RuleConfig, RuleError};
 
 /// `[rerank]`
@@ -68,7 +67,9 @@ pub struct RerankInput<'a> {
     pub context: &'a Context,
     /// Ascending rows that must not be shown.
     pub seen: &'a [u32],
-    /// Items as they stand now, where any changed.
+    /// Items as they stood when the call was planned, where any changed.
+    pub planned: Option<&'a Arc<LiveItems>>,
+    /// The same as they stand now: what went meanwhile is left out.
     pub live: Option<&'a Arc<LiveItems>>,
     /// Best first, unique rows.
     pub items: &'a [RankedItem],
@@ -111,12 +112,20 @@ impl Reranker {
     /// after rules; then whatever else caps allow, until the slate is full. Items are pinned when the rest stands.
     pub fn rerank(&self, input: RerankInput<'_>, scratch: &mut RerankScratch, out: &mut Vec<SlateItem>) {
         let RerankScratch { fresh, diverse, diversity, rules, counts } = scratch;
-        let hard = self.hard_filter(input.context, input.live);
+        let hard =
+            Allowed { hard: self.hard_filter(input.context, input.planned), live: input.live.map(|live| &**live) };
         let allowed = |row| input.seen.binary_search(&row).is_err() && hard.allows(row);
         fresh.clear();
         fresh.extend(input.items.iter().filter(|item| allowed(item.row)));
         diverse.clear();
-        self.diversity.pick(input.generation, fresh, 2 * input.n_items, diversity, diverse);
+        self.diversity.pick(
+            input.generation,
+            input.planned.map(|items| &**items),
+            fresh,
+            2 * input.n_items,
+            diversity,
+            diverse,
+        );
         self.rules.arrange(&input, diverse, rules);
         if rules.list.len() < input.n_items {
             let unproposed = input.unproposed.iter().filter(|s| allowed(s.row));
@@ -135,10 +144,11 @@ impl Reranker {
         counts: &mut Vec<Counts>,
         list: &mut Vec<Entry>,
     ) {
-        let by_category = self.diversity.cap(input.generation).map(|cap| (cap, None));
-        let by_rule = self.rules.caps(input.context, input.generation).map(|(cap, of)| (cap, Some(of)));
+        let items = input.planned.map(|items| &**items);
+        let by_category = self.diversity.cap(input.generation, items).map(|cap| (cap, None));
+        let by_rule = self.rules.caps(input.context, input.generation, items).map(|(cap, of)| (cap, Some(of)));
         let caps: SmallVec<[_; 4]> = by_category.into_iter().chain(by_rule).collect();
-        let counted = |of: Option<&Bitmap>, row| of.is_none_or(|of| of.has(row));
+        let counted = |of: Option<&Matches>, row| of.is_none_or(|of| of.has(row, items));
         counts.clear();
         counts.resize_with(caps.len(), Counts::new);
         let count = |row: u32, counts: &mut [Counts]| {
@@ -197,6 +207,7 @@ mod tests {
                 context: &Context::default(),
                 seen: &seen,
                 live: None,
+                planned: None,
                 items: &items,
                 unproposed: &unproposed,
                 n_items: n,

@@ -82,15 +82,16 @@ pub struct RuleError {
 /// The exclude and require rules that are active for one request, and what is gone.
 #[derive(Clone, Debug, Default)]
 pub struct HardFilter {
-    active: SmallVec<[(Arc<Bitmap>, bool); 4]>,
+    active: SmallVec<[(Arc<Matches>, bool); 4]>,
     items: Option<Arc<LiveItems>>,
 }
 
 impl HardFilter {
     /// Whether the item may be shown.
     pub fn allows(&self, row: u32) -> bool {
-        self.items.as_ref().is_none_or(|items| !items.is_gone(row))
-            && self.active.iter().all(|(bitmap, wanted)| bitmap.has(row) == *wanted)
+        let items = self.items.as_deref();
+        items.is_none_or(|items| !items.is_gone(row))
+            && self.active.iter().all(|(matches, wanted)| matches.has(row, items) == *wanted)
     }
 
     /// Whether it forbids nothing.
@@ -99,11 +100,44 @@ impl HardFilter {
     }
 }
 
+/// The items that a rule is about.
+#[derive(Debug)]
+pub struct Matches {
+    /// Of the bundle.
+    rows: Bitmap,
+    /// For those that came or changed.
+    tests: Vec<(u32, Test)>,
+}
+
+impl Matches {
+    /// Whether `row`, as `items` know it, is one.
+    #[inline]
+    pub fn has(&self, row: u32, items: Option<&LiveItems>) -> bool {
+        match items.and_then(|items| items.get(row)) {
+            Some(item) => item.passes(&self.tests),
+            None => self.rows.has(row),
+        }
+    }
+}
+
+/// What a finished slate may show: what was allowed when it was planned and is not gone by now.
+#[derive(Debug)]
+pub(super) struct Allowed<'a> {
+    pub(super) hard: HardFilter,
+    pub(super) live: Option<&'a LiveItems>,
+}
+
+impl Allowed<'_> {
+    pub(super) fn allows(&self, row: u32) -> bool {
+        self.live.is_none_or(|live| !live.is_gone(row)) && self.hard.allows(row)
+    }
+}
+
 #[derive(Debug)]
 struct Rule {
     name: String,
     when: BTreeMap<String, OneOrMany>,
-    matches: Arc<Bitmap>,
+    matches: Arc<Matches>,
     effect: Effect,
 }
 
@@ -159,9 +193,9 @@ fn mark(rule: usize) -> u64 {
 }
 
 impl Rule {
-    fn cap<'a>(&self, generation: &'a Generation) -> Option<Cap<'a>> {
-        let Effect::Cap { column, max } = self.effect else { return None };
-        Some(Cap { column: &generation.items.columns[column].data, max, first_only: false })
+    fn cap<'a>(&self, generation: &'a Generation, items: Option<&'a LiveItems>) -> Option<Cap<'a>> {
+        let Effect::Cap { column: at, max } = self.effect else { return None };
+        Some(Cap { column: &generation.items.columns[at].data, at, items, max, first_only: false })
     }
 }
 
@@ -195,13 +229,15 @@ impl Rules {
         &'a self,
         context: &'a Context,
         generation: &'a Generation,
-    ) -> impl Iterator<Item = (Cap<'a>, &'a Bitmap)> {
-        self.active(context).filter_map(|(_, rule)| Some((rule.cap(generation)?, &*rule.matches)))
+        items: Option<&'a LiveItems>,
+    ) -> impl Iterator<Item = (Cap<'a>, &'a Matches)> {
+        self.active(context).filter_map(move |(_, rule)| Some((rule.cap(generation, items)?, &*rule.matches)))
     }
 
     /// Lays the diversified list, of allowed items, into the scratch: boosted, buried, capped.
     pub fn arrange(&self, input: &RerankInput<'_>, diverse: &[RankedItem], scratch: &mut RulesScratch) {
         let RulesScratch { list, scores, counts } = scratch;
+        let items = input.planned.map(|items| &**items);
         list.clear();
         list.extend(diverse.iter().copied().map(Entry::new));
         // A place keeps its worth when diversity gave it to another item.
@@ -218,7 +254,7 @@ impl Rules {
             }
             for (index, rule) in boosts() {
                 let Effect::Boost(amount) = rule.effect else { continue };
-                for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row)) {
+                for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row, items)) {
                     entry.key += amount * range;
                     entry.item.score += amount * range;
                     entry.acted |= mark(index);
@@ -227,18 +263,19 @@ impl Rules {
             list.sort_by(|a, b| b.key.total_cmp(&a.key));
         }
         for (index, rule) in self.active(input.context).filter(|(_, r)| matches!(r.effect, Effect::Bury)) {
-            for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row)) {
+            for entry in list.iter_mut().filter(|e| rule.matches.has(e.item.row, items)) {
                 entry.acted |= mark(index);
             }
-            list.sort_by_key(|e| rule.matches.has(e.item.row));
+            list.sort_by_key(|e| rule.matches.has(e.item.row, items));
         }
         for (_, rule) in self.active(input.context) {
-            let Some(cap) = rule.cap(input.generation) else { continue };
+            let Some(cap) = rule.cap(input.generation, items) else { continue };
             counts.clear();
             list.retain(|entry| {
                 let row = entry.item.row;
-                let keep = !rule.matches.has(row) || cap.admits(row, counts);
-                if keep && rule.matches.has(row) {
+                let matches = rule.matches.has(row, items);
+                let keep = !matches || cap.admits(row, counts);
+                if keep && matches {
                     cap.count(row, counts);
                 }
                 keep
@@ -247,10 +284,10 @@ impl Rules {
     }
 
     /// Pins items in the scratch's list and turns its best into at most `n_items` slate items.
-    pub fn finish(
+    pub(super) fn finish(
         &self,
         input: &RerankInput<'_>,
-        hard: &HardFilter,
+        hard: &Allowed<'_>,
         RulesScratch { list, .. }: &mut RulesScratch,
         out: &mut Vec<SlateItem>,
     ) {
@@ -295,10 +332,11 @@ fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result
     let column =
         |field: &str, name: &str| conditions::column(&generation.items, name).map_err(|reason| wrong(field, reason));
     let n = generation.items.len();
-    let mut matches = Bitmap::of(n, |_| true);
+    let (mut matches, mut tests) = (Bitmap::of(n, |_| true), Vec::new());
     for (name, condition) in &config.conditions {
         let field = format!("where.{name}");
-        let data = &generation.items.columns[column(&field, name)?].data;
+        let at = column(&field, name)?;
+        let data = &generation.items.columns[at].data;
         let values: Vec<&str>;
         let demand = match condition {
             Condition::Number(number) => Demand::Number(*number),
@@ -310,8 +348,9 @@ fn compile(index: usize, config: &RuleConfig, generation: &Generation) -> Result
         };
         let test = Test::resolve(data, &demand, UnknownValue::Refuse).map_err(|reason| wrong(&field, reason))?;
         matches.intersect(&test.rows(data, n));
+        tests.push((at as u32, test));
     }
-    let matches = Arc::new(matches);
+    let matches = Arc::new(Matches { rows: matches, tests });
     let unused = |field: &str, given: bool, wanted: bool| match (given, wanted) {
         (true, false) => Err(wrong(field, format!("has no meaning with action {:?}", config.action))),
         (false, true) => Err(wrong(field, format!("is missing; action {:?} needs it", config.action))),
@@ -394,6 +433,7 @@ mod tests {
             context: &request,
             seen,
             live: None,
+            planned: None,
             items: &items,
             unproposed: &[],
             n_items: n,
@@ -470,6 +510,49 @@ mod tests {
         assert!(refused("action='pin'\nitems=['77']\nrank=1").contains("no item `77`"));
         assert!(refused("action='pin'\nitems=['1']\nrank=0").contains("count from 1"));
         assert!(refused("action='cap'\nattribute='year'\nmax=2").contains("is a number"));
+    }
+
+    proptest! {
+        /// As a bundle that was built with the changes would have it.
+        #[test]
+        fn items_that_came_or_changed_match_as_in_a_bundle_of_them(
+            before in prop::collection::vec((0u32..3, prop::option::of(0u8..5)), 1..70),
+            after in prop::collection::vec((0u32..5, prop::option::of(0u8..5)), 0..9),
+            changed in prop::collection::vec(any::<prop::sample::Index>(), 0..5), low in 0u8..5, code in 0u32..2, missing in any::<bool>(),
+        ) {
+            let mut rows = before.clone();
+            for (at, row) in changed.iter().zip(&after) {
+                rows[at.index(before.len())] = *row;
+            }
+            rows.extend(after.iter().skip(changed.len()));
+            let made = |rows: &[(u32, Option<u8>)]| {
+                let mut generation = testing::plain(rows.len());
+                // All values that rules name are there.
+                let codes = rows.iter().map(|row| row.0);
+                let (data, mut lists) = (codes.clone().collect::<Vec<_>>(), codes.map(|code| vec![code]).collect::<Vec<_>>());
+                lists[0].extend([1, 0]);
+                testing::add_category(&mut generation, "category", &data);
+                testing::add_tags(&mut generation, "tags", &lists);
+                testing::add_number(&mut generation, "year", &rows.iter().map(|row| row.1.map_or(f32::NAN, f32::from)).collect::<Vec<_>>());
+                generation
+            };
+            let (old, new) = (made(&before), made(&rows));
+            let live = testing::changes(&old, &new);
+            let rule = match missing {
+                true => "action='exclude'\nwhere={year={missing=true}}".to_owned(),
+                false => format!("action='exclude'\nwhere={{tags='c{code}', year={{ge={low}}}}}"),
+            };
+            let config: RuleConfig = toml::from_str(&rule).unwrap();
+            let compiled = |generation: &Generation| compile(0, &config, generation).unwrap().matches;
+            let (got, want) = (compiled(&old), compiled(&new));
+            for row in 0..rows.len() as u32 {
+                prop_assert_eq!(got.has(row, Some(&live)), want.has(row, None), "{}", row);
+            }
+            // And so it is with the filter of a search.
+            let mut words = Vec::new();
+            let words = crate::device::cpu::with_changed(got.rows.words(), &got.tests, Some(&live), &mut words);
+            prop_assert!((0..rows.len()).all(|row| (words[row / 64] >> (row % 64) & 1 == 1) == want.has(row as u32, None)));
+        }
     }
 
     proptest! {

@@ -3,30 +3,45 @@
 use super::Marks;
 use crate::candidates::Scored;
 use crate::catalog::generation::Generation;
+use crate::catalog::live::{LiveItems, n_rows};
 use crate::state::trending::LiveTrending;
 
 /// The context key that names a category.
 pub const CATEGORY_KEY: &str = "category";
 
+/// What is not as in the bundle, where anything is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Now<'a> {
+    /// Items that came or changed.
+    pub items: Option<&'a LiveItems>,
+    /// Lists that take the place of the bundle's.
+    pub trending: Option<&'a LiveTrending>,
+}
+
 /// Appends up to `k` allowed items. A `category` that the catalogue knows fills at most half of them, before the overall
-/// list; without one, or with an unknown one, the overall list is all. Lists of `live` take the place of the bundle's.
+/// list; without one, or with an unknown one, the overall list is all.
 pub fn retrieve(
     generation: &Generation,
-    live: Option<&LiveTrending>,
+    now: Now<'_>,
     category: Option<&str>,
     k: usize,
     allowed: &dyn Fn(u32) -> bool,
     taken: &mut Marks,
     out: &mut Vec<Scored>,
 ) {
-    taken.begin(generation.items.len());
+    let Now { items, trending: live } = now;
+    taken.begin(n_rows(generation, items));
     let start = out.len();
-    let mut take = |rows: &[u32], scores: &[f32], until: usize| {
+    let mut take = |rows: &[u32], scores: &[f32], until: usize, of: Option<(usize, u32)>| {
         for (&row, &score) in rows.iter().zip(scores) {
             if out.len() - start >= until {
                 break;
             }
-            if allowed(row) && taken.insert(row) {
+            // An item may have left the category since the list was made.
+            let left = of.is_some_and(|(column, code)| {
+                items.and_then(|items| items.get(row)).is_some_and(|item| !item.codes(column).contains(&code))
+            });
+            if !left && allowed(row) && taken.insert(row) {
                 out.push(Scored { row, score });
             }
         }
@@ -40,10 +55,10 @@ pub fn retrieve(
             Some(list) => (&list.rows[..], &list.scores[..]),
             None => generation.trending_by_category.of(code),
         };
-        take(rows, scores, k.div_ceil(2));
+        take(rows, scores, k.div_ceil(2), generation.roles.category.map(|column| (column, code)));
     }
     let overall = live.map_or(&generation.trending, |live| &live.overall);
-    take(&overall.rows, &overall.scores, k);
+    take(&overall.rows, &overall.scores, k, None);
 }
 
 #[cfg(test)]
@@ -64,7 +79,7 @@ mod tests {
         };
         let run = |category, k| {
             let mut out = Vec::new();
-            retrieve(&generation, None, category, k, &|row| row != 0, &mut Marks::default(), &mut out);
+            retrieve(&generation, Now::default(), category, k, &|row| row != 0, &mut Marks::default(), &mut out);
             out.iter().map(|s| s.row).collect::<Vec<_>>()
         };
         assert_eq!(run(None, 3), [2, 1, 3]);
@@ -74,7 +89,15 @@ mod tests {
         let live = LiveTrending { overall: list(vec![5, 4, 3]), by_category: [(1, list(vec![3]))].into() };
         let run = |category, k| {
             let mut out = Vec::new();
-            retrieve(&generation, Some(&live), category, k, &|_| true, &mut Marks::default(), &mut out);
+            retrieve(
+                &generation,
+                Now { items: None, trending: Some(&live) },
+                category,
+                k,
+                &|_| true,
+                &mut Marks::default(),
+                &mut out,
+            );
             out.iter().map(|s| s.row).collect::<Vec<_>>()
         };
         assert_eq!(

@@ -381,6 +381,7 @@ impl Service {
                         &shared.scope,
                         call.user_id,
                         shared.live.version_of(call.user_id),
+                        job.items.as_ref().map_or(0, |items| items.digest()),
                         &job.context,
                         query,
                         call.n_items,
@@ -516,6 +517,12 @@ impl Service {
         None
     }
 
+    /// Whether other replicas may have a slate: rows of items that came later differ there.
+    fn can_share(&self, slate: &Slate) -> bool {
+        let n = self.shared.generation.items.len();
+        slate.degraded.is_empty() && slate.items.iter().all(|item| (item.row as usize) < n)
+    }
+
     /// Whether a slate has items that went.
     fn any_gone(&self, slate: &Slate) -> bool {
         any_gone(self.shared.live.items().as_deref(), slate.items.iter().map(|item| item.row))
@@ -641,7 +648,7 @@ impl Service {
         if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.key, slate) {
             // Before the followers are let go: whoever comes after them finds it.
             cache.put(key, slate, now);
-            if let Some(redis) = self.shared.redis.as_ref().filter(|_| slate.degraded.is_empty()) {
+            if let Some(redis) = self.shared.redis.as_ref().filter(|_| self.can_share(slate)) {
                 redis.set(key, value::encode(slate));
             }
         }

@@ -41,6 +41,9 @@ pub struct FoldIn {
     agreement: f32,
 }
 
+/// Appends the vector of an item's row; says whether it has one.
+pub type VectorOf<'a> = dyn Fn(u32, &mut Vec<f32>) -> bool + 'a;
+
 /// Buffers, reused from request to request.
 #[derive(Debug, Default)]
 pub struct FoldInScratch {
@@ -106,7 +109,7 @@ impl FoldIn {
             let history: Vec<Interaction> = generation.histories.of(user).collect();
             own.clear();
             trained.extend_row(user, &mut own);
-            self.solve(items, &history, &mut scratch, &mut folded);
+            self.solve(&of_matrix(items), &history, &mut scratch, &mut folded);
             let (a, b) = (self.kernel.dot(&own, &own).sqrt(), self.kernel.dot(&folded, &folded).sqrt());
             if a > 0.0 && b > 0.0 {
                 ratios.push(a / b);
@@ -127,7 +130,7 @@ impl FoldIn {
     /// vector, which `trained` led to, and moves by what the history changes. Where nothing is liked it stays as it is.
     pub fn fold_in(
         &self,
-        items: &Matrix,
+        items: &VectorOf<'_>,
         trained: &[Interaction],
         history: &[Interaction],
         scratch: &mut FoldInScratch,
@@ -148,12 +151,21 @@ impl FoldIn {
     }
 
     /// The vector of a history alone, `[dim]`, zeros where nothing is liked; says whether something is.
-    fn solve(&self, items: &Matrix, history: &[Interaction], scratch: &mut FoldInScratch, x: &mut Vec<f32>) -> bool {
+    fn solve(
+        &self,
+        items: &VectorOf<'_>,
+        history: &[Interaction],
+        scratch: &mut FoldInScratch,
+        x: &mut Vec<f32>,
+    ) -> bool {
         let FoldInScratch { vectors, confidences, residual, direction, product, .. } = scratch;
         vectors.clear();
         confidences.clear();
         for entry in history.iter().filter(|entry| entry.weight > 0.0) {
-            items.extend_row(entry.row, vectors);
+            // Who came without a vector says nothing here.
+            if !items(entry.row, vectors) {
+                continue;
+            }
             confidences.push(if self.metric == Metric::L2 { entry.weight } else { self.params.alpha * entry.weight });
         }
         x.clear();
@@ -192,6 +204,13 @@ impl FoldIn {
             error = next;
         }
         !confidences.is_empty()
+    }
+}
+
+fn of_matrix(items: &Matrix) -> impl Fn(u32, &mut Vec<f32>) -> bool + '_ {
+    |row, out| {
+        items.extend_row(row, out);
+        true
     }
 }
 
@@ -260,7 +279,7 @@ mod tests {
 
     fn fold(fold_in: &FoldIn, of: &Generation, trained: &[Interaction], all: &[Interaction], from: &[f32]) -> Vec<f32> {
         let mut vector = from.to_vec();
-        fold_in.fold_in(items(of), trained, all, &mut FoldInScratch::default(), &mut vector);
+        fold_in.fold_in(&of_matrix(items(of)), trained, all, &mut FoldInScratch::default(), &mut vector);
         vector
     }
 

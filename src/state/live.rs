@@ -21,6 +21,7 @@ use super::users::Profile;
 use super::{EventsConfig, StateConfig};
 use crate::catalog::generation::Generation;
 use crate::catalog::live::LiveItems;
+use crate::index::live::LiveIndex;
 
 const STRIPES: usize = 256;
 
@@ -37,7 +38,7 @@ pub struct LiveState {
     changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
     counts: Mutex<Counts>,
-    catalogue: Mutex<Catalogue>,
+    pub(super) catalogue: Mutex<Catalogue>,
     /// See [`LiveState::items`].
     items: RwLock<Option<Arc<LiveItems>>>,
     has_items: AtomicBool,
@@ -126,6 +127,7 @@ impl LiveState {
     pub fn new(generation: Arc<Generation>, config: EventsConfig, limits: StateConfig) -> Self {
         LiveState {
             counts: Mutex::new(Counts::new(config.trending_half_life_hours)),
+            catalogue: Mutex::new(Catalogue::new(&generation)),
             generation,
             config,
             limits,
@@ -136,7 +138,6 @@ impl LiveState {
             profile_bytes: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             trending: RwLock::new(None),
-            catalogue: Mutex::default(),
             items: RwLock::new(None),
             has_items: AtomicBool::new(false),
         }
@@ -222,7 +223,8 @@ impl LiveState {
 
     /// Makes [`Self::trending`] anew where events came since the last call; `now_ms` is milliseconds since 1970.
     pub fn refresh_trending(&self, now_ms: i64) {
-        if let Some(fresh) = self.counts.lock().refresh(&self.generation, now_ms) {
+        let items = self.items();
+        if let Some(fresh) = self.counts.lock().refresh(&self.generation, items.as_deref(), now_ms) {
             *self.trending.write() = Some(Arc::new(fresh));
         }
     }
@@ -241,6 +243,27 @@ impl LiveState {
     /// Items as they stand; `None` where all are as in the bundle.
     pub fn items(&self) -> Option<Arc<LiveItems>> {
         if self.has_items.load(Acquire) { self.items.read().clone() } else { None }
+    }
+
+    /// Items that came or changed; for the thread that applies changes.
+    pub(super) fn n_live_items(&self) -> usize {
+        self.catalogue.lock().len()
+    }
+
+    /// Values of categories and lists that the bundle does not have.
+    pub fn n_live_values(&self) -> usize {
+        let vocabularies = self.generation.items.columns.iter().filter_map(|column| column.data.vocabulary());
+        vocabularies.map(|vocabulary| vocabulary.more.len() as usize).sum()
+    }
+
+    /// Whether an upsert of the item takes no further room.
+    pub(super) fn has_item(&self, id: &str) -> bool {
+        self.catalogue.lock().has(&self.generation, id)
+    }
+
+    /// The index over the vectors that came.
+    pub(super) fn live_index(&self) -> Option<Arc<LiveIndex>> {
+        self.catalogue.lock().index().cloned()
     }
 
     /// Shows the changes of items since the last call to all calls that begin from now on; for one thread alone.
@@ -293,10 +316,11 @@ impl LiveState {
         change::decode(body, |change: &Change<'_>| {
             receipt.accepted += 1;
             let changed = match kind {
+                Kind::UpsertItems => catalogue.upsert(&self.generation, change),
                 Kind::DeleteItems => catalogue.delete(&self.generation, change),
                 Kind::UpsertUsers => self.upsert_user(change),
                 Kind::DeleteUsers => self.delete_user(change.id, false),
-                _ => return Err(Damaged),
+                Kind::Events => return Err(Damaged),
             };
             receipt.unknown += u32::from(changed == Changed::Unknown);
             receipt.created += u32::from(changed == Changed::Created);
@@ -351,7 +375,12 @@ impl LiveState {
         user.changed = 1 + self.changes.fetch_add(1, Relaxed);
         let mut change = [0; 17];
         change[..8].copy_from_slice(&user.version.to_le_bytes());
-        change[8..12].copy_from_slice(&row.to_le_bytes());
+        // Rows of items that came later differ between replicas; ids do not.
+        let named = match (row as usize) < self.generation.items.len() {
+            true => row,
+            false => xxh3_64(event.item_id.as_bytes()) as u32,
+        };
+        change[8..12].copy_from_slice(&named.to_le_bytes());
         change[12..16].copy_from_slice(&entry.weight.to_le_bytes());
         change[16] = u8::from(entry.seen);
         user.version = xxh3_64(&change).max(1);

@@ -46,13 +46,17 @@ fn events_of(record: log::Logged<'_>, take: impl FnMut(&event::Event<'_>)) -> Re
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StateConfig {
+    /// Items that may come or change beside the bundle; an upsert of more is refused. 0 to 1e8, default 100000.
+    pub live_items_max: u32,
+    /// Values of categories and lists that the bundle does not have; beyond it upserts of items are refused. 0 to 1e9, default 1000000.
+    pub live_values_max: u32,
     /// Users of whom something may be upserted; an upsert of more is refused. 0 to 1e9, default 1000000.
     pub live_users_max: u32,
 }
 
 impl Default for StateConfig {
     fn default() -> Self {
-        StateConfig { live_users_max: 1_000_000 }
+        StateConfig { live_items_max: 100_000, live_values_max: 1_000_000, live_users_max: 1_000_000 }
     }
 }
 
@@ -62,7 +66,12 @@ impl StateConfig {
     /// # Errors
     /// The key, its value and its range.
     pub fn validate(&self) -> Result<(), String> {
-        in_range("state", [("live_users_max", self.live_users_max, 0, 1_000_000_000)])
+        let ranges = [
+            ("live_items_max", self.live_items_max, 0, 100_000_000),
+            ("live_values_max", self.live_values_max, 0, 1_000_000_000),
+            ("live_users_max", self.live_users_max, 0, 1_000_000_000),
+        ];
+        in_range("state", ranges)
     }
 }
 

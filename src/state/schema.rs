@@ -15,9 +15,8 @@ pub fn check(generation: &Generation, record: &[u8]) -> Result<(), Error> {
     let columns = match kind {
         Kind::DeleteItems | Kind::DeleteUsers => return Ok(()),
         Kind::UpsertUsers => &generation.users.columns,
-        Kind::Events | Kind::UpsertItems => {
-            return Err(Error::fixed(Code::BadRequest, "this server takes no such change"));
-        }
+        Kind::UpsertItems => &generation.items.columns,
+        Kind::Events => return Err(Wrong::from(Damaged).into()),
     };
     let mut at = 0;
     change::decode(body, |change| {

@@ -7,6 +7,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::generation::{Generation, RankedList};
+use crate::catalog::live::LiveItems;
 
 /// Beyond this exponent counts are brought back to a newer L.
 const MAX_EXPONENT: f64 = 512.0;
@@ -65,7 +66,7 @@ impl Counts {
     }
 
     /// The lists as they stand at `now_ms`, if something was counted since the last call.
-    pub fn refresh(&mut self, generation: &Generation, now_ms: i64) -> Option<LiveTrending> {
+    pub fn refresh(&mut self, generation: &Generation, items: Option<&LiveItems>, now_ms: i64) -> Option<LiveTrending> {
         if !std::mem::take(&mut self.dirty) {
             return None;
         }
@@ -89,9 +90,15 @@ impl Counts {
         };
         let overall = list(&generation.trending.rows, &mut self.by_row.keys().copied());
         let mut touched: HashMap<u32, Vec<u32>> = HashMap::new();
-        if let Some(column) = generation.roles.category.map(|at| &generation.items.columns[at].data) {
+        if let Some(at) = generation.roles.category {
+            let column = &generation.items.columns[at].data;
             for &row in self.by_row.keys() {
-                column.codes(row).iter().for_each(|&code| touched.entry(code).or_default().push(row));
+                let codes = match items.and_then(|items| items.get(row)) {
+                    Some(item) => item.codes(at),
+                    None if (row as usize) < generation.items.len() => column.codes(row),
+                    None => &[],
+                };
+                codes.iter().for_each(|&code| touched.entry(code).or_default().push(row));
             }
         }
         let by_category = touched.into_iter().map(|(code, news)| {
@@ -126,18 +133,18 @@ mod tests {
     fn events_move_items_up_and_old_ones_fade() {
         let generation = generation();
         let mut counts = Counts::new(1.0);
-        assert!(counts.refresh(&generation, 0).is_none());
+        assert!(counts.refresh(&generation, None, 0).is_none());
         counts.add(3, 4.0, 0);
         counts.add(4, 1.0, 0);
-        let lists = counts.refresh(&generation, 0).unwrap();
+        let lists = counts.refresh(&generation, None, 0).unwrap();
         assert_eq!(&lists.overall.rows[..], [0, 3, 1, 2, 4]);
         assert_eq!(&lists.overall.scores[..], [8.0, 5.0, 4.0, 2.0, 1.0]);
         assert_eq!(&lists.by_category[&1].rows[..], [3, 2]);
         assert_eq!(&lists.by_category[&0].rows[..], [0, 1, 4]);
-        assert!(counts.refresh(&generation, 1).is_none());
+        assert!(counts.refresh(&generation, None, 1).is_none());
         // Three half-lives later the bundle's 8 weigh 1.
         counts.add(4, 1.0, 3 * HOUR);
-        let lists = counts.refresh(&generation, 3 * HOUR).unwrap();
+        let lists = counts.refresh(&generation, None, 3 * HOUR).unwrap();
         assert_eq!(&lists.overall.rows[..], [4, 0, 3, 1, 2]);
         assert!((lists.overall.scores[0] - 1.125).abs() < 1e-6 && (lists.overall.scores[1] - 1.0).abs() < 1e-6);
     }
@@ -149,7 +156,7 @@ mod tests {
         for day in 0..2000 {
             counts.add(day as u32 % 5, 1.0, day * 24 * HOUR);
         }
-        let lists = counts.refresh(&generation, 2000 * 24 * HOUR).unwrap();
+        let lists = counts.refresh(&generation, None, 2000 * 24 * HOUR).unwrap();
         assert_eq!(lists.overall.rows[0], 4);
         assert!(lists.overall.scores.iter().all(|s| s.is_finite()));
     }

@@ -178,12 +178,22 @@ pub fn spawn(
         // Seconds for a large catalogue: until then users keep the vectors that they have.
         std::thread::Builder::new().name("fold-in".into()).spawn(move || state.prepare_fold_in())?;
     }
+    let index = state.live_index();
+    if let Some(index) = index.clone() {
+        // It ends when the writer closes the index.
+        std::thread::Builder::new().name("compaction".into()).spawn(move || {
+            index.compact_when_due(&|reason| tracing::error!(reason, "vectors of items can't be compacted"));
+        })?;
+    }
     if let Some(log) = &log {
         queue.counters.on_disk.store(log.next_sequence(), Release);
     }
     std::thread::Builder::new().name("events".into()).spawn(move || {
         Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
             .run();
+        if let Some(index) = index {
+            index.close();
+        }
     })
 }
 
@@ -191,25 +201,40 @@ pub fn spawn(
 #[derive(Default)]
 struct Coming {
     users: HashSet<Box<str>>,
+    items: HashSet<Box<str>>,
 }
 
 impl Coming {
+    /// Whether there is room for what a record adds.
     fn admit(&mut self, state: &LiveState, record: &[u8]) -> std::result::Result<(), Error> {
-        let Ok((kind @ Kind::UpsertUsers, body)) = Kind::of(record) else { return Ok(()) };
+        let limits = state.limits();
+        let Ok((kind @ (Kind::UpsertUsers | Kind::UpsertItems), body)) = Kind::of(record) else { return Ok(()) };
+        let of_items = kind == Kind::UpsertItems;
+        let (coming, held, most, key) = match of_items {
+            true => (&mut self.items, state.n_live_items(), limits.live_items_max, "live_items_max"),
+            false => (&mut self.users, state.n_profiles(), limits.live_users_max, "live_users_max"),
+        };
         let mut new: HashSet<Box<str>> = HashSet::new();
         // Damage was refused by the shard.
         let _ = change::decode::<Damaged>(body, |change| {
-            if !state.has_profile(change.id) && !self.users.contains(change.id) {
+            let is_held = if of_items { state.has_item(change.id) } else { state.has_profile(change.id) };
+            if !is_held && !coming.contains(change.id) {
                 new.insert(change.id.into());
             }
             Ok(())
         });
-        let (held, most, key) = (state.n_profiles(), state.limits().live_users_max, "live_users_max");
-        if !new.is_empty() && held + self.users.len() + new.len() > most as usize {
-            let message = format!("{held} {} are held beside the bundle, and state.{key} is {most}", kind.entries());
-            return Err(Error::new(Code::Unavailable, message));
+        let full = |n: usize, what: &str, key: &str, most: u32| {
+            let message = format!("{n} {what} are held beside the bundle, and state.{key} is {most}");
+            Err(Error::new(Code::Unavailable, message))
+        };
+        if !new.is_empty() && held + coming.len() + new.len() > most as usize {
+            return full(held, kind.entries(), key, most);
         }
-        self.users.extend(new);
+        let n_values = state.n_live_values();
+        if of_items && n_values > limits.live_values_max as usize {
+            return full(n_values, "values of columns", "live_values_max", limits.live_values_max);
+        }
+        coming.extend(new);
         Ok(())
     }
 }
@@ -357,6 +382,8 @@ impl Writer<'_> {
 
     fn tick(&mut self) {
         self.state.refresh_trending(now_ms());
+        // Of what was compacted.
+        self.state.publish();
         if let Some(log) = &mut self.log {
             match log.retain() {
                 Ok(0) => {}

@@ -4,12 +4,14 @@
 //! Status labels are `ok` or the error's name.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::api::{CacheStatus, Outcome, Slate};
 use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
+use crate::catalog::live::LiveItems;
 use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
@@ -303,7 +305,7 @@ pub struct Metrics {
 }
 
 /// Values that are read at scrape time.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Gauges<'a> {
     /// Jobs waiting for a worker.
     pub queue_depth: usize,
@@ -319,8 +321,10 @@ pub struct Gauges<'a> {
     pub live_users: usize,
     /// Items in their histories.
     pub live_entries: usize,
-    /// Items that must not be shown.
-    pub items_gone: usize,
+    /// Items that came, changed or went, if any did.
+    pub items: Option<Arc<LiveItems>>,
+    /// Values of columns that the bundle does not have.
+    pub live_values: usize,
     /// Users of whom something was upserted, or who are forgotten.
     pub live_profiles: usize,
     /// Memory of that.
@@ -450,7 +454,8 @@ impl Metrics {
         );
         line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
         line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
-        let plain: [(&str, &str, &str, u64); 26] = [
+        let of_items = |of: fn(&LiveItems) -> usize| gauges.items.as_ref().map_or(0, |items| of(items) as u64);
+        let plain: [(&str, &str, &str, u64); 29] = [
             ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
             (
                 "tastemaker_partitions_down",
@@ -492,7 +497,10 @@ impl Metrics {
             ("tastemaker_filter_cache_bytes", "gauge", "Memory of search filters", gauges.filter_cache_bytes),
             ("tastemaker_live_users", "gauge", "Users with events", gauges.live_users as u64),
             ("tastemaker_live_entries", "gauge", "Items in the histories of these users", gauges.live_entries as u64),
-            ("tastemaker_items_gone", "gauge", "Items that were deleted", gauges.items_gone as u64),
+            ("tastemaker_items_gone", "gauge", "Items that were deleted", of_items(LiveItems::n_gone)),
+            ("tastemaker_live_items", "gauge", "Items that came or changed", of_items(LiveItems::n_entries)),
+            ("tastemaker_live_items_bytes", "gauge", "Memory of that", of_items(LiveItems::bytes)),
+            ("tastemaker_live_values", "gauge", "Values of columns that came", gauges.live_values as u64),
             ("tastemaker_profiles", "gauge", "Users upserted or forgotten", gauges.live_profiles as u64),
             ("tastemaker_profile_bytes", "gauge", "Memory of that", gauges.profile_bytes as u64),
             ("tastemaker_events_total", "counter", "Events logged and applied", event(|c| &c.accepted)),

@@ -1,5 +1,6 @@
 //! The CPU engine: complete, always there, and the oracle for every other device.
 
+mod live;
 mod rankers;
 
 use std::collections::VecDeque;
@@ -14,6 +15,7 @@ use super::{Device, DeviceError, Job, Ranked, RankedItem, Task};
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::conditions::FilterScratch;
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
+use crate::catalog::live::{extend_vector, n_rows};
 use crate::context::{Deadline, Degradation, Degradations, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
@@ -24,6 +26,8 @@ use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
 use crate::state::fold_in::FoldInScratch;
+#[cfg(test)]
+pub(crate) use live::with_changed;
 use rankers::LoadedRanker;
 pub use rankers::reports;
 
@@ -59,6 +63,8 @@ struct Scratch {
     lists: [Vec<Scored>; Source::COUNT],
     search: SearchScratch,
     filter: FilterScratch,
+    /// Of a filter, with what came or changed.
+    words: Vec<u64>,
     merge: MergeScratch,
     candidates: Candidates,
     features: FeatureScratch,
@@ -185,9 +191,8 @@ impl Device for CpuDevice {
 /// Moves the user's vector to where events took the history.
 fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
     let Scratch { fold_in, trained, .. } = scratch;
-    let Job { user, timings, .. } = job;
+    let Job { user, timings, items, .. } = job;
     if std::mem::take(&mut user.fold_in)
-        && let Some(items) = &generation.item_embeddings
         && let Some(solver) = generation.ready_fold_in()
     {
         let clock = Instant::now();
@@ -202,7 +207,9 @@ fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scrat
             trained.extend(history.skip(skip).filter(is_new));
         }
         trained.extend_from_slice(known);
-        solver.fold_in(items, trained, &user.history, fold_in, &mut user.vector);
+        let items = items.as_deref();
+        let vector_of = |row: u32, out: &mut Vec<f32>| extend_vector(generation, items, row, out);
+        solver.fold_in(&vector_of, trained, &user.history, fold_in, &mut user.vector);
         timings.lap(Stage::Ann, clock);
     }
 }
@@ -218,7 +225,7 @@ impl Loaded {
 
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
         fold_in(&self.generation, config, scratch, job);
-        scratch.seen.begin(self.generation.items.len());
+        scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
         for &row in &job.user.seen {
             scratch.seen.insert(row);
         }
@@ -243,7 +250,8 @@ impl Loaded {
         self.retrieve(config, scratch, job);
 
         clock = clock.max(Instant::now());
-        merge(&scratch.lists, self.generation.items.len(), &mut scratch.merge, &mut scratch.candidates);
+        let n = n_rows(&self.generation, job.items.as_deref());
+        merge(&scratch.lists, n, &mut scratch.merge, &mut scratch.candidates);
         job.ranked.n_candidates = scratch.candidates.len() as u32;
         for (count, list) in job.ranked.n_by_source.iter_mut().zip(&scratch.lists) {
             *count = list.len() as u32;
@@ -278,7 +286,8 @@ impl Loaded {
         let Scratch { seen, taken, signals, lists, search, .. } = scratch;
         let generation = &*self.generation;
         lists.iter_mut().for_each(Vec::clear);
-        let Job { user, context, query, filter, degraded, timings, deadline, ranked, trending: live, .. } = job;
+        let Job { user, context, query, filter, degraded, timings, deadline, ranked, trending: live, items, .. } = job;
+        let (items, n) = (items.as_deref(), n_rows(generation, items.as_deref()));
         let allowed = |row: u32| !seen.contains(row) && filter.allows(row);
         let mut clock = Instant::now();
         let mut source = |source: Source, stage: Stage, run: &mut dyn FnMut(&mut Vec<Scored>) -> Result<(), String>| {
@@ -300,7 +309,8 @@ impl Loaded {
             }
             clock = timings.lap(stage, clock);
         };
-        let index = self.index.as_deref();
+        let overlay = live::overlay(self.index.as_deref(), generation, items);
+        let index = live::index(self.index.as_deref(), &overlay);
         let mut coverage = None;
         source(Source::Ann, Stage::Ann, &mut |list| {
             begin_search(search, config, *deadline);
@@ -309,14 +319,15 @@ impl Loaded {
             Ok(())
         });
         source(Source::Collaborative, Stage::Collaborative, &mut |list| {
-            signals.gather(&generation.collaborative, &user.history, generation.items.len());
+            signals.gather(&generation.collaborative, &user.history, n);
             signals.retrieve(config.collaborative_k as usize, &allowed, list);
             Ok(())
         });
         source(Source::Trending, Stage::Trending, &mut |list| {
             let category = context.get(trending::CATEGORY_KEY);
             let live = live.as_deref();
-            trending::retrieve(generation, live, category, config.trending_k as usize, &allowed, taken, list);
+            let now = trending::Now { items, trending: live };
+            trending::retrieve(generation, now, category, config.trending_k as usize, &allowed, taken, list);
             Ok(())
         });
         match &generation.text {
@@ -357,7 +368,10 @@ impl Loaded {
             }
             let clock = Instant::now();
             let Scratch { signals, candidates, features, inputs, scores, .. } = &mut *scratch;
-            let gathered = Gathered { generation, index: index.as_deref(), job, signals, candidates };
+            let items = job.items.clone();
+            let overlay = live::overlay(index.as_deref(), generation, items.as_deref());
+            let index = live::index(index.as_deref(), &overlay);
+            let gathered = Gathered { generation, index, job, signals, candidates };
             let layouts = loaded.parts.as_ref().map_or(&loaded.layouts[..], |parts| &parts[..]);
             inputs.resize_with(layouts.len(), Vec::new);
             for (part, (layout, out)) in layouts.iter().zip(&mut *inputs).enumerate() {
@@ -367,9 +381,14 @@ impl Loaded {
             }
             let clock = job.timings.lap(Stage::Features, clock);
             let result = match (&loaded.parts, loaded.ranker.dense()) {
-                (Some(_), Some(dense)) => dense.score_split(&inputs[0], &candidates.rows, &inputs[1], scores),
+                (Some(_), Some(dense)) => {
+                    let rows = live::stand_ins(generation, items.as_deref(), &candidates.rows);
+                    dense.score_split(&inputs[0], &rows, &inputs[1], scores)
+                }
                 _ => loaded.ranker.score(inputs, n, scores),
             };
+            let gathered = Gathered { generation, index, job, signals, candidates };
+            let result = result.and_then(|()| live::score_changed(loaded, &gathered, features, inputs, scores));
             let after = job.timings.lap(Stage::Rank, clock);
             job.ranked.inference[at] = after - clock;
             match result {
@@ -400,22 +419,25 @@ impl Loaded {
     /// Items that nobody proposed: trending beyond the source's k, then the catalogue in order.
     fn backfill(&self, scratch: &mut Scratch, job: &mut Job, top_m: usize) {
         let Scratch { seen, taken, .. } = scratch;
-        taken.begin(self.generation.items.len());
+        let n = n_rows(&self.generation, job.items.as_deref());
+        taken.begin(n);
         for item in &job.ranked.items {
             taken.insert(item.row);
         }
         let want = top_m - job.ranked.items.len();
-        let all = self.generation.items.len() as u32;
-        let rows = self.generation.trending.rows.iter().copied().chain(0..all);
+        let rows = self.generation.trending.rows.iter().copied().chain(0..n as u32);
         let fresh = rows.filter(|&row| !seen.contains(row) && job.filter.allows(row) && taken.insert(row));
         job.ranked.backfill.extend(fresh.take(want).map(|row| Scored { row, score: 0.0 }));
     }
 
     fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
-        let Scratch { seen, search, filter, results, .. } = scratch;
+        let Scratch { seen, search, filter, words, results, .. } = scratch;
         let items = &self.generation.items;
         let Job { user, query, search: plan, ranked, failure, timings, deadline, degraded, items: live, .. } = job;
-        let live = live.as_deref().filter(|live| live.n_gone() > 0);
+        let items_now = live.as_deref();
+        let live = items_now.filter(|live| live.n_gone() > 0);
+        let overlay = live::overlay(self.index.as_deref(), &self.generation, items_now);
+        let index = live::index(self.index.as_deref(), &overlay);
         let mut clock = Instant::now();
         for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
             seen.insert(row);
@@ -428,14 +450,14 @@ impl Loaded {
         if !plan.tests.is_empty() {
             if let Some(bits) = self.generation.filters(config.filter_cache_bytes).admitted(items, &plan.tests, filter)
             {
-                filtered = filtered.within(bits);
+                filtered = filtered.within(live::with_changed(bits, &plan.tests, items_now, words));
             }
             clock = timings.lap(Stage::Merge, clock);
         }
         results.resize_with(results.len().max(n_queries.unwrap_or(1) as usize), Vec::new);
         let results = &mut results[..n_queries.unwrap_or(1) as usize];
         results.iter_mut().for_each(Vec::clear);
-        match (&mut *results, &self.generation.text, &self.index) {
+        match (&mut *results, &self.generation.text, index) {
             ([found], Some(text), _) if !query.is_empty() => {
                 if let Err(error) = text.search(query, k, &|row| filtered.allows(row), found) {
                     tracing::warn!(%error, "text search failed");
@@ -541,7 +563,9 @@ impl Loaded {
                 let clock = Instant::now();
                 let Scratch { inputs, features, signals, candidates, part, .. } = &mut *scratch;
                 for (layout, all) in loaded.layouts.iter().zip(inputs) {
-                    let gathered = Gathered { generation, index: index.as_deref(), job, signals, candidates };
+                    let overlay = live::overlay(index.as_deref(), generation, job.items.as_deref());
+                    let index = live::index(index.as_deref(), &overlay);
+                    let gathered = Gathered { generation, index, job, signals, candidates };
                     gathered.fill(layout, candidates.len(), features, part);
                     all.extend_from_slice(part);
                 }
@@ -597,7 +621,8 @@ fn report(coverage: Coverage, degraded: &mut Degradations, ranked: &mut Ranked) 
 fn gather(generation: &Generation, scratch: &mut Scratch, job: &mut Job) {
     let Task::Rank { rows, .. } = &job.task else { return };
     let clock = Instant::now();
-    scratch.signals.gather(&generation.collaborative, &job.user.history, generation.items.len());
+    let n = n_rows(generation, job.items.as_deref());
+    scratch.signals.gather(&generation.collaborative, &job.user.history, n);
     job.timings.lap(Stage::Collaborative, clock);
     // The candidates are given: no source proposed them, and columns that speak of sources are 0.
     let candidates = &mut scratch.candidates;
@@ -636,6 +661,7 @@ impl Gathered<'_> {
         let vector = &self.job.user.vector;
         let inputs = Inputs {
             generation: self.generation,
+            live: self.job.items.as_deref(),
             user: &self.job.user,
             context: &self.job.context,
             candidates: self.candidates,
