@@ -17,9 +17,16 @@ pub type CacheKey = u128;
 pub fn scope(generation: &str, config: &Config) -> serde_json::Result<String> {
     // Where events are kept and carried to differs from replica to replica.
     let EventsConfig {
-        history_per_user, kinds, trending_half_life_hours, fold_in_alpha, fold_in_regularization, ..
+        history_per_user,
+        kinds,
+        trending_half_life_hours,
+        trending_context_keys,
+        fold_in_alpha,
+        fold_in_regularization,
+        ..
     } = &config.events;
-    let events = (history_per_user, kinds, trending_half_life_hours, fold_in_alpha, fold_in_regularization);
+    let trending = (trending_half_life_hours, trending_context_keys);
+    let events = (history_per_user, kinds, trending, fold_in_alpha, fold_in_regularization);
     let shaping = serde_json::to_string(&(&config.pipeline, &config.rerank, events))?;
     Ok(format!("{generation} {:016x}", xxh3_64(shaping.as_bytes())))
 }

@@ -126,7 +126,7 @@ impl LiveState {
     /// An empty state over a generation.
     pub fn new(generation: Arc<Generation>, config: EventsConfig, limits: StateConfig) -> Self {
         LiveState {
-            counts: Mutex::new(Counts::new(config.trending_half_life_hours)),
+            counts: Mutex::new(Counts::new(config.trending_half_life_hours, &config.trending_context_keys)),
             catalogue: Mutex::new(Catalogue::new(&generation)),
             generation,
             config,
@@ -387,7 +387,7 @@ impl LiveState {
         self.evict(&mut stripe);
         drop(stripe);
         if weight > 0.0 {
-            self.counts.lock().add(row, weight, event.time_ms);
+            self.counts.lock().add(row, weight, event.time_ms, event.context);
         }
         Effect::Applied
     }

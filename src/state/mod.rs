@@ -104,6 +104,8 @@ pub struct EventsConfig {
     pub kinds: BTreeMap<String, KindConfig>,
     /// Half-life of live trending, hours. Above 0, default 168.
     pub trending_half_life_hours: f64,
+    /// Context keys, as `country`, by whose values it is also counted what trends, of events alone. At most 8, default none.
+    pub trending_context_keys: Vec<String>,
     /// Confidence of a history entry of weight 1 when a user's vector is folded in, as in implicit ALS. Above 1, default 40.
     pub fold_in_alpha: f32,
     /// Regularization of the same. 0 or more, default 0.05.
@@ -171,6 +173,7 @@ impl Default for EventsConfig {
             redis_stream: StreamConfig::default(),
             kinds: kinds.map(|(name, kind)| (name.to_owned(), kind)).into(),
             trending_half_life_hours: 168.0,
+            trending_context_keys: Vec::new(),
             fold_in_alpha: 40.0,
             fold_in_regularization: 0.05,
         }
@@ -216,6 +219,12 @@ impl EventsConfig {
         if !(self.trending_half_life_hours > 0.0 && self.trending_half_life_hours.is_finite()) {
             let hours = self.trending_half_life_hours;
             return Err(format!("events.trending_half_life_hours is {hours}, expected a number above 0"));
+        }
+        if self.trending_context_keys.len() > 8 {
+            return Err(format!(
+                "events.trending_context_keys has {} keys, at most 8",
+                self.trending_context_keys.len()
+            ));
         }
         if !(self.fold_in_alpha > 1.0 && self.fold_in_alpha.is_finite()) {
             return Err(format!("events.fold_in_alpha is {}, expected a number above 1", self.fold_in_alpha));

@@ -324,10 +324,9 @@ impl Loaded {
             Ok(())
         });
         source(Source::Trending, Stage::Trending, &mut |list| {
-            let category = context.get(trending::CATEGORY_KEY);
             let live = live.as_deref();
             let now = trending::Now { items, trending: live };
-            trending::retrieve(generation, now, category, config.trending_k as usize, &allowed, taken, list);
+            trending::retrieve(generation, now, context, config.trending_k as usize, &allowed, taken, list);
             Ok(())
         });
         match &generation.text {
