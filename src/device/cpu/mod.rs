@@ -1,6 +1,7 @@
 //! The CPU engine: complete, always there, and the oracle for every other device.
 
 mod rankers;
+pub mod twins;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
