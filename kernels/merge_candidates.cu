@@ -20,15 +20,18 @@ KERNEL(merge_candidates, 2)
     const u32 t = threadIdx.x;
     const u64 request = blockIdx.x, base = request * width;
     const u32 starts[4] = {0, start_1, start_2, start_3};
-    const u32 long_as[4] = {lengths[4 * request], lengths[4 * request + 1], lengths[4 * request + 2], lengths[4 * request + 3]};
 
     // An entry: row, source, place in the list.
     u64 keys[MERGE_PER];
 #pragma unroll
     for (u32 j = 0; j < MERGE_PER; j++) {
         const u32 at = t * MERGE_PER + j;
-        const u32 source = (at >= start_1) + (at >= start_2) + (at >= start_3), place = at - starts[source];
-        const u32 row = at < width && place < long_as[source] ? rows[base + at] : NO_ROW;
+        u32 source = 0, start = 0;
+#pragma unroll
+        for (u32 s = 1; s < 4; s++) {
+            if (at >= starts[s]) source = s, start = starts[s];
+        }
+        const u32 place = at - start, row = at < width && place < lengths[4 * request + source] ? rows[base + at] : NO_ROW;
         keys[j] = row == NO_ROW ? NO_KEY : (u64)row << 32 | source << 16 | place;
     }
     block_sort(keys, entries, padded(width + (width == 0)));
