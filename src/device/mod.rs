@@ -2,6 +2,7 @@
 
 pub mod batcher;
 pub mod cpu;
+pub mod cuda;
 pub mod ring;
 pub mod sim;
 pub mod worker;
@@ -55,6 +56,61 @@ pub enum DeviceError {
     /// The device failed and must be fenced.
     #[error("device failed: {0}")]
     Failed(String),
+}
+
+/// Where requests shall be computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// On the best device that works here.
+    #[default]
+    Auto,
+    /// By the CPU engine.
+    Cpu,
+    /// On the GPU of that number, or not at all.
+    Cuda(u32),
+}
+
+impl std::str::FromStr for Choice {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Choice::Auto),
+            "cpu" => Ok(Choice::Cpu),
+            // Digits alone: `parse` would take a sign.
+            _ => match text.strip_prefix("cuda:") {
+                Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().map(Choice::Cuda),
+                _ => None,
+            }
+            .ok_or("expected auto, cpu or cuda:N"),
+        }
+    }
+}
+
+/// A device that was asked for can't be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("device cuda:{ordinal}: {reason}")]
+pub struct ChoiceError {
+    /// The GPU's number.
+    pub ordinal: u32,
+    /// For the operator.
+    pub reason: String,
+}
+
+/// Says in a line why the CPU engine computes, the only engine so far: what there is of a GPU is said, and not used.
+///
+/// # Errors
+/// A GPU was asked for.
+pub fn select(choice: Choice) -> Result<String, ChoiceError> {
+    let found = |ordinal| match cuda::probe::probe(ordinal) {
+        Ok(gpu) => format!("this version has no engine yet for {gpu}"),
+        Err(unfit) => unfit.to_string(),
+    };
+    match choice {
+        Choice::Cpu => Ok("as asked".to_owned()),
+        Choice::Auto => Ok(found(None)),
+        Choice::Cuda(ordinal) => Err(ChoiceError { ordinal, reason: found(Some(ordinal)) }),
+    }
 }
 
 /// One unit of work on its way to a worker and back. Recycled, with all its buffers, by the shard that made it.

@@ -119,11 +119,11 @@ impl ServerConfig {
     }
 }
 
-/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains.
+/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains. `why_cpu`: why the CPU engine computes, for the log.
 ///
 /// # Errors
 /// A bundle, ranker or rule that can't be used; an address that is taken; a machine without io_uring.
-pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
+pub fn run(bundle: &Path, config: Config, why_cpu: &str) -> anyhow::Result<()> {
     signals::block().context("blocking signals")?;
     signals::keep_freed_memory();
     let start = Instant::now();
@@ -151,6 +151,7 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
         users = generation.users.len(),
         "bundle verified"
     );
+    tracing::info!(device = "cpu", reason = why_cpu, "device chosen");
     let server = Server::start(generation, config, Options::default())?;
     let _ = stop.set(server.stopper());
     tracing::info!(
