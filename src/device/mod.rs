@@ -3,6 +3,7 @@
 pub mod batcher;
 pub mod cpu;
 pub mod cuda;
+pub mod guard;
 pub mod ring;
 pub mod sim;
 pub mod worker;
@@ -37,8 +38,8 @@ pub trait Device: Send {
     /// `degraded` and `timings`. Batched results equal one-by-one results.
     ///
     /// # Errors
-    /// The device is unfit and must be fenced; no job has been answered. A failing request is not an error here: it
-    /// is in its job.
+    /// [`DeviceError::OutOfMemory`]: no job has been answered, fewer at a time may be. Else the device is unfit and must be fenced, and
+    /// no job has been answered. A failing request is not an error here: it is in its job.
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError>;
 }
 
@@ -53,6 +54,9 @@ pub enum DeviceError {
         /// For the operator.
         reason: String,
     },
+    /// The device has no memory for the batch; it stays usable.
+    #[error("the device is out of memory")]
+    OutOfMemory,
     /// The device failed and must be fenced.
     #[error("device failed: {0}")]
     Failed(String),
@@ -171,6 +175,49 @@ impl Job {
             degraded: Degradations::new(),
             timings: StageTimings::default(),
         }
+    }
+
+    /// Becomes a job that asks what `other` asks, and keeps its memory.
+    fn copy_question(&mut self, other: &Job) {
+        self.reset();
+        let Job {
+            shard,
+            ticket,
+            generation,
+            deadline,
+            enqueued,
+            task,
+            user,
+            context,
+            query,
+            search,
+            trending,
+            filter,
+            ..
+        } = other;
+        (self.shard, self.ticket, self.deadline, self.enqueued) = (*shard, *ticket, *deadline, *enqueued);
+        self.generation.clone_from(generation);
+        self.task.clone_from(task);
+        self.user.row = user.row;
+        self.user.vector.clone_from(&user.vector);
+        self.user.history.clone_from(&user.history);
+        self.user.seen.clone_from(&user.seen);
+        self.user.fold_in = user.fold_in;
+        self.context.clone_from(context);
+        self.query.clone_from(query);
+        self.search.clone_from(search);
+        self.trending.clone_from(trending);
+        self.filter.clone_from(filter);
+        self.ranked.batch_size = other.ranked.batch_size;
+        self.timings = other.timings;
+    }
+
+    /// Takes over how `copy`, a copy of this job, was answered.
+    fn take_answer(&mut self, copy: &mut Job) {
+        std::mem::swap(&mut self.ranked, &mut copy.ranked);
+        self.failure = copy.failure.take();
+        self.degraded.append(&mut copy.degraded);
+        self.timings = copy.timings;
     }
 
     /// Empties the job for another use and keeps its memory.

@@ -14,7 +14,7 @@ pub mod watchdog;
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -26,6 +26,7 @@ use crate::catalog;
 use crate::catalog::generation::Generation;
 use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
+use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use crate::index::Searchers;
@@ -175,6 +176,8 @@ pub enum DeviceKind {
     Cpu,
     /// A simulated device; see [`sim::Script`].
     Sim(sim::Script),
+    /// A simulated device that is guarded, with the CPU engine behind it.
+    Guarded(sim::Script),
 }
 
 /// What tests and measurements change; the default is what serves.
@@ -338,6 +341,18 @@ impl Server {
                         cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| work(device));
                     }
                     DeviceKind::Sim(script) => work(&mut sim::SimDevice::new(script)),
+                    DeviceKind::Guarded(script) => {
+                        // Each has faults of its own.
+                        let next = AtomicU64::new(script.faults.seed + ((id as u64) << 32));
+                        let make: guard::Make = Arc::new(move || {
+                            let mut script = script;
+                            script.faults.seed = next.fetch_add(1, Ordering::Relaxed);
+                            Ok(Box::new(sim::SimDevice::new(script)) as _)
+                        });
+                        cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| {
+                            work(&mut Guard::new("sim", make, device, guard::Options::default()));
+                        });
+                    }
                 }
             })?);
         }
