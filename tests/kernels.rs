@@ -151,6 +151,42 @@ impl Topk {
     }
 }
 
+/// A row in parts, and the parts' best merged: as the row's best, with what one kernel writes read by the other as it is.
+fn in_parts(n_cols: usize, n_parts: usize, k: usize, scores: Scores, seed: u64) -> Result<(), String> {
+    let (n_rows, random) = (2, &mut SmallRng::seed_from_u64(seed));
+    let values: Vec<f32> = (0..n_rows).flat_map(|_| scores.take(n_cols, random)).collect();
+    let want = twins::topk_select(&values, None, None, [n_cols, n_cols, 1, k]);
+    let values = Buffer::new(&values);
+    let [rows, merged_rows] = [n_parts, 1].map(|n| Buffer::new(&vec![UNTOUCHED; n_rows * n * k]));
+    let [best, merged_best] = [n_parts, 1].map(|n| Buffer::new(&vec![0.5f32; n_rows * n * k]));
+    let select = kernels::TopkSelect {
+        scores: values.address(),
+        ids: None,
+        lengths: None,
+        n_rows: n_rows as u32,
+        n_cols: n_cols as u32,
+        stride: n_cols as u32,
+        n_parts: n_parts as u32,
+        k: k as u32,
+        out_rows: rows.address(),
+        out_scores: best.address(),
+    };
+    run("plain", select.launch(), seed)?;
+    let merge = kernels::PartitionMerge {
+        rows: rows.address(),
+        scores: best.address(),
+        offsets: None,
+        n_queries: n_rows as u32,
+        n_parts: n_parts as u32,
+        width: k as u32,
+        k: k as u32,
+        out_rows: merged_rows.address(),
+        out_scores: merged_best.address(),
+    };
+    run("plain", merge.launch(), seed)?;
+    same_lists(&merged_rows, &merged_best, &want)
+}
+
 /// Sorted lists with rows of their own, and holes at the ends.
 fn sorted_lists(n_lists: usize, width: usize, scores: Scores, random: &mut SmallRng) -> Lists {
     let mut lists = Lists::default();
@@ -478,6 +514,14 @@ proptest! {
     #[test]
     fn partition_merge_equals_its_twin(shape in Partitions::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
+    }
+
+    #[test]
+    fn parts_merged_equal_the_whole(
+        n_cols in 1usize..9000, n_parts in 1usize..20, k in prop_oneof![1usize..12, 1usize..=1024], scores in Scores::any(),
+        seed in any::<u64>(),
+    ) {
+        held(in_parts(n_cols, n_parts, k, scores, seed))?;
     }
 
     #[test]

@@ -352,12 +352,18 @@ fn serve(mut device: Box<dyn Device>, orders: &Receiver<Order>, answers: &SyncSe
 
 #[cfg(test)]
 mod tests {
+    use rten::ThreadPool;
+
     use super::*;
-    use crate::api::Ticket;
-    use crate::catalog::generation::testing;
+    use crate::api::{SearchBy, SearchCall, SearchFilter, Ticket};
+    use crate::catalog::conditions::Demand;
+    use crate::catalog::generation::{NO_ROW, testing};
     use crate::context::Deadline;
-    use crate::device::Task;
+    use crate::device::cpu::CpuDevice;
     use crate::device::sim::{Faults, Script, SimDevice};
+    use crate::device::{Ranked, Task};
+    use crate::index::SearchParams;
+    use crate::pipeline::{PipelineConfig, plan};
 
     const PATIENCE: Duration = Duration::from_millis(60);
     const OPTIONS: Options = Options {
@@ -540,6 +546,61 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         }
         assert!(made.load(Ordering::Relaxed) <= 3);
+    }
+
+    /// Questions of every kind, for items in the plane.
+    fn questions(generation: &Arc<Generation>) -> Vec<Box<Job>> {
+        let vectors = [1.0, -0.5, 0.25, 2.0];
+        let conditions = [("category", Demand::Values(&["c0"]))];
+        let filter = SearchFilter { conditions: &conditions, exclude: &["4", "?"], exclude_seen: None };
+        let params = SearchParams { n_probes: Some(3), ..SearchParams::default() };
+        let config = PipelineConfig::default();
+        let mut all: Vec<_> = (0..4).map(|_| Box::new(Job::new(generation.clone()))).collect();
+        let by = SearchBy::Vectors { values: &vectors, n: 2 };
+        let call = SearchCall { filter, params, ..SearchCall::new(by, 3) };
+        plan::search(&call, generation, None, &config, Instant::now(), &mut all[0]).unwrap();
+        all[1].task = Task::Recommend { top_m: 4, explain: true };
+        (all[1].user.vector, all[1].user.seen) = (vec![1.0, 0.5], vec![1, 3]);
+        all[2].task = Task::Rank { rows: vec![5, 0, NO_ROW], ranker: 0 };
+        all[3].task = Task::Recommend { top_m: 2, explain: false };
+        for (at, job) in all.iter_mut().enumerate() {
+            (job.ticket, job.shard) = (Ticket(at as u64), at as u16);
+            job.deadline = Deadline::after(Duration::from_secs(60));
+            job.context.assign(&[("k", "v")]);
+        }
+        all
+    }
+
+    #[test]
+    fn what_is_asked_and_answered_passes_through_whole() {
+        let mut generation = testing::with_embeddings((0..12).map(|at| (at % 5) as f32).collect(), 2);
+        testing::add_category(&mut generation, "category", &[0, 1, 0, 1, 0, 1]);
+        let generation = Arc::new(generation);
+        let cpu = || CpuDevice::new(Arc::new(PipelineConfig::default()), Arc::new(ThreadPool::with_num_threads(1)));
+        let make: Make = Arc::new(move || Ok(Box::new(cpu()) as Box<dyn Device>));
+        let (mut by_itself, mut fallback) = (cpu(), SimDevice::new(Script::default()));
+        by_itself.load(&generation).unwrap();
+        let options = Options { patience: Duration::from_secs(30), ..OPTIONS };
+        let mut guard = Guard::new("cpu", make, &mut fallback, options);
+        guard.load(&generation).unwrap();
+        // More than once, so that copies are made of used jobs.
+        for round in 0..3 {
+            let (mut want, mut got) = (questions(&generation), questions(&generation));
+            got.rotate_left(round);
+            by_itself.execute(&mut want).unwrap();
+            guard.execute(&mut got).unwrap();
+            got.rotate_right(round);
+            let answered = |job: &Job| {
+                let Ranked { items, result_lengths, candidates, n_candidates, n_by_source, .. } = &job.ranked;
+                let numbers = (*n_candidates, *n_by_source, result_lengths.clone(), candidates.rows.clone());
+                (job.ticket, job.shard, items.clone(), numbers, job.degraded.clone(), job.failure.clone())
+            };
+            for (got, want) in got.iter().zip(&want) {
+                assert_eq!(answered(got), answered(want));
+                assert!(got.timings.0.iter().any(|&spent| spent > 0));
+            }
+            assert!(want[0].ranked.items.len() >= 4 && want[1].ranked.items.len() >= 3);
+        }
     }
 
     #[test]

@@ -177,49 +177,6 @@ impl Job {
         }
     }
 
-    /// Becomes a job that asks what `other` asks, and keeps its memory.
-    fn copy_question(&mut self, other: &Job) {
-        self.reset();
-        let Job {
-            shard,
-            ticket,
-            generation,
-            deadline,
-            enqueued,
-            task,
-            user,
-            context,
-            query,
-            search,
-            trending,
-            filter,
-            ..
-        } = other;
-        (self.shard, self.ticket, self.deadline, self.enqueued) = (*shard, *ticket, *deadline, *enqueued);
-        self.generation.clone_from(generation);
-        self.task.clone_from(task);
-        self.user.row = user.row;
-        self.user.vector.clone_from(&user.vector);
-        self.user.history.clone_from(&user.history);
-        self.user.seen.clone_from(&user.seen);
-        self.user.fold_in = user.fold_in;
-        self.context.clone_from(context);
-        self.query.clone_from(query);
-        self.search.clone_from(search);
-        self.trending.clone_from(trending);
-        self.filter.clone_from(filter);
-        self.ranked.batch_size = other.ranked.batch_size;
-        self.timings = other.timings;
-    }
-
-    /// Takes over how `copy`, a copy of this job, was answered.
-    fn take_answer(&mut self, copy: &mut Job) {
-        std::mem::swap(&mut self.ranked, &mut copy.ranked);
-        self.failure = copy.failure.take();
-        self.degraded.append(&mut copy.degraded);
-        self.timings = copy.timings;
-    }
-
     /// Empties the job for another use and keeps its memory.
     pub fn reset(&mut self) {
         self.user.row = None;
@@ -235,6 +192,54 @@ impl Job {
         self.failure = None;
         self.degraded.clear();
         self.timings = StageTimings::default();
+    }
+
+    /// Becomes a job that asks what `other` asks, and keeps its memory.
+    fn copy_question(&mut self, other: &Job) {
+        self.reset();
+        // Field by field: one that is added is not forgotten here.
+        let Job {
+            shard,
+            ticket,
+            generation,
+            deadline,
+            enqueued,
+            task,
+            user: PlannedUser { row, vector, history, seen, fold_in },
+            context,
+            query,
+            search,
+            trending,
+            filter,
+            ranked: Ranked { batch_size, .. },
+            failure: _,
+            degraded: _,
+            timings,
+        } = other;
+        (self.shard, self.ticket, self.deadline, self.enqueued) = (*shard, *ticket, *deadline, *enqueued);
+        self.generation.clone_from(generation);
+        self.task.clone_from(task);
+        (self.user.row, self.user.fold_in) = (*row, *fold_in);
+        self.user.vector.clone_from(vector);
+        self.user.history.clone_from(history);
+        self.user.seen.clone_from(seen);
+        self.context.clone_from(context);
+        self.query.clone_from(query);
+        self.search.clone_from(search);
+        self.trending.clone_from(trending);
+        self.filter.clone_from(filter);
+        self.ranked.batch_size = *batch_size;
+        self.timings = *timings;
+    }
+
+    /// Takes over how `copy`, a copy of this job, was answered.
+    fn take_answer(&mut self, copy: &mut Job) {
+        // Folding in moves the user's vector.
+        std::mem::swap(&mut self.user, &mut copy.user);
+        std::mem::swap(&mut self.ranked, &mut copy.ranked);
+        self.failure = copy.failure.take();
+        self.degraded.append(&mut copy.degraded);
+        self.timings = copy.timings;
     }
 }
 
