@@ -55,7 +55,10 @@ fn main() {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     let Some(nvcc) = nvcc() else { return };
-    println!("cargo::rerun-if-changed={}", Path::new(&nvcc).display());
+    // A bare name is looked up in the path, and can't be watched.
+    if Path::new(&nvcc).is_file() {
+        println!("cargo::rerun-if-changed={}", Path::new(&nvcc).display());
+    }
     match fatbin(&nvcc, &out) {
         Ok(()) => println!("cargo::rustc-cfg=have_fatbin"),
         Err(why) => println!("cargo::warning={}: {why}; the kernels' source is embedded", Path::new(&nvcc).display()),
