@@ -147,7 +147,7 @@ fn check_names_what_is_wrong() {
     let file = work.path().join("t.toml");
     let check = |text: &str, bundle: Option<&Path>| {
         std::fs::write(&file, text).unwrap();
-        run(["check", "--config", path(&file)].into_iter().chain(bundle.map(path)))
+        run(["check", "--device", "cpu", "--config", path(&file)].into_iter().chain(bundle.map(path)))
     };
     assert_eq!(check("", None).ok().out, format!("{}: ok\n", file.display()));
     assert_eq!(check("", Some(bundle_path())).ok().out, format!("{}: ok\n", file.display()));

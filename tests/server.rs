@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use common::*;
 use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use tastemaker::catalog::conditions::{Compare, Demand};
-use tastemaker::device::sim::Script;
+use tastemaker::device::sim::{Faults, Script};
 use tastemaker::index::SearchParams;
 use tastemaker::pipeline::local::LocalPipeline;
-use tastemaker::server::Options;
+use tastemaker::server::{DeviceKind, Options};
 use tastemaker::wire::client::{Answer, decode};
 use tastemaker::wire::request::Request;
 
@@ -648,6 +648,30 @@ fn a_failing_device_fails_calls_and_nothing_else() {
         eventually("nothing is left", || metric(&server, "tastemaker_in_flight") == 0.0);
         server.shut_down().unwrap();
     }
+}
+
+#[test]
+fn the_cpu_answers_for_a_device_that_hangs_or_fails() {
+    let faults = Faults { seed: 3, fail: 30, hang: 30, hang_for: Duration::from_secs(2), ..Faults::default() };
+    let mut config = config();
+    config.cache.enabled = false;
+    let device = DeviceKind::Guarded(Script { faults, ..Script::default() });
+    let server = start(config, Options { device, ..Options::default() });
+    let mut client = client(&server);
+    let (mut moved, mut back, mut n) = (0, 0, 0);
+    eventually("calls are moved, and the device is back after that", || {
+        n += 1;
+        let slate = client.recommend(&RecommendCall::new(&format!("user-{}", n % 80), 5)).unwrap();
+        assert_eq!(slate.items.len(), 5);
+        let flagged = slate.degraded.iter().any(|(stage, _)| stage == "queue");
+        // What the simulated device answers comes from no source.
+        assert_eq!(slate.items.iter().any(|item| item.sources != 0), flagged, "{:?}", slate.degraded);
+        moved += usize::from(flagged);
+        back += usize::from(moved > 0 && !flagged);
+        moved > 20 && back > 20
+    });
+    assert!(metric(&server, "tastemaker_degraded_total{stage=\"queue\",reason=\"failed\"}") > 0.0);
+    server.shut_down().unwrap();
 }
 
 #[test]

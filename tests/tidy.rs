@@ -40,6 +40,8 @@ fn stages_do_not_import_each_other() {
 #[test]
 fn unsafe_is_fenced() {
     let allowed = [
+        "src/device/cuda/kernels.rs",
+        "src/device/cuda/probe.rs",
         "src/server/http.rs",
         "src/server/ring.rs",
         "src/server/signals.rs",
@@ -61,9 +63,11 @@ fn unsafe_is_fenced() {
         "src/cache/precomputed.rs",
         "src/catalog/bundle.rs",
         "src/wire/generated.rs",
+        "kernels/emulator/src/lib.rs",
     ];
-    for (path, text) in sources("src") {
+    for (path, text) in sources("src").into_iter().chain(sources("kernels")) {
         let fenced = allowed.iter().any(|a| path == Path::new(a));
+        let fenced = fenced || path.starts_with("kernels/emulator/tests");
         let used = text.lines().any(|l| l.contains("unsafe {") || l.contains("unsafe fn") || l.contains("unsafe impl"));
         assert!(fenced || !used, "{}: unsafe outside the fence", path.display());
     }
@@ -73,7 +77,7 @@ fn unsafe_is_fenced() {
 fn no_unfinished_work() {
     let marks =
         [["TO", "DO"].concat(), ["FIX", "ME"].concat(), ["unimpl", "emented!"].concat(), ["to", "do!("].concat()];
-    for folder in ["src", "tools", "tests", "benches", "fuzz"] {
+    for folder in ["src", "kernels", "tools", "tests", "benches", "fuzz"] {
         for (path, text) in sources(folder) {
             for (number, line) in text.lines().enumerate() {
                 let mark = marks.iter().find(|mark| line.contains(*mark));
@@ -139,7 +143,7 @@ fn relative_links_lead_somewhere() {
 
 #[test]
 fn lines_are_readable() {
-    for (path, text) in sources("src") {
+    for (path, text) in sources("src").into_iter().chain(sources("kernels")) {
         if path.ends_with("generated.rs") {
             continue;
         }

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use crate::catalog::bundle;
-use crate::device::cpu;
+use crate::device::{Choice, cpu, select};
 use crate::rerank::Reranker;
 
 /// `tastemaker check`
@@ -13,6 +13,9 @@ pub struct Check {
     /// Configuration file.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// The device to look for, as for serve; cpu looks for none.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: Choice,
     /// Also check rules and rankers against this bundle.
     bundle: Option<PathBuf>,
 }
@@ -26,7 +29,11 @@ impl Check {
                 .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
             cpu::try_rankers(config.pipeline.clone(), &generation)?;
         }
+        let reason = select(self.device)?;
         say!("{}: ok", self.config.display());
+        if self.device != Choice::Cpu {
+            say!("device: cpu: {reason}");
+        }
         Ok(())
     }
 }

@@ -61,6 +61,7 @@ impl Demo {
                 addr.set_port(0);
             }
         }
+        crate::device::select(self.overrides.device)?;
         self.overrides.apply(&mut config);
         config.validate().map_err(anyhow::Error::msg)?;
         let server = Server::start(generation.clone(), config, Options::default())?;

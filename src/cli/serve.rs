@@ -1,8 +1,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
+use crate::device::{self, Choice};
 use crate::server;
 
 /// `tastemaker serve`
@@ -18,11 +19,11 @@ pub struct Serve {
 }
 
 /// Flags that override the configuration file.
-#[derive(Debug, Args, Default)]
+#[derive(Debug, Args)]
 pub struct Overrides {
-    /// Where requests are computed.
-    #[arg(long, value_enum)]
-    device: Option<DeviceKind>,
+    /// Where requests are computed: auto, cpu, or cuda:N, which fails where that GPU can't be used.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: Choice,
     /// Address of the binary protocol [default: 127.0.0.1:7070].
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
@@ -38,15 +39,6 @@ pub struct Overrides {
     /// Turn the result cache off.
     #[arg(long)]
     no_cache: bool,
-}
-
-/// Devices that this build can use.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum DeviceKind {
-    /// The best one that works here.
-    Auto,
-    /// The CPU engine.
-    Cpu,
 }
 
 impl Overrides {
@@ -67,19 +59,16 @@ impl Overrides {
         if self.no_cache {
             config.cache.enabled = false;
         }
-        match self.device {
-            // This build has one engine.
-            None | Some(DeviceKind::Auto | DeviceKind::Cpu) => {}
-        }
     }
 }
 
 impl Serve {
     pub fn run(self) -> anyhow::Result<()> {
         let mut config = super::config(self.config.as_deref())?;
+        let choice = self.overrides.device;
         self.overrides.apply(&mut config);
         crate::telemetry::init(&config.telemetry)?;
         config.validate().map_err(anyhow::Error::msg)?;
-        server::run(&self.bundle, config)
+        server::run(&self.bundle, config, &device::select(choice)?)
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod batcher;
 pub mod cpu;
+pub mod cuda;
+pub mod guard;
 pub mod ring;
 pub mod sim;
 pub mod worker;
@@ -38,8 +40,8 @@ pub trait Device: Send {
     /// `degraded` and `timings`. Batched results equal one-by-one results.
     ///
     /// # Errors
-    /// The device is unfit and must be fenced; no job has been answered. A failing request is not an error here: it
-    /// is in its job.
+    /// [`DeviceError::OutOfMemory`]: no job has been answered, fewer at a time may be. Else the device is unfit and must be fenced, and
+    /// no job has been answered. A failing request is not an error here: it is in its job.
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError>;
 }
 
@@ -54,9 +56,67 @@ pub enum DeviceError {
         /// For the operator.
         reason: String,
     },
+    /// The device has no memory for the batch; it stays usable.
+    #[error("the device is out of memory")]
+    OutOfMemory,
     /// The device failed and must be fenced.
     #[error("device failed: {0}")]
     Failed(String),
+}
+
+/// Where requests shall be computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// On the best device that works here.
+    #[default]
+    Auto,
+    /// By the CPU engine.
+    Cpu,
+    /// On the GPU of that number, or not at all.
+    Cuda(u32),
+}
+
+impl std::str::FromStr for Choice {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Choice::Auto),
+            "cpu" => Ok(Choice::Cpu),
+            // Digits alone: `parse` would take a sign.
+            _ => match text.strip_prefix("cuda:") {
+                Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().map(Choice::Cuda),
+                _ => None,
+            }
+            .ok_or("expected auto, cpu or cuda:N"),
+        }
+    }
+}
+
+/// A device that was asked for can't be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("device cuda:{ordinal}: {reason}")]
+pub struct ChoiceError {
+    /// The GPU's number.
+    pub ordinal: u32,
+    /// For the operator.
+    pub reason: String,
+}
+
+/// Says in a line why the CPU engine computes, the only engine so far: what there is of a GPU is said, and not used.
+///
+/// # Errors
+/// A GPU was asked for.
+pub fn select(choice: Choice) -> Result<String, ChoiceError> {
+    let found = |ordinal| match cuda::probe::probe(ordinal) {
+        Ok(gpu) => format!("this version has no engine yet for {gpu}"),
+        Err(unfit) => unfit.to_string(),
+    };
+    match choice {
+        Choice::Cpu => Ok("as asked".to_owned()),
+        Choice::Auto => Ok(found(None)),
+        Choice::Cuda(ordinal) => Err(ChoiceError { ordinal, reason: found(Some(ordinal)) }),
+    }
 }
 
 /// One unit of work on its way to a worker and back. Recycled, with all its buffers, by the shard that made it.
@@ -138,6 +198,57 @@ impl Job {
         self.failure = None;
         self.degraded.clear();
         self.timings = StageTimings::default();
+    }
+
+    /// Becomes a job that asks what `other` asks, and keeps its memory.
+    fn copy_question(&mut self, other: &Job) {
+        self.reset();
+        // Field by field: one that is added is not forgotten here.
+        let Job {
+            shard,
+            ticket,
+            generation,
+            deadline,
+            enqueued,
+            task,
+            user: PlannedUser { row, vector, history, seen, fold_in, profile },
+            context,
+            query,
+            search,
+            trending,
+            items,
+            filter,
+            ranked: Ranked { batch_size, .. },
+            failure: _,
+            degraded: _,
+            timings,
+        } = other;
+        (self.shard, self.ticket, self.deadline, self.enqueued) = (*shard, *ticket, *deadline, *enqueued);
+        self.generation.clone_from(generation);
+        self.task.clone_from(task);
+        (self.user.row, self.user.fold_in) = (*row, *fold_in);
+        self.user.vector.clone_from(vector);
+        self.user.history.clone_from(history);
+        self.user.seen.clone_from(seen);
+        self.context.clone_from(context);
+        self.query.clone_from(query);
+        self.search.clone_from(search);
+        self.user.profile.clone_from(profile);
+        self.trending.clone_from(trending);
+        self.items.clone_from(items);
+        self.filter.clone_from(filter);
+        self.ranked.batch_size = *batch_size;
+        self.timings = *timings;
+    }
+
+    /// Takes over how `copy`, a copy of this job, was answered.
+    fn take_answer(&mut self, copy: &mut Job) {
+        // Folding in moves the user's vector.
+        std::mem::swap(&mut self.user, &mut copy.user);
+        std::mem::swap(&mut self.ranked, &mut copy.ranked);
+        self.failure = copy.failure.take();
+        self.degraded.append(&mut copy.degraded);
+        self.timings = copy.timings;
     }
 }
 

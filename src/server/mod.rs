@@ -15,7 +15,7 @@ pub mod watchdog;
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -27,6 +27,7 @@ use crate::catalog;
 use crate::catalog::generation::Generation;
 use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
+use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use crate::index::Searchers;
@@ -121,11 +122,11 @@ impl ServerConfig {
     }
 }
 
-/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains.
+/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains. `why_cpu`: why the CPU engine computes, for the log.
 ///
 /// # Errors
 /// A bundle, ranker or rule that can't be used; an address that is taken; a machine without io_uring.
-pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
+pub fn run(bundle: &Path, config: Config, why_cpu: &str) -> anyhow::Result<()> {
     signals::block().context("blocking signals")?;
     signals::keep_freed_memory();
     let start = Instant::now();
@@ -153,6 +154,7 @@ pub fn run(bundle: &Path, config: Config) -> anyhow::Result<()> {
         users = generation.users.len(),
         "bundle verified"
     );
+    tracing::info!(device = "cpu", reason = why_cpu, "device chosen");
     let server = Server::start(generation, config, Options::default())?;
     let _ = stop.set(server.stopper());
     tracing::info!(
@@ -176,6 +178,8 @@ pub enum DeviceKind {
     Cpu,
     /// A simulated device; see [`sim::Script`].
     Sim(sim::Script),
+    /// A simulated device that is guarded, with the CPU engine behind it.
+    Guarded(sim::Script),
 }
 
 /// What tests and measurements change; the default is what serves.
@@ -341,6 +345,18 @@ impl Server {
                         cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| work(device));
                     }
                     DeviceKind::Sim(script) => work(&mut sim::SimDevice::new(script)),
+                    DeviceKind::Guarded(script) => {
+                        // Each has faults of its own.
+                        let next = AtomicU64::new(script.faults.seed + ((id as u64) << 32));
+                        let make: guard::Make = Arc::new(move || {
+                            let mut script = script;
+                            script.faults.seed = next.fetch_add(1, Ordering::Relaxed);
+                            Ok(Box::new(sim::SimDevice::new(script)) as _)
+                        });
+                        cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| {
+                            work(&mut Guard::new("sim", make, device, guard::Options::default()));
+                        });
+                    }
                 }
             })?);
         }

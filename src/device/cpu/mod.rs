@@ -2,6 +2,7 @@
 
 mod live;
 mod rankers;
+pub mod twins;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};

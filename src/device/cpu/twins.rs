@@ -1,0 +1,146 @@
+//! What the GPU kernels compute, on the CPU: the oracle that each is held against. Flat arrays, as the kernels have them; the order is
+//! that of [`Packed`], by the functions that the CPU engine itself uses.
+
+use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
+use crate::catalog::generation::NO_ROW;
+use crate::retrieval::merge::{MergeScratch, merge};
+
+/// A row that is none, and its score.
+const HOLE: Scored = Scored { row: NO_ROW, score: f32::NAN };
+
+/// Lists of scored rows, column by column.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Lists {
+    /// u32 `[n_lists, width]`; behind a list's end `NO_ROW`.
+    pub rows: Vec<u32>,
+    /// f32 `[n_lists, width]`; behind a list's end NaN.
+    pub scores: Vec<f32>,
+}
+
+impl Lists {
+    /// Appends a list, filled up with holes to `width`.
+    fn push(&mut self, list: impl Iterator<Item = Scored>, width: usize) {
+        for scored in list.chain(std::iter::repeat(HOLE)).take(width) {
+            self.rows.push(scored.row);
+            self.scores.push(scored.score);
+        }
+    }
+
+    /// Appends the `k` best of `entries`, but for holes.
+    fn push_best(&mut self, entries: impl Iterator<Item = Scored>, k: usize) {
+        let mut packed: Vec<Packed> = entries.filter(|entry| entry.row != NO_ROW).map(Packed::from).collect();
+        keep_best(&mut packed, k);
+        self.push(packed.into_iter().map(Scored::from), k);
+    }
+}
+
+/// The `k` best of each of `n_parts` equal parts (but for rounding up to 4 columns) of every row: `[n_rows, n_parts, k]`.
+///
+/// `scores`: `[n_rows, stride]`, of which `n_cols` count, or as many as `lengths` says; `ids` likewise, else columns are ids.
+pub fn topk_select(
+    scores: &[f32],
+    ids: Option<&[u32]>,
+    lengths: Option<&[u32]>,
+    [stride, n_cols, n_parts, k]: [usize; 4],
+) -> Lists {
+    let mut out = Lists::default();
+    let part_cols = n_cols.div_ceil(n_parts).next_multiple_of(4);
+    for (at, row) in scores.chunks_exact(stride.max(1)).enumerate() {
+        let n = lengths.map_or(n_cols, |lengths| n_cols.min(lengths[at] as usize));
+        for part in 0..n_parts {
+            let columns = (part * part_cols).min(n)..((part + 1) * part_cols).min(n);
+            let id = |column: usize| ids.map_or(column as u32, |ids| ids[at * stride + column]);
+            out.push_best(columns.map(|column| Scored { row: id(column), score: row[column] }), k);
+        }
+    }
+    out
+}
+
+/// The `k` best of all the lists of a query, `[n_queries, n_parts, width]`; `offsets` are added to the rows of their part.
+pub fn partition_merge(lists: &Lists, offsets: Option<&[u32]>, [n_parts, width, k]: [usize; 3]) -> Lists {
+    let mut out = Lists::default();
+    let size = n_parts * width;
+    for (rows, scores) in lists.rows.chunks_exact(size.max(1)).zip(lists.scores.chunks_exact(size.max(1))) {
+        let entries = rows.iter().zip(scores).enumerate().map(|(at, (&row, &score))| {
+            let offset = offsets.map_or(0, |offsets| offsets[at / width]);
+            Scored { row: if row == NO_ROW { row } else { row + offset }, score }
+        });
+        out.push_best(entries, k);
+    }
+    out
+}
+
+/// Each request's lists (`[n_requests, width]`, one source behind the other, `widths` wide, `lengths` `[n_requests, 4]` long) as one:
+/// [`merge`] of them. Rows below `n_items`, or `NO_ROW` at a list's end.
+pub fn merge_candidates(
+    lists: &Lists,
+    lengths: &[u32],
+    widths: [usize; Source::COUNT],
+    n_items: usize,
+) -> Vec<Candidates> {
+    let (width, mut scratch) = (widths.iter().sum::<usize>(), MergeScratch::default());
+    let request = |(at, lengths): (usize, &[u32; Source::COUNT])| {
+        let mut start = at * width;
+        let by_source = std::array::from_fn(|source| {
+            let entries = start..start + widths[source].min(lengths[source] as usize);
+            start += widths[source];
+            entries
+                .map(|at| Scored { row: lists.rows[at], score: lists.scores[at] })
+                .take_while(|entry| entry.row != NO_ROW)
+                .collect()
+        });
+        let mut out = Candidates::default();
+        merge(&by_source, n_items, &mut scratch, &mut out);
+        out
+    };
+    lengths.as_chunks().0.iter().enumerate().map(request).collect()
+}
+
+/// Whether bit `row` is set, the first being the lowest of the first word.
+pub fn bit(words: &[u32], row: u32) -> bool {
+    words[row as usize / 32] >> (row % 32) & 1 == 1
+}
+
+/// The lists (`[n_lists, width]`, `lengths` long) without rows from `n_items` on, without those that are not `available`, and without
+/// those that the request (of `lists_per_seen` lists) has `seen`; and how many are left.
+pub fn filter_candidates(
+    lists: &Lists,
+    lengths: Option<&[u32]>,
+    width: usize,
+    available: Option<&[u32]>,
+    seen: Option<(&[u32], usize)>,
+    n_items: u32,
+) -> (Lists, Vec<u32>) {
+    let (mut out, mut counts) = (Lists::default(), Vec::new());
+    let words = n_items.div_ceil(32) as usize;
+    for (at, (rows, scores)) in lists.rows.chunks_exact(width).zip(lists.scores.chunks_exact(width)).enumerate() {
+        let n = lengths.map_or(width, |lengths| width.min(lengths[at] as usize));
+        let seen = seen.map(|(seen, lists_per_seen)| &seen[at / lists_per_seen * words..][..words]);
+        let stays = |row: u32| {
+            row < n_items && available.is_none_or(|words| bit(words, row)) && seen.is_none_or(|words| !bit(words, row))
+        };
+        let left: Vec<Scored> = rows[..n]
+            .iter()
+            .zip(scores)
+            .filter(|(row, _)| stays(**row))
+            .map(|(&row, &score)| Scored { row, score })
+            .collect();
+        counts.push(left.len() as u32);
+        out.push(left.into_iter(), width);
+    }
+    (out, counts)
+}
+
+/// The first `width` values of the given rows of `table` (`[n_rows, stride]`): `[rows, width]`; zeros for rows that there are not.
+pub fn gather_rows<T: Copy + Default>(rows: &[u32], table: &[T], stride: usize, width: usize) -> Vec<T> {
+    let row =
+        |row: u32| table.get(row as usize * stride..).filter(|rest| rest.len() >= stride).map(|rest| &rest[..width]);
+    rows.iter().flat_map(|&at| (0..width).map(move |column| row(at).map_or(T::default(), |row| row[column]))).collect()
+}
+
+/// As [`gather_rows`] of bf16, made f32.
+pub fn gather_bf16_as_f32(rows: &[u32], table: &[half::bf16], stride: usize, width: usize) -> Vec<f32> {
+    // Not `f32::from`: that makes every NaN a quiet one.
+    let widen = |value: half::bf16| f32::from_bits(u32::from(value.to_bits()) << 16);
+    gather_rows(rows, table, stride, width).into_iter().map(widen).collect()
+}
