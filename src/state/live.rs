@@ -15,7 +15,7 @@ use super::change::{self, Change, Kind};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
 use super::items::{Catalogue, Changed};
-use super::log::Logged;
+use super::log::{Logged, Place};
 use super::trending::{Counts, LiveTrending};
 use super::users::Profile;
 use super::{EventsConfig, StateConfig};
@@ -291,9 +291,37 @@ impl LiveState {
     /// # Errors
     /// As [`Self::apply_record`].
     pub fn replay(&self, record: Logged<'_>) -> Result<Receipt, Damaged> {
-        match record.format {
-            1 => self.apply_events(record.payload),
-            _ => self.apply_record(record.payload),
+        if record.format == 1 {
+            return self.apply_events(record.payload);
+        }
+        match (Kind::of(record.payload)?, record.place) {
+            ((Kind::Events, body), _) => self.apply_events(body),
+            // Events of before are read again, and the profile knows of later upserts.
+            ((Kind::DeleteUsers, body), Place::Before) => {
+                change::decode(body, |change: &Change<'_>| {
+                    self.delete_user(change.id, true);
+                    Ok(())
+                })?;
+                Ok(Receipt::default())
+            }
+            (_, Place::Before) => Ok(Receipt::default()),
+            ((kind, body), _) => self.apply_changes(kind, body),
+        }
+    }
+
+    /// Hands over records that say anew all that is in force of items and users; for the thread that applies changes.
+    pub(super) fn carry(&self, take: &mut dyn FnMut(&[u8])) {
+        const BYTES: usize = 256 << 10;
+        self.catalogue.lock().carry(&self.generation, BYTES, |record| take(&record));
+        let mut encoder = change::Encoder::carrying(Kind::UpsertUsers);
+        self.each_profile(|id, profile| {
+            profile.carry(id, &mut encoder);
+            if encoder.len() >= BYTES {
+                take(&std::mem::replace(&mut encoder, change::Encoder::carrying(Kind::UpsertUsers)).record());
+            }
+        });
+        if !encoder.is_empty() {
+            take(&encoder.record());
         }
     }
 
