@@ -391,6 +391,20 @@ fn a_new_item_is_served_as_one_of_the_bundle() {
     client.change(Kind::UpsertItems, &[Change { columns: &other, ..Change::of("fresh") }], false).unwrap();
     assert!(!filtered(&mut client, &conditions).contains(&"fresh".to_owned()));
     assert_eq!(filtered(&mut client, &[("category", Demand::Values(&["brand new"]))]), ["fresh"]);
+    // By words: of its twin's first, then of its own.
+    let words =
+        |client: &mut Client, text: &str| client.search(&SearchCall::new(SearchBy::Text(text), 600)).unwrap().remove(0);
+    let Some((_, OwnedValue::Text(title))) = twin.0.iter().find(|(name, _)| name == "title") else { panic!() };
+    let found = words(&mut client, title);
+    let score = |id: &str| found.iter().find(|(other, _)| other == id).map(|found| found.1);
+    let (own, other) = (score("fresh").unwrap(), score("item-7").unwrap());
+    assert!((own - other).abs() < 1e-5 * other, "{own} {other}");
+    let other = [("title", Value::Text("Quixotic Zeppelins"))];
+    client.change(Kind::UpsertItems, &[Change { columns: &other, ..Change::of("item-8") }], false).unwrap();
+    let found = words(&mut client, "zepelins");
+    assert_eq!(found[0].0, "item-8", "{:?}", &found[..3.min(found.len())]);
+    let query = RecommendCall { query: Some("quixotic"), ..RecommendCall::new("nobody", 10) };
+    assert_eq!(slate(&mut client, query)[0], "item-8");
     // Ranked, as every item is; and in slates, which hold all that there is.
     let rank =
         RankCall { user_id: "user-1", context: &[], item_ids: &["fresh", "item-7"], ranker: None, deadline: None };

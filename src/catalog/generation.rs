@@ -51,6 +51,8 @@ pub struct Generation {
     pub trending_by_category: Lists,
     /// Words to items.
     pub text: Option<TextIndex>,
+    /// The item columns that it is over, in its order; some may be no columns of [`Self::items`]. Empty where the bundle does not say.
+    pub text_columns: Vec<String>,
     /// Rankers by name; the first is the default.
     pub rankers: Vec<RankerModel>,
     /// Which item columns play a part beyond being features.
@@ -519,6 +521,7 @@ pub mod testing {
             popularity: Array::default(),
             trending_by_category: Lists::default(),
             text: None,
+            text_columns: Vec::new(),
             rankers: Vec::new(),
             roles: Roles::default(),
             shared_index: SharedIndex::default(),
@@ -597,7 +600,7 @@ pub mod testing {
                     old.items.ids.more.give(new.items.ids.id(row));
                 }
                 let vector = other.then(|| now.into_boxed_slice());
-                items.put(row, Arc::new(LiveItem { cells: cells(new, row), vector, inverse_norm: 1.0 }));
+                items.put(row, Arc::new(LiveItem { cells: cells(new, row), vector, inverse_norm: 1.0, text: None }));
             }
         }
         items

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 
 use super::conditions::Test;
 use super::generation::{Generation, IdTable};
+use super::live_text::{LiveText, LiveTexts};
 use crate::index::live::{States, View};
 
 /// Marks the state of an item that must not be shown; the rest of it is the place of its entry plus one, or 0.
@@ -36,6 +37,8 @@ pub struct LiveItem {
     pub vector: Option<Box<[f32]>>,
     /// `1 / |vector|`; 0 without one.
     pub inverse_norm: f32,
+    /// What is searched of it, where that is not what the bundle's index has.
+    pub text: Option<Arc<LiveText>>,
 }
 
 impl LiveItem {
@@ -76,6 +79,8 @@ pub struct LiveItems {
     n_rows: u32,
     /// The vectors of [`Self::entries`].
     vectors: Option<Arc<View>>,
+    /// Their words.
+    texts: LiveTexts,
     digest: u64,
     bytes: usize,
 }
@@ -129,6 +134,21 @@ impl LiveItems {
         }
     }
 
+    /// Whether `text` is what is to be searched of `row`, and may be shown.
+    pub fn holds_text(&self, row: u32, text: &Arc<LiveText>) -> bool {
+        self.get(row).is_some_and(|item| item.text.as_ref().is_some_and(|held| Arc::ptr_eq(held, text)))
+    }
+
+    /// Whether the bundle's words of `row` are not its words.
+    pub fn hides_text(&self, row: u32) -> bool {
+        self.get(row).is_some_and(|item| item.text.is_some())
+    }
+
+    /// Words that came.
+    pub fn texts(&self) -> &LiveTexts {
+        &self.texts
+    }
+
     /// The index over the vectors that came.
     pub fn vectors(&self) -> Option<&Arc<View>> {
         self.vectors.as_ref()
@@ -168,6 +188,13 @@ impl LiveItems {
                 self.states.set(row, state | self.n_entries as u32);
             }
         }
+    }
+
+    /// Adds words of items that have them by now.
+    pub fn add_texts(&mut self, documents: Vec<(u32, Arc<LiveText>)>) {
+        let mut texts = std::mem::take(&mut self.texts);
+        texts.add(documents, |row, text| self.holds_text(row, text));
+        self.texts = texts;
     }
 
     /// Puts the index over all that came in its place.

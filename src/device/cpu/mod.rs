@@ -333,7 +333,7 @@ impl Loaded {
         match &generation.text {
             _ if query.is_empty() => {}
             Some(text) => source(Source::Search, Stage::Search, &mut |list| {
-                text.search(query, config.search_k as usize, &allowed, list).map_err(|e| e.to_string())
+                text.search_with(query, config.search_k as usize, items, &allowed, list).map_err(|e| e.to_string())
             }),
             None => degraded.push(Degradation { stage: Stage::Search, reason: Reason::Missing }),
         }
@@ -459,7 +459,7 @@ impl Loaded {
         results.iter_mut().for_each(Vec::clear);
         match (&mut *results, &self.generation.text, index) {
             ([found], Some(text), _) if !query.is_empty() => {
-                if let Err(error) = text.search(query, k, &|row| filtered.allows(row), found) {
+                if let Err(error) = text.search_with(query, k, items_now, &|row| filtered.allows(row), found) {
                     tracing::warn!(%error, "text search failed");
                     *failure = Some(Error::fixed(Code::Internal, "text search failed"));
                 }
