@@ -5,7 +5,7 @@
 //! [`IdTable::more`]. What is known of a row that changed lies in an entry of its own; arrays of the bundle do not reach that far, so
 //! whoever reads one by row asks here first.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
 
@@ -37,6 +37,8 @@ pub struct LiveItem {
     pub vector: Option<Box<[f32]>>,
     /// `1 / |vector|`; 0 without one.
     pub inverse_norm: f32,
+    /// By ranker: what its table would have of the item, once a worker has computed it.
+    pub lines: Box<[OnceLock<Box<[f32]>>]>,
     /// What is searched of it, where that is not what the bundle's index has.
     pub text: Option<Arc<LiveText>>,
 }

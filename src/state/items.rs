@@ -1,7 +1,7 @@
 //! Items as records of the log change them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -157,10 +157,11 @@ impl Catalogue {
             if let Some(fresh) = fresh {
                 self.vectors.push(live::Change::Upsert { row, vector: fresh.to_vec() });
             }
+            let lines = generation.rankers.iter().map(|_| OnceLock::new()).collect();
             if let Some(text) = &text {
                 self.texts.push((row, text.clone()));
             }
-            self.now.put(row, Arc::new(LiveItem { cells: cells.collect(), vector, inverse_norm, text }));
+            self.now.put(row, Arc::new(LiveItem { cells: cells.collect(), vector, inverse_norm, lines, text }));
         }
         self.now.set_gone(row, is_gone);
         self.changed = true;
