@@ -77,6 +77,7 @@ pub struct LiveItems {
     /// Rows and what is known of them, in the order in which they first changed.
     entries: Entries,
     n_entries: usize,
+    n_bundle: u32,
     /// The bundle's and later ones.
     n_rows: u32,
     /// The vectors of [`Self::entries`].
@@ -90,7 +91,7 @@ pub struct LiveItems {
 impl LiveItems {
     /// All as in the bundle.
     pub fn new(n_bundle: usize) -> Self {
-        LiveItems { n_rows: n_bundle as u32, ..LiveItems::default() }
+        LiveItems { n_bundle: n_bundle as u32, n_rows: n_bundle as u32, ..LiveItems::default() }
     }
 
     /// Rows that there are, also of what is gone.
@@ -101,10 +102,19 @@ impl LiveItems {
     /// Whether `row` must not be shown.
     #[inline]
     pub fn is_gone(&self, row: u32) -> bool {
+        match self.states.get(row) {
+            // A row of nobody: its name was given by who shares the generation.
+            0 => row >= self.n_bundle,
+            state => state & GONE > 0,
+        }
+    }
+
+    /// Whether `row` was deleted.
+    pub fn is_deleted(&self, row: u32) -> bool {
         self.states.get(row) & GONE > 0
     }
 
-    /// Items that must not be shown.
+    /// Items that were deleted.
     pub fn n_gone(&self) -> usize {
         self.n_gone
     }
@@ -163,7 +173,7 @@ impl LiveItems {
 
     /// Sets whether `row` may be shown; says whether that changed.
     pub fn set_gone(&mut self, row: u32, gone: bool) -> bool {
-        let changes = self.is_gone(row) != gone;
+        let changes = self.is_deleted(row) != gone;
         if changes {
             self.states.set(row, self.states.get(row) ^ GONE);
             self.n_gone = if gone { self.n_gone + 1 } else { self.n_gone - 1 };
@@ -266,7 +276,7 @@ mod tests {
         assert!(items.set_gone(5000, false) && items.set_gone(3, true));
         assert_eq!((before.is_gone(5000), before.is_gone(3), before.n_gone()), (true, false, 1));
         assert_eq!((items.is_gone(5000), items.is_gone(3), items.n_gone()), (false, true, 1));
-        assert!(!items.is_gone(u32::MAX));
+        assert!(items.is_gone(u32::MAX) && !items.is_deleted(u32::MAX));
         assert!(any_gone(Some(&before), [1, 5000]) && !any_gone(Some(&items), [1, 5000]) && !any_gone(None, [1]));
     }
 

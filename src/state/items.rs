@@ -93,9 +93,15 @@ impl Catalogue {
         generation.items.ids.row(id).is_some_and(|row| self.now.get(row).is_some())
     }
 
+    /// Whether `row` is an item's, deleted or not.
+    pub fn knows(&self, generation: &Generation, row: u32) -> bool {
+        (row as usize) < generation.items.len() || self.now.get(row).is_some()
+    }
+
     /// Takes an item away.
     pub fn delete(&mut self, generation: &Generation, change: &Change<'_>) -> Changed {
-        let Some(row) = generation.items.ids.row(change.id) else { return Changed::Unknown };
+        let row = generation.items.ids.row(change.id).filter(|&row| self.knows(generation, row));
+        let Some(row) = row else { return Changed::Unknown };
         if !self.now.set_gone(row, true) {
             return Changed::Unknown;
         }
@@ -109,7 +115,7 @@ impl Catalogue {
         let in_bundle = (row as usize) < generation.items.len();
         let before = self.now.get(row);
         let was_entry = before.is_some();
-        let (was_known, was_gone) = (in_bundle || was_entry, self.now.is_gone(row));
+        let (was_known, was_gone) = (in_bundle || was_entry, self.now.is_deleted(row));
         let given = self.given.entry(row).or_default();
         if change.whole {
             given.columns.clear();
@@ -201,7 +207,7 @@ impl Catalogue {
         };
         // In the order of rows: it is that of replays, and rows are given again in it.
         for row in 0..self.now.n_rows() {
-            let (item, given, gone) = (self.now.get(row), self.given.get(&row), self.now.is_gone(row));
+            let (item, given, gone) = (self.now.get(row), self.given.get(&row), self.now.is_deleted(row));
             let id = || generation.items.ids.id(row);
             // What was within the limits once is so again.
             if item.is_some() || given.is_some() {

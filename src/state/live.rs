@@ -360,7 +360,11 @@ impl LiveState {
     /// Applies an event; for one thread alone.
     pub fn apply(&self, event: &Event<'_>) -> Effect {
         let Some(kind) = self.config.kinds.get(event.kind) else { return Effect::Nothing };
-        let Some(row) = self.generation.items.ids.row(event.item_id) else { return Effect::UnknownItem };
+        let in_bundle = |row: u32| (row as usize) < self.generation.items.len();
+        let is_there = |row: &u32| in_bundle(*row) || self.catalogue.lock().knows(&self.generation, *row);
+        let Some(row) = self.generation.items.ids.row(event.item_id).filter(is_there) else {
+            return Effect::UnknownItem;
+        };
         let weight = kind.weight_of(event.value);
         if weight <= 0.0 && !kind.seen {
             return Effect::Nothing;
@@ -404,10 +408,7 @@ impl LiveState {
         let mut change = [0; 17];
         change[..8].copy_from_slice(&user.version.to_le_bytes());
         // Rows of items that came later differ between replicas; ids do not.
-        let named = match (row as usize) < self.generation.items.len() {
-            true => row,
-            false => xxh3_64(event.item_id.as_bytes()) as u32,
-        };
+        let named = if in_bundle(row) { row } else { xxh3_64(event.item_id.as_bytes()) as u32 };
         change[8..12].copy_from_slice(&named.to_le_bytes());
         change[12..16].copy_from_slice(&entry.weight.to_le_bytes());
         change[16] = u8::from(entry.seen);
