@@ -539,3 +539,37 @@ fn items_survive_a_restart() {
     assert_eq!(server.shared().live.version_of("walker"), version);
     server.shut_down().unwrap();
 }
+
+#[test]
+fn many_items_that_came_are_found_while_their_vectors_are_compacted() {
+    let server = start(config(), Options::default());
+    let mut client = client(&server);
+    let mut random = StdRng::seed_from_u64(5);
+    let vectors: Vec<Vec<f32>> = (0..3000).map(|_| (0..16).map(|_| random.random_range(-1.0..1.0)).collect()).collect();
+    let names: Vec<String> = (0..3000).map(|at| format!("bulk-{at}")).collect();
+    let index = || server.shared().live.items().unwrap().vectors().unwrap().clone();
+    let mut held = None;
+    for (names, vectors) in names.chunks(1000).zip(vectors.chunks(1000)) {
+        let changes: Vec<Change<'_>> = names
+            .iter()
+            .zip(vectors)
+            .map(|(name, vector)| Change { vector: Some(vector), ..Change::of(name) })
+            .collect();
+        assert_eq!(client.change(Kind::UpsertItems, &changes, false).unwrap().created, 1000);
+        held = Some(index());
+    }
+    let held = held.unwrap();
+    let best = |client: &mut Client, at: usize| {
+        let found = client.search(&SearchCall::new(SearchBy::Item(&names[at]), 20)).unwrap().remove(0);
+        found.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+    };
+    let before: Vec<_> = (0..3000).step_by(300).map(|at| best(&mut client, at)).collect();
+    // Its bytes tell what it is made of: once it is compacted it has codes, and no side list.
+    eventually("vectors are compacted", || !std::sync::Arc::ptr_eq(&held, &index()));
+    let after: Vec<_> = (0..3000).step_by(300).map(|at| best(&mut client, at)).collect();
+    assert_eq!(after, before);
+    assert!(before.iter().flatten().filter(|id| id.starts_with("bulk-")).count() > 100);
+    client.delete_items(&[&before[0][0]], false).unwrap();
+    assert_eq!(best(&mut client, 0)[..19], before[0][1..]);
+    server.shut_down().unwrap();
+}
