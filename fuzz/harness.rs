@@ -143,7 +143,7 @@ pub fn http_json(bytes: &[u8]) {
 }
 
 /// Bytes as a segment of the event log: what is read of it is read again, without further damage, and the log goes on. Byte 0: 0 for
-/// the bytes as they are, else as many records and then damage.
+/// the bytes as they are, else as many records and then damage; from 192 on it is the file of what is in force.
 pub fn event_log(bytes: &[u8]) {
     let Some((&n, rest)) = bytes.split_first() else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -175,9 +175,18 @@ pub fn event_log(bytes: &[u8]) {
             damaged(std::fs::read(&file).unwrap_or_default(), rest)
         }
     };
+    let file = match n {
+        192.. => {
+            std::fs::remove_file(&file).unwrap_or_default();
+            dir.path().join("state-00000000000000000000.snap")
+        }
+        _ => file,
+    };
     std::fs::write(&file, segment).unwrap();
     // Of a newer format it may be, and is then refused.
     let Ok((mut log, _, records)) = open() else { return };
+    // What was damaged of it is written anew.
+    log.retain(&|take| records.iter().for_each(|record| take(record))).unwrap();
     log.append([&b"next"[..]]).unwrap();
     drop(log);
     let (_, found, mut again) = open().unwrap();

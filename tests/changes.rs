@@ -391,6 +391,20 @@ fn a_new_item_is_served_as_one_of_the_bundle() {
     client.change(Kind::UpsertItems, &[Change { columns: &other, ..Change::of("fresh") }], false).unwrap();
     assert!(!filtered(&mut client, &conditions).contains(&"fresh".to_owned()));
     assert_eq!(filtered(&mut client, &[("category", Demand::Values(&["brand new"]))]), ["fresh"]);
+    // By words: of its twin's first, then of its own.
+    let words =
+        |client: &mut Client, text: &str| client.search(&SearchCall::new(SearchBy::Text(text), 600)).unwrap().remove(0);
+    let Some((_, OwnedValue::Text(title))) = twin.0.iter().find(|(name, _)| name == "title") else { panic!() };
+    let found = words(&mut client, title);
+    let score = |id: &str| found.iter().find(|(other, _)| other == id).map(|found| found.1);
+    let (own, other) = (score("fresh").unwrap(), score("item-7").unwrap());
+    assert!((own - other).abs() < 1e-5 * other, "{own} {other}");
+    let other = [("title", Value::Text("Quixotic Zeppelins"))];
+    client.change(Kind::UpsertItems, &[Change { columns: &other, ..Change::of("item-8") }], false).unwrap();
+    let found = words(&mut client, "zepelins");
+    assert_eq!(found[0].0, "item-8", "{:?}", &found[..3.min(found.len())]);
+    let query = RecommendCall { query: Some("quixotic"), ..RecommendCall::new("nobody", 10) };
+    assert_eq!(slate(&mut client, query)[0], "item-8");
     // Ranked, as every item is; and in slates, which hold all that there is.
     let rank =
         RankCall { user_id: "user-1", context: &[], item_ids: &["fresh", "item-7"], ranker: None, deadline: None };
@@ -523,5 +537,39 @@ fn items_survive_a_restart() {
     assert_eq!(found(&server), before);
     assert_eq!(server.shared().live.items().unwrap().digest(), digest);
     assert_eq!(server.shared().live.version_of("walker"), version);
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn many_items_that_came_are_found_while_their_vectors_are_compacted() {
+    let server = start(config(), Options::default());
+    let mut client = client(&server);
+    let mut random = StdRng::seed_from_u64(5);
+    let vectors: Vec<Vec<f32>> = (0..3000).map(|_| (0..16).map(|_| random.random_range(-1.0..1.0)).collect()).collect();
+    let names: Vec<String> = (0..3000).map(|at| format!("bulk-{at}")).collect();
+    let index = || server.shared().live.items().unwrap().vectors().unwrap().clone();
+    let mut held = None;
+    for (names, vectors) in names.chunks(1000).zip(vectors.chunks(1000)) {
+        let changes: Vec<Change<'_>> = names
+            .iter()
+            .zip(vectors)
+            .map(|(name, vector)| Change { vector: Some(vector), ..Change::of(name) })
+            .collect();
+        assert_eq!(client.change(Kind::UpsertItems, &changes, false).unwrap().created, 1000);
+        held = Some(index());
+    }
+    let held = held.unwrap();
+    let best = |client: &mut Client, at: usize| {
+        let found = client.search(&SearchCall::new(SearchBy::Item(&names[at]), 20)).unwrap().remove(0);
+        found.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+    };
+    let before: Vec<_> = (0..3000).step_by(300).map(|at| best(&mut client, at)).collect();
+    // Its bytes tell what it is made of: once it is compacted it has codes, and no side list.
+    eventually("vectors are compacted", || !std::sync::Arc::ptr_eq(&held, &index()));
+    let after: Vec<_> = (0..3000).step_by(300).map(|at| best(&mut client, at)).collect();
+    assert_eq!(after, before);
+    assert!(before.iter().flatten().filter(|id| id.starts_with("bulk-")).count() > 100);
+    client.delete_items(&[&before[0][0]], false).unwrap();
+    assert_eq!(best(&mut client, 0)[..19], before[0][1..]);
     server.shut_down().unwrap();
 }

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -10,7 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::*;
-use tastemaker::api::{Call, Event, RecommendCall};
+use tastemaker::api::{Call, Change, Event, Kind, RecommendCall, SearchBy, SearchCall, SearchFilter, Value};
+use tastemaker::catalog::conditions::Demand;
 use tastemaker::wire::client::{Answer, Client};
 use tastemaker::wire::request::Request;
 
@@ -231,6 +233,112 @@ fn acknowledged_events_survive_kill_9() {
     }
     assert!(all > rounds, "{all} events in {rounds} rounds");
     println!("{all} events in {rounds} rounds");
+}
+
+/// What was acknowledged of an item or user last.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Known {
+    Price(u32),
+    Gone,
+    User(usize),
+}
+
+/// The change of number `n`: what it is of, and what it makes of it.
+fn change_of(n: u32) -> (String, Known) {
+    match n % 5 {
+        3 => (format!("fresh-{}", n / 3 % 60), Known::Gone),
+        4 => (format!("new-{}", n % 40), Known::User(n as usize % 16)),
+        _ => (format!("fresh-{}", n % 60), Known::Price(n)),
+    }
+}
+
+fn one_hot(at: usize) -> Vec<f32> {
+    (0..16).map(|dim| if dim == at { 1.0 } else { 0.01 * dim as f32 }).collect()
+}
+
+fn make(client: &mut Client, (id, known): &(String, Known)) -> bool {
+    // So long that retention has something to do.
+    let title = "a title of some length ".repeat(200);
+    let (vector, columns, kind);
+    let mut change = Change::of(id);
+    match known {
+        Known::Gone => kind = Kind::DeleteItems,
+        Known::User(at) => {
+            (vector, kind) = (one_hot(*at), Kind::UpsertUsers);
+            change.vector = Some(&vector);
+        }
+        Known::Price(price) => {
+            (vector, kind) = (one_hot(*price as usize % 16), Kind::UpsertItems);
+            columns = [("price", Value::Number(f64::from(*price))), ("title", Value::Text(&title))];
+            (change.vector, change.columns) = (Some(&vector[..]), &columns);
+        }
+    }
+    client.change(kind, &[change], true).is_ok()
+}
+
+fn holds(client: &mut Client, id: &str, known: Known) -> bool {
+    let best =
+        |client: &mut Client, by, k| client.search(&SearchCall::new(by, k)).ok().map(|mut found| found.remove(0));
+    match known {
+        Known::Gone => best(client, SearchBy::Item(id), 1).is_none(),
+        Known::User(at) => best(client, SearchBy::User(id), 5) == best(client, SearchBy::Vector(&one_hot(at)), 5),
+        Known::Price(price) => {
+            let vector = one_hot(price as usize % 16);
+            let conditions = [("price", Demand::Number(f64::from(price)))];
+            let filter = SearchFilter { conditions: &conditions, ..SearchFilter::default() };
+            let found =
+                client.search(&SearchCall { filter, ..SearchCall::new(SearchBy::Vector(&vector), 100) }).unwrap();
+            found[0].iter().any(|(found, _)| found == id)
+        }
+    }
+}
+
+#[test]
+fn acknowledged_changes_survive_kill_9_and_retention() {
+    let rounds = std::env::var("TASTEMAKER_KILL_ROUNDS").map_or(3, |n| n.parse().unwrap());
+    let work = tempfile::tempdir().unwrap();
+    let dir = work.path().join("log");
+    let config = format!(
+        "[events]\nlog_dir = {:?}\nsegment_bytes = 65536\nmax_bytes = 1048576\n[state]\nlive_items_max = 60\n",
+        dir.to_str().unwrap()
+    );
+    let mut known = HashMap::<String, Known>::new();
+    let mut n = 0;
+    for round in 0..rounds {
+        let served = Served::start_with(&config);
+        let mut client = Client::connect(served.binary, PATIENCE).unwrap();
+        for (id, known) in &known {
+            assert!(holds(&mut client, id, *known), "round {round}: {id} is not {known:?}");
+        }
+        let (done, pid, start) = (AtomicUsize::new(0), served.child.id(), n);
+        let last = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                // The first may have been made before the kill, and is made again.
+                for n in start.. {
+                    let change = change_of(n);
+                    if !make(&mut client, &change) {
+                        return n;
+                    }
+                    known.insert(change.0, change.1);
+                    done.fetch_add(1, Relaxed);
+                }
+                u32::MAX
+            });
+            eventually("changes are acknowledged", || done.load(Relaxed) > if round == 0 { 600 } else { 20 });
+            std::thread::sleep(Duration::from_millis((round * 37) as u64 % 150));
+            // SAFETY: as in `terminate`.
+            assert_eq!(unsafe { libc::kill(pid as i32, libc::SIGKILL) }, 0);
+            writer.join().unwrap()
+        });
+        n = last;
+        // Nobody knows whether it was made.
+        known.remove(&change_of(n).0);
+        drop(served);
+    }
+    let carried =
+        std::fs::read_dir(&dir).unwrap().any(|entry| entry.unwrap().path().extension().is_some_and(|e| e == "snap"));
+    assert!(carried && n > 600, "{n} changes in {rounds} rounds");
+    println!("{n} changes in {rounds} rounds");
 }
 
 #[test]

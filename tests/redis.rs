@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use common::*;
-use tastemaker::api::{Event, RecommendCall};
+use tastemaker::api::{Change, Event, Kind, RecommendCall, Value};
 use tastemaker::cache::redis::Breaker;
 use tastemaker::config::Config;
 use tastemaker::server::{Options, Server};
@@ -307,4 +307,32 @@ fn events_reach_the_stream_once_and_in_order() {
     let value: String = redis::cmd("GET").arg("taken").query(&mut redis.connect()).unwrap();
     assert_eq!(value, "value");
     server.shut_down().unwrap();
+}
+
+#[test]
+fn what_is_deleted_here_does_not_come_from_there() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let (a, b) = (replica(with_redis(redis.url())), replica(with_redis(redis.url())));
+    let computed = ask(&a, "user-1");
+    stored(&a, 1.0);
+    let gone = computed.items[0].item_id.as_str();
+    client(&b).delete_items(&[gone], false).unwrap();
+    let without = ask(&b, "user-1");
+    assert!(without.cache == "miss" && without.items.iter().all(|item| item.item_id != gone), "{}", without.cache);
+    // A slate that does not show it is shared all the same.
+    let other = (2..80).map(|at| format!("user-{at}")).find(|user| {
+        let slate = ask(&a, user);
+        slate.items.iter().all(|item| item.item_id != gone)
+    });
+    let other = other.unwrap();
+    eventually("the slate of the other is shared", || {
+        redis::cmd("DBSIZE").query::<u64>(&mut redis.connect()).unwrap() >= 2 && ask(&b, &other).cache != "miss"
+    });
+    // What was upserted here makes other answers here.
+    let change = Change { columns: &[("price", Value::Number(1.0))], ..Change::of("item-5") };
+    client(&b).change(Kind::UpsertItems, &[change], false).unwrap();
+    assert_eq!(ask(&b, &other).cache, "miss");
+    for server in [a, b] {
+        server.shut_down().unwrap();
+    }
 }

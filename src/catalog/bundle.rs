@@ -55,6 +55,9 @@ struct Manifest {
     roles: BTreeMap<String, usize>,
     rankers: Vec<String>,
     text: bool,
+    /// What the text index is over; bundles from before it was said have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    text_columns: Vec<String>,
     index: IndexSpec,
     arrays: BTreeMap<String, Section>,
     /// xxh3 of every other file, by path within the bundle.
@@ -299,6 +302,7 @@ pub fn write(directory: &Path, content: &Content<'_>) -> Result<String, CatalogE
         roles: roles.into_iter().filter_map(|(name, at)| Some((name.to_owned(), at?))).collect(),
         rankers: content.rankers.to_vec(),
         text: !content.texts.is_empty(),
+        text_columns: content.texts.iter().map(|(name, _)| name.clone()).collect(),
         index: IndexSpec::new(options, n_partitions),
         arrays: sections,
         files,
@@ -645,6 +649,7 @@ impl Reader {
             popularity,
             trending_by_category: self.lists("trending_by_category", n_categories, n_items)?,
             text: m.text.then(|| TextIndex::open(&self.directory.join("text"))).transpose()?,
+            text_columns: m.text_columns.clone(),
             rankers: self.rankers()?,
             roles,
             shared_index: SharedIndex::new(m.index.clone(), index),

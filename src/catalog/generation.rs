@@ -51,6 +51,8 @@ pub struct Generation {
     pub trending_by_category: Lists,
     /// Words to items.
     pub text: Option<TextIndex>,
+    /// The item columns that it is over, in its order; some may be no columns of [`Self::items`]. Empty where the bundle does not say.
+    pub text_columns: Vec<String>,
     /// Rankers by name; the first is the default.
     pub rankers: Vec<RankerModel>,
     /// Which item columns play a part beyond being features.
@@ -502,6 +504,8 @@ pub struct RankerModel {
 pub mod testing {
     use super::*;
     use crate::catalog::live::{Cell, LiveItem, LiveItems, extend_vector};
+    use crate::index::live::{Change, LiveIndex, Policy};
+    use crate::index::{BruteForce, IndexOptions, Kernel, SearchParams};
 
     /// `n` items with ids "0", "1", …; nothing else.
     pub fn plain(n: usize) -> Generation {
@@ -519,6 +523,7 @@ pub mod testing {
             popularity: Array::default(),
             trending_by_category: Lists::default(),
             text: None,
+            text_columns: Vec::new(),
             rankers: Vec::new(),
             roles: Roles::default(),
             shared_index: SharedIndex::default(),
@@ -588,6 +593,7 @@ pub mod testing {
             };
             of.items.columns.iter().map(cell).collect()
         };
+        let mut vectors = Vec::new();
         for row in 0..new.items.len() as u32 {
             let (now, known) = (vector(new, row), (row as usize) < old.items.len());
             let same = known && format!("{:?}", cells(old, row)) == format!("{:?}", cells(new, row));
@@ -596,9 +602,29 @@ pub mod testing {
                 if !known {
                     old.items.ids.more.give(new.items.ids.id(row));
                 }
+                if other {
+                    vectors.push(Change::Upsert { row, vector: now.clone() });
+                }
                 let vector = other.then(|| now.into_boxed_slice());
-                items.put(row, Arc::new(LiveItem { cells: cells(new, row), vector, inverse_norm: 1.0 }));
+                items.put(
+                    row,
+                    Arc::new(LiveItem {
+                        cells: cells(new, row),
+                        vector,
+                        inverse_norm: 1.0,
+                        lines: old.rankers.iter().map(|_| OnceLock::new()).collect(),
+                        text: None,
+                    }),
+                );
             }
+        }
+        if let Some(matrix) = &old.item_embeddings {
+            let empty = Matrix { dim: matrix.dim, data: MatrixData::F32(Vec::new().into()) };
+            let none = Arc::new(BruteForce::new(empty.clone(), old.metric, Kernel::detect()));
+            let (options, policy) = (IndexOptions::BruteForce {}, Policy::of(0));
+            let index = LiveIndex::new(none, empty, old.metric, options, SearchParams::default(), policy);
+            index.apply(&vectors).unwrap();
+            items.set_vectors(index.view());
         }
         items
     }

@@ -5,12 +5,13 @@
 //! [`IdTable::more`]. What is known of a row that changed lies in an entry of its own; arrays of the bundle do not reach that far, so
 //! whoever reads one by row asks here first.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
 
 use super::conditions::Test;
 use super::generation::{Generation, IdTable};
+use super::live_text::{LiveText, LiveTexts};
 use crate::index::live::{States, View};
 
 /// Marks the state of an item that must not be shown; the rest of it is the place of its entry plus one, or 0.
@@ -36,6 +37,10 @@ pub struct LiveItem {
     pub vector: Option<Box<[f32]>>,
     /// `1 / |vector|`; 0 without one.
     pub inverse_norm: f32,
+    /// By ranker: what its table would have of the item, once a worker has computed it.
+    pub lines: Box<[OnceLock<Box<[f32]>>]>,
+    /// What is searched of it, where that is not what the bundle's index has.
+    pub text: Option<Arc<LiveText>>,
 }
 
 impl LiveItem {
@@ -72,10 +77,13 @@ pub struct LiveItems {
     /// Rows and what is known of them, in the order in which they first changed.
     entries: Entries,
     n_entries: usize,
+    n_bundle: u32,
     /// The bundle's and later ones.
     n_rows: u32,
     /// The vectors of [`Self::entries`].
     vectors: Option<Arc<View>>,
+    /// Their words.
+    texts: LiveTexts,
     digest: u64,
     bytes: usize,
 }
@@ -83,7 +91,7 @@ pub struct LiveItems {
 impl LiveItems {
     /// All as in the bundle.
     pub fn new(n_bundle: usize) -> Self {
-        LiveItems { n_rows: n_bundle as u32, ..LiveItems::default() }
+        LiveItems { n_bundle: n_bundle as u32, n_rows: n_bundle as u32, ..LiveItems::default() }
     }
 
     /// Rows that there are, also of what is gone.
@@ -94,10 +102,19 @@ impl LiveItems {
     /// Whether `row` must not be shown.
     #[inline]
     pub fn is_gone(&self, row: u32) -> bool {
+        match self.states.get(row) {
+            // A row of nobody: its name was given by who shares the generation.
+            0 => row >= self.n_bundle,
+            state => state & GONE > 0,
+        }
+    }
+
+    /// Whether `row` was deleted.
+    pub fn is_deleted(&self, row: u32) -> bool {
         self.states.get(row) & GONE > 0
     }
 
-    /// Items that must not be shown.
+    /// Items that were deleted.
     pub fn n_gone(&self) -> usize {
         self.n_gone
     }
@@ -129,6 +146,21 @@ impl LiveItems {
         }
     }
 
+    /// Whether `text` is what is to be searched of `row`, and may be shown.
+    pub fn holds_text(&self, row: u32, text: &Arc<LiveText>) -> bool {
+        self.get(row).is_some_and(|item| item.text.as_ref().is_some_and(|held| Arc::ptr_eq(held, text)))
+    }
+
+    /// Whether the bundle's words of `row` are not its words.
+    pub fn hides_text(&self, row: u32) -> bool {
+        self.get(row).is_some_and(|item| item.text.is_some())
+    }
+
+    /// Words that came.
+    pub fn texts(&self) -> &LiveTexts {
+        &self.texts
+    }
+
     /// The index over the vectors that came.
     pub fn vectors(&self) -> Option<&Arc<View>> {
         self.vectors.as_ref()
@@ -141,7 +173,7 @@ impl LiveItems {
 
     /// Sets whether `row` may be shown; says whether that changed.
     pub fn set_gone(&mut self, row: u32, gone: bool) -> bool {
-        let changes = self.is_gone(row) != gone;
+        let changes = self.is_deleted(row) != gone;
         if changes {
             self.states.set(row, self.states.get(row) ^ GONE);
             self.n_gone = if gone { self.n_gone + 1 } else { self.n_gone - 1 };
@@ -168,6 +200,13 @@ impl LiveItems {
                 self.states.set(row, state | self.n_entries as u32);
             }
         }
+    }
+
+    /// Adds words of items that have them by now.
+    pub fn add_texts(&mut self, documents: Vec<(u32, Arc<LiveText>)>) {
+        let mut texts = std::mem::take(&mut self.texts);
+        texts.add(documents, |row, text| self.holds_text(row, text));
+        self.texts = texts;
     }
 
     /// Puts the index over all that came in its place.
@@ -237,7 +276,7 @@ mod tests {
         assert!(items.set_gone(5000, false) && items.set_gone(3, true));
         assert_eq!((before.is_gone(5000), before.is_gone(3), before.n_gone()), (true, false, 1));
         assert_eq!((items.is_gone(5000), items.is_gone(3), items.n_gone()), (false, true, 1));
-        assert!(!items.is_gone(u32::MAX));
+        assert!(items.is_gone(u32::MAX) && !items.is_deleted(u32::MAX));
         assert!(any_gone(Some(&before), [1, 5000]) && !any_gone(Some(&items), [1, 5000]) && !any_gone(None, [1]));
     }
 

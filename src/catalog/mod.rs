@@ -9,6 +9,7 @@ pub mod dataset;
 pub mod generation;
 pub mod index;
 pub mod live;
+pub mod live_text;
 pub mod names;
 pub mod npy;
 pub mod popularity;

@@ -5,12 +5,15 @@ use std::path::Path;
 
 use tantivy::collector::TopDocs;
 use tantivy::directory::MmapDirectory;
-use tantivy::query::{BooleanQuery, BoostQuery, Occur, Query, TermQuery};
+use tantivy::fieldnorm::FieldNormReader;
+use tantivy::query::{Bm25Weight, BooleanQuery, BoostQuery, Occur, Query, TermQuery};
 use tantivy::schema::{FAST, Field, INDEXED, IndexRecordOption, Schema, TextFieldIndexing, TextOptions};
 use tantivy::tokenizer::{LowerCaser, NgramTokenizer, RemoveLongFilter, SimpleTokenizer, TextAnalyzer, TokenStream};
 use tantivy::{Index, IndexReader, ReloadPolicy, TantivyDocument, Term};
 
 use super::CatalogError;
+use super::live::LiveItems;
+use super::live_text::{self, LiveText};
 use crate::candidates::{Scored, best_first};
 
 /// A text index over chosen item columns.
@@ -115,6 +118,70 @@ impl TextIndex {
         Ok(TextIndex { reader, words, grams, word_analyzer, gram_analyzer })
     }
 
+    /// What is searched of an item with these texts, by column.
+    pub fn analyse(&self, texts: &[String]) -> LiveText {
+        let all = |analyzer: &TextAnalyzer, text: &str, times: usize, out: &mut Vec<String>| {
+            let mut analyzer = analyzer.clone();
+            let mut stream = analyzer.token_stream(text);
+            while stream.advance() {
+                (0..times).for_each(|_| out.push(stream.token().text.clone()));
+            }
+        };
+        let (mut words, mut grams) = (Vec::new(), Vec::new());
+        for (at, text) in texts.iter().enumerate() {
+            let times = if at == 0 { FIRST_COLUMN_TIMES } else { 1 };
+            all(&self.word_analyzer, text, times, &mut words);
+            all(&self.gram_analyzer, &padded(text), times, &mut grams);
+        }
+        LiveText::new([words, grams])
+    }
+
+    /// As [`Self::search`], with the words that items have by now.
+    ///
+    /// # Errors
+    /// The index could not be read.
+    pub fn search_with(
+        &self,
+        query: &str,
+        k: usize,
+        items: Option<&LiveItems>,
+        filter: &dyn Fn(u32) -> bool,
+        out: &mut Vec<Scored>,
+    ) -> Result<(), CatalogError> {
+        let Some(items) = items.filter(|items| !items.texts().is_empty()) else {
+            return self.search(query, k, filter, out);
+        };
+        let start = out.len();
+        self.search(query, k, &|row| !items.hides_text(row) && filter(row), out)?;
+        let wrong = |e: tantivy::TantivyError| CatalogError::file(Path::new("text"), e.to_string());
+        let searcher = self.reader.searcher();
+        let words = tokens(&self.word_analyzer, query, MAX_WORDS);
+        let grams = tokens(&self.gram_analyzer, &padded(query), MAX_GRAMS);
+        let (mut terms, mut weights) = (Vec::new(), Vec::new());
+        for (number, (field, tokens, boost)) in
+            [(self.words, words, WORD_BOOST), (self.grams, grams, 1.0)].into_iter().enumerate()
+        {
+            for (token, times) in tokens {
+                let term = Term::from_field_text(field, &token);
+                let weight = Bm25Weight::for_terms(&searcher, &[term]).map_err(wrong)?;
+                terms.push(live_text::term(number, &token));
+                weights.push((number, weight.boost_by(boost * times as f32)));
+            }
+        }
+        let score = |at: usize, text: &LiveText, times: u32| {
+            let (field, weight) = &weights[at];
+            weight.score(FieldNormReader::fieldnorm_to_id(text.lengths[*field]), times)
+        };
+        items.texts().search(&terms, score, |row, text, score| {
+            if items.holds_text(row, text) && filter(row) {
+                out.push(Scored { row, score });
+            }
+        });
+        out[start..].sort_by(best_first);
+        out.truncate(start + k);
+        Ok(())
+    }
+
     /// Adds the `k` best items for the words of `query` to `out`: best first, ties by row, only rows that `filter`
     /// allows. Any text is a valid query; one without letters or digits finds nothing.
     ///
@@ -213,6 +280,42 @@ mod tests {
         assert_eq!(rows(&index, "CATCHING")[0], 1);
         assert!(rows(&index, "").is_empty());
         assert!(rows(&index, "?! \u{0} \" AND (").len() <= 4);
+    }
+
+    #[test]
+    fn words_that_came_are_scored_as_those_of_the_bundle() {
+        let titles = ["The Hunger Games", "Catching Fire", "A Game of Thrones", "Fire and Blood"];
+        let (_dir, index) = index(&titles);
+        // The third is no more what it was; a new one is what the second is.
+        let mut items = LiveItems::new(4);
+        let mut came = Vec::new();
+        for (row, title) in [(2, "Winter"), (4, "Catching Fire")] {
+            let text = std::sync::Arc::new(index.analyse(&[title.to_owned()]));
+            items.put(
+                row,
+                std::sync::Arc::new(super::super::live::LiveItem { text: Some(text.clone()), ..Default::default() }),
+            );
+            came.push((row, text));
+        }
+        items.add_texts(came);
+        let found = |query: &str, items: Option<&LiveItems>, k: usize| {
+            let mut out = Vec::new();
+            index.search_with(query, k, items, &|row| row != 3, &mut out).unwrap();
+            out
+        };
+        let of = |found: &[Scored]| found.iter().map(|s| s.row).collect::<Vec<_>>();
+        let fire = found("catching fire", Some(&items), 10);
+        assert_eq!(of(&fire)[..2], [1, 4]);
+        assert!((fire[0].score - fire[1].score).abs() <= 1e-5 * fire[0].score, "{fire:?}");
+        assert_eq!(of(&found("catching fire", Some(&items), 1)), [1]);
+        assert!(of(&found("thrones", None, 10)).contains(&2) && !of(&found("thrones", Some(&items), 10)).contains(&2));
+        assert_eq!(of(&found("wintr", Some(&items), 10)), [2]);
+        items.set_gone(4, true);
+        let alive = |row: u32| !items.is_gone(row);
+        let mut out = Vec::new();
+        index.search_with("catching", 10, Some(&items), &alive, &mut out).unwrap();
+        assert_eq!(of(&out)[0], 1);
+        assert!(!of(&out).contains(&4));
     }
 
     #[test]

@@ -236,14 +236,37 @@ impl Layout {
         scratch: &mut FeatureScratch,
         out: &mut Vec<f32>,
     ) {
+        self.fill_of(generation, None, rows.collect(), scratch, out);
+    }
+
+    /// The same of one item, as it is known by now.
+    pub fn fill_item(
+        &self,
+        generation: &Generation,
+        live: &LiveItems,
+        row: u32,
+        scratch: &mut FeatureScratch,
+        out: &mut Vec<f32>,
+    ) {
+        self.fill_of(generation, Some(live), vec![row], scratch, out);
+    }
+
+    fn fill_of(
+        &self,
+        generation: &Generation,
+        live: Option<&LiveItems>,
+        rows: Vec<u32>,
+        scratch: &mut FeatureScratch,
+        out: &mut Vec<f32>,
+    ) {
         let n = rows.len();
-        let mut candidates = Candidates { rows: rows.collect(), ..Candidates::default() };
+        let mut candidates = Candidates { rows, ..Candidates::default() };
         candidates.sources.resize(n, Default::default());
         candidates.source_scores.iter_mut().for_each(|scores| scores.resize(n, 0.0));
         candidates.source_ranks.iter_mut().for_each(|ranks| ranks.resize(n, 0));
         let inputs = Inputs {
             generation,
-            live: None,
+            live,
             user: &PlannedUser::default(),
             context: &Context::default(),
             candidates: &candidates,

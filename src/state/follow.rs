@@ -238,7 +238,7 @@ mod tests {
         for n in 0..100 {
             log.append([&payload(n, 50)[..]]).unwrap();
         }
-        assert!(log.retain().unwrap() > 0);
+        assert!(log.retain(&|_| {}).unwrap() > 0);
         let mut follower = Follower::new(dir.path(), 5);
         let got = read(&mut follower, 100);
         assert_eq!(got.last(), Some(&99));

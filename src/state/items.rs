@@ -1,13 +1,14 @@
 //! Items as records of the log change them.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::change::{Change, Encoder, Kind, OwnedValue};
 use crate::catalog::generation::{ColumnData, Generation, Matrix, MatrixData};
 use crate::catalog::live::{Cell, LiveItem, LiveItems};
+use crate::catalog::live_text::LiveText;
 use crate::index::live::{self, LiveIndex, Policy};
 use crate::index::{BruteForce, IndexOptions, Kernel, SearchParams};
 
@@ -44,6 +45,8 @@ pub struct Catalogue {
     index: Option<Arc<LiveIndex>>,
     /// What it does not know yet.
     vectors: Vec<live::Change>,
+    /// Words that no snapshot knows yet.
+    texts: Vec<(u32, Arc<LiveText>)>,
     kernel: Kernel,
 }
 
@@ -65,6 +68,7 @@ impl Catalogue {
             given: HashMap::new(),
             index,
             vectors: Vec::new(),
+            texts: Vec::new(),
             kernel,
         }
     }
@@ -89,9 +93,15 @@ impl Catalogue {
         generation.items.ids.row(id).is_some_and(|row| self.now.get(row).is_some())
     }
 
+    /// Whether `row` is an item's, deleted or not.
+    pub fn knows(&self, generation: &Generation, row: u32) -> bool {
+        (row as usize) < generation.items.len() || self.now.get(row).is_some()
+    }
+
     /// Takes an item away.
     pub fn delete(&mut self, generation: &Generation, change: &Change<'_>) -> Changed {
-        let Some(row) = generation.items.ids.row(change.id) else { return Changed::Unknown };
+        let row = generation.items.ids.row(change.id).filter(|&row| self.knows(generation, row));
+        let Some(row) = row else { return Changed::Unknown };
         if !self.now.set_gone(row, true) {
             return Changed::Unknown;
         }
@@ -105,7 +115,7 @@ impl Catalogue {
         let in_bundle = (row as usize) < generation.items.len();
         let before = self.now.get(row);
         let was_entry = before.is_some();
-        let (was_known, was_gone) = (in_bundle || was_entry, self.now.is_gone(row));
+        let (was_known, was_gone) = (in_bundle || was_entry, self.now.is_deleted(row));
         let given = self.given.entry(row).or_default();
         if change.whole {
             given.columns.clear();
@@ -117,13 +127,26 @@ impl Catalogue {
         let fresh = change.vector.filter(|vector| Some(vector.len()) == dim);
         let kept = before.filter(|_| !change.whole).and_then(|before| before.vector.clone());
         let vector: Option<Box<[f32]>> = fresh.map(Into::into).or(kept);
+        let says_text =
+            change.whole || change.columns.iter().any(|(name, _)| generation.text_columns.iter().any(|c| c == name));
+        let held_text = before.and_then(|before| before.text.clone());
+        let text = match &generation.text {
+            Some(_) if was_entry && !says_text => held_text,
+            Some(index)
+                if !in_bundle || generation.text_columns.iter().any(|name| given.columns.contains_key(&**name)) =>
+            {
+                Some(Arc::new(index.analyse(&texts(generation, given, row, in_bundle))))
+            }
+            _ => None,
+        };
         let is_gone = change.available == Some(false);
         given.returned += u32::from(was_gone && !is_gone);
         let bytes = given.columns.iter().map(|(name, value)| 64 + name.len() + value.bytes()).sum::<usize>();
         let bytes = 128
             + bytes
             + generation.items.columns.len() * size_of::<Cell>()
-            + vector.as_ref().map_or(0, |v| 12 * v.len());
+            + vector.as_ref().map_or(0, |v| 12 * v.len())
+            + text.as_ref().map_or(0, |text| 3 * text.bytes());
         let total = self.now.bytes() + bytes - std::mem::replace(&mut given.bytes, bytes);
         self.now.set_bytes(total);
         let digest = digest(change.id, given, vector.as_deref());
@@ -140,7 +163,11 @@ impl Catalogue {
             if let Some(fresh) = fresh {
                 self.vectors.push(live::Change::Upsert { row, vector: fresh.to_vec() });
             }
-            self.now.put(row, Arc::new(LiveItem { cells: cells.collect(), vector, inverse_norm }));
+            let lines = generation.rankers.iter().map(|_| OnceLock::new()).collect();
+            if let Some(text) = &text {
+                self.texts.push((row, text.clone()));
+            }
+            self.now.put(row, Arc::new(LiveItem { cells: cells.collect(), vector, inverse_norm, lines, text }));
         }
         self.now.set_gone(row, is_gone);
         self.changed = true;
@@ -163,6 +190,9 @@ impl Catalogue {
                 self.changed = true;
             }
         }
+        if !self.texts.is_empty() {
+            self.now.add_texts(std::mem::take(&mut self.texts));
+        }
         std::mem::take(&mut self.changed).then(|| self.now.clone())
     }
 
@@ -177,7 +207,7 @@ impl Catalogue {
         };
         // In the order of rows: it is that of replays, and rows are given again in it.
         for row in 0..self.now.n_rows() {
-            let (item, given, gone) = (self.now.get(row), self.given.get(&row), self.now.is_gone(row));
+            let (item, given, gone) = (self.now.get(row), self.given.get(&row), self.now.is_deleted(row));
             let id = || generation.items.ids.id(row);
             // What was within the limits once is so again.
             if item.is_some() || given.is_some() {
@@ -195,6 +225,23 @@ impl Catalogue {
         pass_on(&mut upserts, Kind::UpsertItems, 0);
         pass_on(&mut deletions, Kind::DeleteItems, 0);
     }
+}
+
+/// By text column, what was given, or else what the bundle has of it.
+fn texts(generation: &Generation, given: &Given, row: u32, in_bundle: bool) -> Vec<String> {
+    let of_bundle = |name: &str| {
+        let column = &generation.items.column(name)?.data;
+        let text = |code: &u32| Some(column.vocabulary()?.id(*code));
+        let codes = if in_bundle { column.codes(row) } else { &[] };
+        Some(codes.iter().filter_map(text).collect::<Vec<_>>().join(" "))
+    };
+    let columns = generation.text_columns.iter().map(|name| match given.columns.get(&**name) {
+        Some(OwnedValue::Text(text)) => text.to_string(),
+        Some(OwnedValue::List(list)) => list.join(" "),
+        Some(_) => String::new(),
+        None => of_bundle(name).unwrap_or_default(),
+    });
+    columns.collect()
 }
 
 /// Names what was given; never 0.

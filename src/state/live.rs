@@ -15,7 +15,7 @@ use super::change::{self, Change, Kind};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
 use super::items::{Catalogue, Changed};
-use super::log::Logged;
+use super::log::{Logged, Place};
 use super::trending::{Counts, LiveTrending};
 use super::users::Profile;
 use super::{EventsConfig, StateConfig};
@@ -291,9 +291,37 @@ impl LiveState {
     /// # Errors
     /// As [`Self::apply_record`].
     pub fn replay(&self, record: Logged<'_>) -> Result<Receipt, Damaged> {
-        match record.format {
-            1 => self.apply_events(record.payload),
-            _ => self.apply_record(record.payload),
+        if record.format == 1 {
+            return self.apply_events(record.payload);
+        }
+        match (Kind::of(record.payload)?, record.place) {
+            ((Kind::Events, body), _) => self.apply_events(body),
+            // Events of before are read again, and the profile knows of later upserts.
+            ((Kind::DeleteUsers, body), Place::Before) => {
+                change::decode(body, |change: &Change<'_>| {
+                    self.delete_user(change.id, true);
+                    Ok(())
+                })?;
+                Ok(Receipt::default())
+            }
+            (_, Place::Before) => Ok(Receipt::default()),
+            ((kind, body), _) => self.apply_changes(kind, body),
+        }
+    }
+
+    /// Hands over records that say anew all that is in force of items and users; for the thread that applies changes.
+    pub(super) fn carry(&self, take: &mut dyn FnMut(&[u8])) {
+        const BYTES: usize = 256 << 10;
+        self.catalogue.lock().carry(&self.generation, BYTES, |record| take(&record));
+        let mut encoder = change::Encoder::carrying(Kind::UpsertUsers);
+        self.each_profile(|id, profile| {
+            profile.carry(id, &mut encoder);
+            if encoder.len() >= BYTES {
+                take(&std::mem::replace(&mut encoder, change::Encoder::carrying(Kind::UpsertUsers)).record());
+            }
+        });
+        if !encoder.is_empty() {
+            take(&encoder.record());
         }
     }
 
@@ -332,7 +360,11 @@ impl LiveState {
     /// Applies an event; for one thread alone.
     pub fn apply(&self, event: &Event<'_>) -> Effect {
         let Some(kind) = self.config.kinds.get(event.kind) else { return Effect::Nothing };
-        let Some(row) = self.generation.items.ids.row(event.item_id) else { return Effect::UnknownItem };
+        let in_bundle = |row: u32| (row as usize) < self.generation.items.len();
+        let is_there = |row: &u32| in_bundle(*row) || self.catalogue.lock().knows(&self.generation, *row);
+        let Some(row) = self.generation.items.ids.row(event.item_id).filter(is_there) else {
+            return Effect::UnknownItem;
+        };
         let weight = kind.weight_of(event.value);
         if weight <= 0.0 && !kind.seen {
             return Effect::Nothing;
@@ -376,10 +408,7 @@ impl LiveState {
         let mut change = [0; 17];
         change[..8].copy_from_slice(&user.version.to_le_bytes());
         // Rows of items that came later differ between replicas; ids do not.
-        let named = match (row as usize) < self.generation.items.len() {
-            true => row,
-            false => xxh3_64(event.item_id.as_bytes()) as u32,
-        };
+        let named = if in_bundle(row) { row } else { xxh3_64(event.item_id.as_bytes()) as u32 };
         change[8..12].copy_from_slice(&named.to_le_bytes());
         change[12..16].copy_from_slice(&entry.weight.to_le_bytes());
         change[16] = u8::from(entry.seen);

@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, bail};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use super::carried;
 use super::change::Kind;
 
 const MAGIC: &[u8; 8] = b"TSTMEVNT";
@@ -55,16 +56,32 @@ pub struct Replayed {
     pub damaged: Vec<PathBuf>,
 }
 
+/// Where a record was read from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The file of what was in force; see [`super::carried`].
+    Carried,
+    /// The log, and what it said of items and users is in that file already.
+    Before,
+    /// The log, after that.
+    Since,
+}
+
 /// A record as it is read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Logged<'a> {
     /// Of its segment; see [`super::change::Kind`].
     pub format: u32,
-    /// Its number in the log.
+    /// Its number in the log, or in the file.
     pub sequence: u64,
+    /// Where it was.
+    pub place: Place,
     /// What was appended.
     pub payload: &'a [u8],
 }
+
+/// Hands records that say anew what is in force to what it is given.
+pub type Carrying<'a> = dyn Fn(&mut dyn FnMut(&[u8])) + 'a;
 
 /// An open log.
 #[derive(Debug)]
@@ -76,6 +93,11 @@ pub struct EventLog {
     sealed: VecDeque<Sealed>,
     next_sequence: u64,
     buffer: Vec<u8>,
+    /// What records before this one said of items and users is in a file of its own.
+    carried: u64,
+    carried_bytes: u64,
+    /// That file was damaged.
+    carry_again: bool,
 }
 
 #[derive(Debug)]
@@ -90,6 +112,8 @@ struct Sealed {
     path: PathBuf,
     bytes: u64,
     changed: SystemTime,
+    /// Sequence after its last record.
+    end: u64,
 }
 
 /// What is in a segment.
@@ -125,8 +149,19 @@ impl EventLog {
             sealed: VecDeque::new(),
             next_sequence: 0,
             buffer: Vec::new(),
+            carried: 0,
+            carried_bytes: 0,
+            carry_again: false,
         };
         let mut found = Replayed::default();
+        if let Some(carried) = carried::read(dir, &mut take).with_context(place)? {
+            (log.carried, log.carried_bytes) = (carried.sequence, carried.bytes);
+            if let Some((path, bytes)) = carried.damaged {
+                found.damaged_bytes += bytes;
+                found.damaged.push(path);
+                log.carry_again = true;
+            }
+        }
         if let Some(newest) = paths.last() {
             // A process that was killed may have left it to the operating system.
             File::open(newest).and_then(|file| file.sync_all()).with_context(place)?;
@@ -135,6 +170,7 @@ impl EventLog {
         for (at, path) in paths.into_iter().enumerate() {
             log.replay(path, at == last, &mut found, &mut take)?;
         }
+        log.next_sequence = log.next_sequence.max(log.carried);
         Ok((log, found))
     }
 
@@ -161,7 +197,8 @@ impl EventLog {
         let format = begins.map_or_else(guess, |(format, _)| format);
         for record in &parsed.records {
             let sequence = number(&bytes, record.start + 4, 8);
-            take(Logged { format, sequence, payload: payload(record) });
+            let place = if sequence < self.carried { Place::Before } else { Place::Since };
+            take(Logged { format, sequence, place, payload: payload(record) });
         }
         self.next_sequence = parsed.next_sequence;
         found.segments += 1;
@@ -190,7 +227,7 @@ impl EventLog {
             sync_directory(&self.dir).with_context(place)?;
         }
         let changed = fs::metadata(&path).and_then(|m| m.modified()).unwrap_or(SystemTime::now());
-        self.sealed.push_back(Sealed { path, bytes: kept, changed });
+        self.sealed.push_back(Sealed { path, bytes: kept, changed, end: parsed.next_sequence });
         Ok(())
     }
 
@@ -252,16 +289,24 @@ impl EventLog {
         done
     }
 
-    /// Removes the oldest segments while there are more than the limits allow; says how many.
+    /// Removes the oldest segments while there are more than the limits allow; says how many. What they alone said of items and users is
+    /// written to a file of its own before, records that `state` hands over.
     ///
     /// # Errors
-    /// A file that can't be removed.
-    pub fn retain(&mut self) -> io::Result<usize> {
+    /// That file can't be written, or a segment can't be removed.
+    pub fn retain(&mut self, state: &Carrying<'_>) -> io::Result<usize> {
         let mut removed = 0;
+        if self.carry_again {
+            self.carry(state)?;
+        }
         while let Some(oldest) = self.sealed.front() {
             let age = oldest.changed.elapsed().unwrap_or_default();
             if self.bytes() <= self.limits.max_bytes && self.limits.max_age.is_none_or(|max| age <= max) {
                 break;
+            }
+            if self.carried < oldest.end {
+                self.carry(state)?;
+                continue;
             }
             fs::remove_file(&oldest.path)?;
             self.sealed.pop_front();
@@ -270,9 +315,20 @@ impl EventLog {
         Ok(removed)
     }
 
+    fn carry(&mut self, state: &Carrying<'_>) -> io::Result<()> {
+        self.carried_bytes = carried::write(&self.dir, self.next_sequence, state)?;
+        (self.carried, self.carry_again) = (self.next_sequence, false);
+        Ok(())
+    }
+
     /// Sequence of the next record.
     pub fn next_sequence(&self) -> u64 {
         self.next_sequence
+    }
+
+    /// Size of the file of what was in force.
+    pub fn carried_bytes(&self) -> u64 {
+        self.carried_bytes
     }
 
     /// Size of all segments.
@@ -295,12 +351,12 @@ impl EventLog {
 
     fn seal(&mut self) {
         if let Some(Segment { path, bytes, .. }) = self.current.take() {
-            self.sealed.push_back(Sealed { path, bytes, changed: SystemTime::now() });
+            self.sealed.push_back(Sealed { path, bytes, changed: SystemTime::now(), end: self.next_sequence });
         }
     }
 }
 
-fn sync_directory(dir: &Path) -> io::Result<()> {
+pub(super) fn sync_directory(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
@@ -316,7 +372,7 @@ fn set_aside(path: &Path) -> anyhow::Result<PathBuf> {
     Ok(aside)
 }
 
-fn header(format: u32, first_sequence: u64) -> [u8; HEADER] {
+pub(super) fn header(format: u32, first_sequence: u64) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..8].copy_from_slice(MAGIC);
     header[8..12].copy_from_slice(&format.to_le_bytes());
@@ -367,6 +423,15 @@ fn parse(bytes: &[u8], first: u64) -> Parsed {
         }
     }
     parsed
+}
+
+/// Numbers and payloads of a file's records, numbered from `first` on, and how many bytes are none of them.
+pub(super) fn records(bytes: &[u8], first: u64) -> (Vec<(u64, &[u8])>, u64) {
+    let parsed = parse(bytes, first);
+    let of =
+        |record: &Range<usize>| (number(bytes, record.start + 4, 8), &bytes[record.start + RECORD_HEADER..record.end]);
+    let damaged = parsed.damaged.iter().map(|range| range.len()).sum::<usize>() + (bytes.len() - parsed.end);
+    (parsed.records.iter().map(of).collect(), damaged as u64)
 }
 
 /// Payload length and sequence of the record at `at`, if one is there.
@@ -480,7 +545,7 @@ mod tests {
         let limits = Limits { segment_bytes: 100, max_bytes: 500, max_age: None };
         write(dir.path(), limits, 0..40);
         let (mut log, ..) = open(dir.path(), limits);
-        assert!(log.retain().unwrap() > 0);
+        assert!(log.retain(&|_| {}).unwrap() > 0);
         assert!(log.bytes() <= 500);
         let (_, found, records) = open(dir.path(), limits);
         assert_eq!(records.last().unwrap(), &payload(39));
@@ -488,7 +553,7 @@ mod tests {
         let old = Limits { max_age: Some(Duration::ZERO), ..LIMITS };
         let (mut log, ..) = open(dir.path(), old);
         std::thread::sleep(Duration::from_millis(5));
-        log.retain().unwrap();
+        log.retain(&|_| {}).unwrap();
         assert_eq!(log.bytes(), 0);
     }
 
@@ -532,6 +597,37 @@ mod tests {
                 assert_eq!(users, ["a", "a", "b"]);
             }
         }
+    }
+
+    #[test]
+    fn what_is_in_force_outlives_its_segment() {
+        let dir = tempfile::tempdir().unwrap();
+        let limits = Limits { segment_bytes: 100, max_bytes: 500, max_age: None };
+        write(dir.path(), limits, 0..40);
+        let (mut log, ..) = open(dir.path(), limits);
+        let asked = std::cell::Cell::new(0);
+        let state = |take: &mut dyn FnMut(&[u8])| {
+            asked.set(asked.get() + 1);
+            take(b"items");
+            take(b"users");
+        };
+        // Once for all that go, and not again before something goes that came later.
+        assert!(log.retain(&state).unwrap() > 1 && asked.get() == 1 && log.carried_bytes() > 0);
+        log.append([&payload(40)[..]]).unwrap();
+        log.retain(&state).unwrap();
+        assert_eq!(asked.get(), 1);
+        drop(log);
+        let mut places = Vec::new();
+        let (log, found) =
+            EventLog::open(dir.path(), limits, |record| places.push((record.place, record.payload.to_vec()))).unwrap();
+        assert_eq!(places[..2], [(Place::Carried, b"items".to_vec()), (Place::Carried, b"users".to_vec())]);
+        let last = places.len() - 1;
+        assert!(places[2..last].iter().all(|(place, _)| *place == Place::Before) && last > 2);
+        assert_eq!(places[last], (Place::Since, payload(40)));
+        assert!(found.damaged.is_empty(), "{found:?}");
+        // Without any segment, numbers go on.
+        segments(dir.path()).iter().for_each(|path| fs::remove_file(path).unwrap());
+        assert!(open(dir.path(), limits).0.next_sequence() == 40 && log.next_sequence() == 41);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! Shards check events and changes and hand them to one thread ([`writer`]), which appends them to the log ([`log`]), applies them
 //! ([`live`]) and answers. A start replays the log through the same code.
 
+mod carried;
 pub mod change;
 pub mod event;
 pub mod fold_in;

@@ -12,15 +12,15 @@ use crate::error::{Code, Error};
 /// The first entry that does not fit; the text names entry and column, and the nearest column that there is.
 pub fn check(generation: &Generation, record: &[u8]) -> Result<(), Error> {
     let (kind, body) = Kind::of(record).map_err(Wrong::from)?;
-    let columns = match kind {
+    let (columns, texts) = match kind {
         Kind::DeleteItems | Kind::DeleteUsers => return Ok(()),
-        Kind::UpsertUsers => &generation.users.columns,
-        Kind::UpsertItems => &generation.items.columns,
+        Kind::UpsertUsers => (&generation.users.columns, &[][..]),
+        Kind::UpsertItems => (&generation.items.columns, &generation.text_columns[..]),
         Kind::Events => return Err(Wrong::from(Damaged).into()),
     };
     let mut at = 0;
     change::decode(body, |change| {
-        let fits = fits(generation, columns, change);
+        let fits = fits(generation, columns, texts, change);
         at += 1;
         fits.map_err(|reason| Wrong(Error::new(Code::BadRequest, format!("{}[{}].{reason}", kind.entries(), at - 1))))
     })
@@ -41,11 +41,18 @@ impl From<Wrong> for Error {
     }
 }
 
-fn fits(generation: &Generation, columns: &[Column], change: &Change<'_>) -> Result<(), String> {
+/// `texts` are columns of which the bundle has no more than the words.
+fn fits(generation: &Generation, columns: &[Column], texts: &[String], change: &Change<'_>) -> Result<(), String> {
     for (name, value) in change.columns {
         let wrong = |reason: String| format!("columns.{name}: {reason}");
         let Some(column) = columns.iter().find(|column| column.name == *name) else {
-            let names = columns.iter().map(|column| column.name.as_str());
+            if texts.iter().any(|column| column == name) {
+                match value {
+                    Value::Number(_) => return Err(wrong("is a number, but the column holds text".into())),
+                    _ => continue,
+                }
+            }
+            let names = columns.iter().map(|column| column.name.as_str()).chain(texts.iter().map(String::as_str));
             return Err(wrong(format!("the bundle has no such column{}", hint(name, names))));
         };
         value_fits(&column.data, value).map_err(wrong)?;

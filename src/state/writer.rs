@@ -64,6 +64,8 @@ pub struct EventCounters {
     pub changes: [AtomicU64; 6],
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
+    /// Bytes of the file of what is in force of items and users.
+    pub state_bytes: AtomicU64,
     /// Records before this sequence are on the disk.
     pub on_disk: AtomicU64,
     /// Syncs, and nanoseconds in them.
@@ -385,12 +387,14 @@ impl Writer<'_> {
         // Of what was compacted.
         self.state.publish();
         if let Some(log) = &mut self.log {
-            match log.retain() {
+            let state = self.state;
+            match log.retain(&|take| state.carry(take)) {
                 Ok(0) => {}
                 Ok(segments) => tracing::info!(segments, "old segments of the event log were removed"),
-                Err(error) => tracing::warn!(%error, "an old segment of the event log can't be removed"),
+                Err(error) => tracing::warn!(%error, "old segments of the event log can't be removed"),
             }
             self.queue.counters.log_bytes.store(log.bytes(), Relaxed);
+            self.queue.counters.state_bytes.store(log.carried_bytes(), Relaxed);
         }
     }
 }

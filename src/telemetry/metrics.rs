@@ -455,7 +455,7 @@ impl Metrics {
         line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
         line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
         let of_items = |of: fn(&LiveItems) -> usize| gauges.items.as_ref().map_or(0, |items| of(items) as u64);
-        let plain: [(&str, &str, &str, u64); 29] = [
+        let plain: [(&str, &str, &str, u64); 30] = [
             ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
             (
                 "tastemaker_partitions_down",
@@ -523,6 +523,7 @@ impl Metrics {
                 event(|c| &c.refused),
             ),
             ("tastemaker_event_log_bytes", "gauge", "Size of the event log", event(|c| &c.log_bytes)),
+            ("tastemaker_state_file_bytes", "gauge", "Size of the file of items and users", event(|c| &c.state_bytes)),
             ("tastemaker_event_log_syncs_total", "counter", "Syncs of the event log", event(|c| &c.syncs)),
             (
                 "tastemaker_watchdog_kicks_total",

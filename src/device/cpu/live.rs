@@ -4,10 +4,9 @@ use std::borrow::Cow;
 
 use super::Gathered;
 use super::rankers::LoadedRanker;
-use crate::candidates::Candidates;
 use crate::catalog::conditions::Test;
 use crate::catalog::generation::Generation;
-use crate::catalog::live::LiveItems;
+use crate::catalog::live::{LiveItem, LiveItems};
 use crate::features::assemble::FeatureScratch;
 use crate::index::{Overlay, VectorIndex};
 use crate::ranking::RankError;
@@ -57,38 +56,44 @@ pub fn with_changed<'a>(
     words
 }
 
-/// Scores those of the candidates again that came or changed, for a ranker whose table of items does not know them: by the whole
-/// model, which is the same up to rounding.
+/// Scores those of the candidates again that came or changed, for a ranker whose table of items does not know them. What the table would
+/// have of an item is computed once and kept with it. `inputs` are the parts that the ranker was given: the request's, the candidates'.
 pub fn score_changed(
     loaded: &mut LoadedRanker,
+    at: usize,
     gathered: &Gathered<'_>,
     features: &mut FeatureScratch,
-    inputs: &mut Vec<Vec<f32>>,
+    inputs: &[Vec<f32>],
     scores: &mut [f32],
 ) -> Result<(), RankError> {
     let Some(items) = gathered.job.items.as_deref().filter(|items| items.n_entries() > 0) else { return Ok(()) };
-    if loaded.parts.is_none() {
+    let (Some(dense), Some(columns)) = (loaded.ranker.dense(), &loaded.items) else { return Ok(()) };
+    if !dense.has_table() {
         return Ok(());
     }
-    let all = gathered.candidates;
-    let places: Vec<usize> = (0..all.len()).filter(|&at| items.get(all.rows[at]).is_some()).collect();
-    if places.is_empty() {
+    let candidates = gathered.candidates;
+    let rows = candidates.rows.iter().enumerate();
+    let changed: Vec<(usize, &LiveItem)> = rows.filter_map(|(place, &row)| Some((place, items.get(row)?))).collect();
+    if changed.is_empty() {
         return Ok(());
     }
-    let changed = Candidates {
-        rows: places.iter().map(|&at| all.rows[at]).collect(),
-        sources: places.iter().map(|&at| all.sources[at]).collect(),
-        source_scores: std::array::from_fn(|source| places.iter().map(|&at| all.source_scores[source][at]).collect()),
-        source_ranks: std::array::from_fn(|source| places.iter().map(|&at| all.source_ranks[source][at]).collect()),
-    };
-    let gathered = Gathered { candidates: &changed, ..*gathered };
-    inputs.resize_with(inputs.len().max(loaded.layouts.len()), Vec::new);
-    let inputs = &mut inputs[..loaded.layouts.len()];
-    for (layout, out) in loaded.layouts.iter().zip(&mut *inputs) {
-        gathered.fill(layout, changed.len(), features, out);
+    let width = inputs[1].len() / candidates.len();
+    let (mut lines, mut each, mut own) = (Vec::new(), Vec::new(), Vec::new());
+    for &(place, item) in &changed {
+        let mut make = || {
+            columns.fill_item(gathered.generation, items, candidates.rows[place], features, &mut own);
+            dense.line(&own)
+        };
+        // Of another generation it has no place for this ranker's.
+        lines.push(match item.lines.get(at) {
+            Some(line) => Cow::Borrowed(&**line.get_or_init(make)),
+            None => Cow::Owned(make().into_vec()),
+        });
+        each.extend_from_slice(&inputs[1][place * width..(place + 1) * width]);
     }
+    let lines: Vec<&[f32]> = lines.iter().map(|line| &**line).collect();
     let mut again = Vec::new();
-    loaded.ranker.score(inputs, changed.len(), &mut again)?;
-    places.into_iter().zip(again).for_each(|(at, score)| scores[at] = score);
+    dense.score_lines(&inputs[0], &lines, &each, &mut again)?;
+    changed.iter().zip(again).for_each(|((place, _), score)| scores[*place] = score);
     Ok(())
 }

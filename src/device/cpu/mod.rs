@@ -333,7 +333,7 @@ impl Loaded {
         match &generation.text {
             _ if query.is_empty() => {}
             Some(text) => source(Source::Search, Stage::Search, &mut |list| {
-                text.search(query, config.search_k as usize, &allowed, list).map_err(|e| e.to_string())
+                text.search_with(query, config.search_k as usize, items, &allowed, list).map_err(|e| e.to_string())
             }),
             None => degraded.push(Degradation { stage: Stage::Search, reason: Reason::Missing }),
         }
@@ -388,7 +388,7 @@ impl Loaded {
                 _ => loaded.ranker.score(inputs, n, scores),
             };
             let gathered = Gathered { generation, index, job, signals, candidates };
-            let result = result.and_then(|()| live::score_changed(loaded, &gathered, features, inputs, scores));
+            let result = result.and_then(|()| live::score_changed(loaded, at, &gathered, features, inputs, scores));
             let after = job.timings.lap(Stage::Rank, clock);
             job.ranked.inference[at] = after - clock;
             match result {
@@ -459,7 +459,7 @@ impl Loaded {
         results.iter_mut().for_each(Vec::clear);
         match (&mut *results, &self.generation.text, index) {
             ([found], Some(text), _) if !query.is_empty() => {
-                if let Err(error) = text.search(query, k, &|row| filtered.allows(row), found) {
+                if let Err(error) = text.search_with(query, k, items_now, &|row| filtered.allows(row), found) {
                     tracing::warn!(%error, "text search failed");
                     *failure = Some(Error::fixed(Code::Internal, "text search failed"));
                 }
@@ -733,7 +733,7 @@ mod tests {
         let pool = Arc::new(ThreadPool::with_num_threads(1));
         let mut device = CpuDevice::new(Arc::new(PipelineConfig::default()), pool);
         let layouts = vec![Layout::compile(&["item.popularity".into()], &generation).unwrap()];
-        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), parts: None, weight: 1.0 }];
+        let rankers = vec![LoadedRanker { layouts, ranker: Box::new(Flaky), parts: None, items: None, weight: 1.0 }];
         device.loaded.push_front(Loaded { generation: generation.clone(), index: None, index_changes: 0, rankers });
         let job = |rows: &[f32]| {
             let mut job = Box::new(Job::new(generation.clone()));

@@ -36,6 +36,8 @@ pub struct LoadedRanker {
     pub ranker: Box<dyn Ranker>,
     /// The columns of a request and of candidates where the model is computed in parts.
     pub parts: Option<[Layout; 2]>,
+    /// The columns of items where the model has a table of them.
+    pub items: Option<Layout>,
     /// Share in the mean of a recommendation; 0: only by name, through Rank.
     pub weight: f32,
 }
@@ -81,11 +83,12 @@ pub fn load(
     let mut rankers = Vec::new();
     for ((at, model), prepared) in generation.rankers.iter().enumerate().zip(shared.map_err(wrong)?) {
         let layouts = layouts(model, generation).map_err(wrong)?;
-        let mut parts = None;
+        let (mut parts, mut items) = (None, None);
         let ranker: Box<dyn Ranker> = match prepared {
             Prepared::Dense(dense) => {
                 parts = dense.columns().map(|columns| {
                     let has_table = columns.iter().flatten().any(|c| *c == Dependence::Item);
+                    items = has_table.then(|| Layout::part(&layouts, |d| d == Dependence::Item));
                     let request = Layout::part(&layouts, |d| d == Dependence::Request);
                     let is_candidate = |d| d == Dependence::Candidate || (d == Dependence::Item && !has_table);
                     [request, Layout::part(&layouts, is_candidate)]
@@ -106,7 +109,7 @@ pub fn load(
             None if config.rankers.is_empty() && at == 0 => 1.0,
             None => 0.0,
         };
-        rankers.push(LoadedRanker { layouts, ranker, parts, weight });
+        rankers.push(LoadedRanker { layouts, ranker, parts, items, weight });
     }
     if requests.is_some() {
         generation.ranker_reports.get_or_init(|| rankers.iter().map(|r| r.ranker.report()).collect());
@@ -402,6 +405,60 @@ mod tests {
                     assert!((item.score - want).abs() <= 1e-3 * want.abs().max(1.0), "{} {want}", item.score);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn items_that_came_or_changed_score_as_in_a_bundle_of_them() {
+        for bytes in [1 << 20, 0] {
+            let made = |n: usize, before: bool| {
+                let mut made = Arc::into_inner(generation(Wanted::F32)).unwrap();
+                let matrix = made.item_embeddings.take().unwrap();
+                let mut vectors = Vec::new();
+                (0..n as u32).for_each(|row| matrix.extend_row(row, &mut vectors));
+                // The bundle had another vector of every seventh.
+                vectors.chunks_mut(8).step_by(7).filter(|_| before).for_each(|vector| vector.reverse());
+                let mut popularity = made.popularity[..n].to_vec();
+                popularity.iter_mut().skip(290).for_each(|popularity| *popularity = 0.0);
+                let mut other = testing::with_embeddings(vectors, 8);
+                other.trending = crate::catalog::generation::RankedList {
+                    rows: (0..n as u32).collect::<Vec<_>>().into(),
+                    scores: vec![1.0; n].into(),
+                };
+                (other.rankers, other.popularity) = (made.rankers, popularity.into());
+                Arc::new(other)
+            };
+            let (old, new) = (made(290, true), made(300, false));
+            let items = Arc::new(testing::changes(&old, &new));
+            assert_eq!(items.n_entries(), 42 + 10);
+            let config = Arc::new(PipelineConfig { item_table_bytes: bytes, ..PipelineConfig::default() });
+            let scores = |generation: &Arc<Generation>, items: Option<&Arc<crate::catalog::live::LiveItems>>| {
+                let mut device = CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+                device.load(generation).unwrap();
+                let report = device.loaded[0].rankers[0].ranker.report();
+                assert!(report.split && (report.table_bytes > 0) == (bytes > 0), "{report}");
+                let mut job = Box::new(Job::new(generation.clone()));
+                job.deadline = crate::context::Deadline::after(std::time::Duration::from_secs(60));
+                job.items = items.cloned();
+                job.user.vector = (0..8).map(|at| at as f32 / 4.0 - 1.0).collect();
+                job.user.history = [3, 7, 295].map(|row| Interaction { row, weight: 1.0 }).into();
+                job.task = Task::Rank { rows: (0..300).collect(), ranker: 0 };
+                // Twice: the second time lines are there.
+                let mut twice = [(); 2].map(|()| {
+                    job.ranked.clear();
+                    device.execute(std::slice::from_mut(&mut job)).unwrap();
+                    assert!(job.failure.is_none() && job.degraded.is_empty());
+                    job.ranked.items.iter().map(|item| item.score).collect::<Vec<f32>>()
+                });
+                assert_eq!(twice[0], twice[1]);
+                std::mem::take(&mut twice[0])
+            };
+            let (got, want) = (scores(&old, Some(&items)), scores(&new, None));
+            for (row, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!((got - want).abs() <= 1e-5 * want.abs().max(1.0), "{bytes} {row}: {got} {want}");
+            }
+            let lines = items.entries().filter(|(_, item)| item.lines[0].get().is_some()).count();
+            assert_eq!(lines, if bytes > 0 { 52 } else { 0 });
         }
     }
 

@@ -81,11 +81,39 @@ struct SplitModel {
     request: Program,
     candidate: Program,
     table: Option<Arc<Table>>,
+    /// What makes a row of the table, where there is one.
+    item: Option<ItemPart>,
     /// Where the pieces that the request gives lie, and how wide all are.
     shared: (Vec<usize>, usize),
     shared_widths: Vec<usize>,
     /// What each column is taken for: items' are candidates' where there is no table.
     columns: Vec<Vec<Dependence>>,
+}
+
+/// What makes a row of a table from the columns of an item.
+struct ItemPart {
+    program: Program,
+    /// Where its pieces lie in a row, how wide each is, and all are.
+    starts: Vec<usize>,
+    widths: Vec<usize>,
+    width: usize,
+}
+
+impl ItemPart {
+    fn new(split: &Split, kernel: Kernel) -> Self {
+        let widths = split.candidate.item_widths.clone();
+        let (starts, width) = places(&widths);
+        ItemPart { program: Program::compile(&split.item, Plan::f32(kernel)), starts, widths, width }
+    }
+
+    /// Hands over the row, the place in it and the values of each piece of `n` rows.
+    fn run(&self, scratch: &mut Scratch, columns: &[f32], n: usize, mut put: impl FnMut(usize, usize, &[f32])) {
+        self.program.run(scratch, &[columns], Given::default(), n, |block, n, of| {
+            for (at, (&start, &width)) in self.starts.iter().zip(&self.widths).enumerate() {
+                (0..n).for_each(|row| put(block + row, start, of(at).floats(row, width)));
+            }
+        });
+    }
 }
 
 impl Model {
@@ -194,7 +222,8 @@ impl Model {
                 .map(|sample| {
                     let (one, each) = (split.of_request(sample), split.of_candidates(sample));
                     let (mut shared, mut scores) = (Vec::new(), Vec::new());
-                    split.score((&mut request, &mut candidate, &mut shared), &one, &sample.rows, &each, &mut scores);
+                    let (scratch, table) = ((&mut request, &mut candidate, &mut shared), split.table.as_deref());
+                    split.score(scratch, &one, (table, &sample.rows), &each, &mut scores);
                     scores
                 })
                 .collect();
@@ -277,6 +306,7 @@ impl Parts {
             request: Program::compile(&split.request, Plan::f32(kernel)),
             candidate: program,
             table: table.clone(),
+            item: table.is_some().then(|| ItemPart::new(split, kernel)),
             shared: places(&split.candidate.shared_widths),
             shared_widths: split.candidate.shared_widths.clone(),
             columns: columns.to_vec(),
@@ -291,7 +321,7 @@ impl Parts {
                 let (one, each) = (observed.of_request(sample), observed.of_candidates(sample));
                 let mut shared = Vec::new();
                 observed.prepare(&mut request, &mut shared, &one);
-                let given = observed.given(&shared, &sample.rows);
+                let given = observed.given(&shared, (observed.table.as_deref(), &sample.rows));
                 let n = sample.rows.len();
                 observed.candidate.observe(&mut candidate, &[&each], given, n, &mut ranges);
             }
@@ -306,24 +336,16 @@ impl Parts {
         if let Some(table) = self.tables.iter().find(|table| table.precision() == precision) {
             return table.clone();
         }
-        let program = Program::compile(&self.split.item, Plan::f32(kernel));
-        let (starts, width) = places(&self.split.candidate.item_widths);
-        let widths = &self.split.candidate.item_widths;
-        let mut table = Table::new(items.len(), width, precision);
+        let item = ItemPart::new(&self.split, kernel);
+        let mut table = Table::new(items.len(), item.width, precision);
         let mut pieces: Vec<_> = table.pieces(TABLE_ROWS).collect();
         pieces.par_iter_mut().enumerate().for_each_init(
-            || (program.scratch(), Vec::new()),
+            || (item.program.scratch(), Vec::new()),
             |(scratch, columns), (piece, rows)| {
                 let first = piece * TABLE_ROWS;
                 let n = TABLE_ROWS.min(items.len() - first);
                 items.fill(first as u32..(first + n) as u32, columns);
-                program.run(scratch, &[columns], Given::default(), n, |block, n, of| {
-                    for (at, (&start, &width)) in starts.iter().zip(widths).enumerate() {
-                        for row in 0..n {
-                            rows.write(block + row, start, of(at).floats(row, width));
-                        }
-                    }
-                });
+                item.run(scratch, columns, n, |row, start, values| rows.write(row, start, values));
             },
         );
         drop(pieces);
@@ -368,20 +390,20 @@ impl SplitModel {
         });
     }
 
-    fn given<'a>(&'a self, shared: &'a [f32], rows: &'a [u32]) -> Given<'a> {
-        Given { items: self.table.as_deref().map(|table| (table, rows)), shared }
+    fn given<'a>(&self, shared: &'a [f32], (table, rows): (Option<&'a Table>, &'a [u32])) -> Given<'a> {
+        Given { items: table.map(|table| (table, rows)), shared }
     }
 
     fn score(
         &self,
         (first, second, shared): (&mut Scratch, &mut Scratch, &mut Vec<f32>),
         request: &[f32],
-        rows: &[u32],
+        items: (Option<&Table>, &[u32]),
         candidates: &[f32],
         scores: &mut Vec<f32>,
     ) {
         self.prepare(first, shared, request);
-        self.candidate.run(second, &[candidates], self.given(shared, rows), rows.len(), |_, n, of| {
+        self.candidate.run(second, &[candidates], self.given(shared, items), items.1.len(), |_, n, of| {
             scores.extend((0..n).map(|at| of(0).floats(at, 1)[0]));
         });
     }
@@ -393,6 +415,7 @@ pub struct DenseRanker {
     whole: Scratch,
     request: Scratch,
     candidate: Scratch,
+    item: Scratch,
     shared: Vec<f32>,
 }
 
@@ -403,7 +426,9 @@ impl DenseRanker {
             Some(split) => (split.request.scratch(), split.candidate.scratch()),
             None => Default::default(),
         };
-        DenseRanker { whole: model.whole.scratch(), request, candidate, shared: Vec::new(), model }
+        let part = model.split.as_ref().and_then(|split| split.item.as_ref());
+        let item = part.map(|part| part.program.scratch()).unwrap_or_default();
+        DenseRanker { whole: model.whole.scratch(), request, candidate, item, shared: Vec::new(), model }
     }
 
     /// The model.
@@ -437,7 +462,55 @@ impl DenseRanker {
             return Err(wrong(format!("no item {row} in a table of {}", table.n_rows())));
         }
         let scratch = (&mut self.request, &mut self.candidate, &mut self.shared);
-        split.score(scratch, request, rows, candidates, scores);
+        split.score(scratch, request, (split.table.as_deref(), rows), candidates, scores);
+        Ok(())
+    }
+
+    /// Whether there is a table of what depends on items.
+    pub fn has_table(&self) -> bool {
+        self.model.split.as_ref().is_some_and(|split| split.item.is_some())
+    }
+
+    /// What the table would have of an item with these columns, in f32; empty where there is no table, or for columns of another number.
+    pub fn line(&mut self, columns: &[f32]) -> Box<[f32]> {
+        let part = self.model.split.as_ref().and_then(|split| split.item.as_ref());
+        let Some(part) = part.filter(|part| part.program.inputs()[0] == columns.len()) else { return Box::default() };
+        let mut line = vec![0.0; part.width];
+        part.run(&mut self.item, columns, 1, |_, start, values| {
+            line[start..start + values.len()].copy_from_slice(values);
+        });
+        line.into()
+    }
+
+    /// As [`Self::score_split`], of items that the table does not have: of each what [`Self::line`] gives.
+    ///
+    /// # Errors
+    /// A model without a table, values of another number; `scores` is then empty.
+    pub fn score_lines(
+        &mut self,
+        request: &[f32],
+        lines: &[&[f32]],
+        candidates: &[f32],
+        scores: &mut Vec<f32>,
+    ) -> Result<(), RankError> {
+        scores.clear();
+        let wrong = |reason: &str| RankError { ranker: self.model.name.clone(), reason: reason.to_owned() };
+        let split = self.model.split.as_ref().ok_or_else(|| wrong("the model is not split"))?;
+        let (Some(part), Some(table)) = (&split.item, &split.table) else {
+            return Err(wrong("the model has no table"));
+        };
+        let (one, each) = (split.request.inputs()[0], split.candidate.inputs()[0]);
+        let fits = request.len() == one && candidates.len() == each * lines.len();
+        if !fits || lines.iter().any(|line| line.len() != part.width) {
+            return Err(wrong("values of another number"));
+        }
+        let mut own = Table::new(lines.len(), part.width, table.precision());
+        for mut rows in own.pieces(lines.len().max(1)) {
+            lines.iter().enumerate().for_each(|(row, line)| rows.write(row, 0, line));
+        }
+        let rows: Vec<u32> = (0..lines.len() as u32).collect();
+        let scratch = (&mut self.request, &mut self.candidate, &mut self.shared);
+        split.score(scratch, request, (Some(&own), &rows), candidates, scores);
         Ok(())
     }
 }
