@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::log::{self, HEADER, Logged, RECORD_HEADER};
+use super::log::{self, HEADER, Logged, Place, RECORD_HEADER};
 
 /// Bytes read at a time; more for a record that is larger.
 const CHUNK: usize = 1 << 20;
@@ -82,7 +82,7 @@ impl Follower {
                         if sequence >= self.next {
                             self.lost += sequence - self.next;
                             let payload = &self.buffer[at + RECORD_HEADER..at + RECORD_HEADER + len];
-                            take(Logged { format: segment.format, sequence, payload });
+                            take(Logged { format: segment.format, sequence, place: Place::Since, payload });
                             self.next = sequence + 1;
                             any = true;
                         }
@@ -191,7 +191,7 @@ mod tests {
         for _ in 0..10_000 {
             let before = follower.next();
             follower
-                .read(until, |Logged { format, sequence, payload }| {
+                .read(until, |Logged { format, sequence, payload, .. }| {
                     assert_eq!((format, log::number(payload, 0, 8)), (log::FORMAT, sequence));
                     assert!(payload[8..].iter().all(|&b| b == sequence as u8));
                     got.push(sequence);
