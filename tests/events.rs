@@ -331,18 +331,18 @@ fn events_are_carried_to_parquet_once() {
         assert_eq!(metric(&server, "tastemaker_event_sink_lost_total{sink=\"parquet\"}"), 0.0);
         server.shut_down().unwrap();
     }
-    assert_eq!(carried(&config.events.parquet.dir), ids);
+    assert_eq!(carried(&config.events.parquet.dir.join("events")), ids);
     // A log that began anew is not carried over the files of the old one, and serving goes on.
     std::fs::remove_dir_all(&config.events.log_dir).unwrap();
     let server = start(config.clone(), Options::default());
     client(&server).put_events(&[Event { event_id: "late", ..Event::new("u", "item-1", "view") }], true).unwrap();
     eventually("the sink refuses", || metric(&server, "tastemaker_event_sink_failures_total{sink=\"parquet\"}") >= 1.0);
     server.shut_down().unwrap();
-    assert_eq!(carried(&config.events.parquet.dir), ids);
+    assert_eq!(carried(&config.events.parquet.dir.join("events")), ids);
     // Files elsewhere begin with it.
     config.events.parquet.dir = dir.path().join("elsewhere");
     start(config.clone(), Options::default()).shut_down().unwrap();
-    ids = carried(&config.events.parquet.dir);
+    ids = carried(&config.events.parquet.dir.join("events"));
     assert_eq!(ids, ["late"]);
 }
 
@@ -352,4 +352,60 @@ fn sinks_need_a_log() {
     config.events.parquet.dir = "somewhere".into();
     let error = config.events.validate().unwrap_err();
     assert!(error.contains("events.parquet.dir needs events.log_dir"), "{error}");
+}
+
+#[test]
+fn what_was_shown_is_logged_and_carried() {
+    use arrow_array::cast::AsArray;
+    use arrow_array::types::{Float32Type, UInt32Type};
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = logged(dir.path());
+    config.events.parquet.dir = dir.path().join("parquet");
+    config.events.exposure_rate = 1.0;
+    let server = start(config.clone(), Options::default());
+    let mut client = client(&server);
+    let mut shown: HashMap<String, Vec<(String, f32)>> = HashMap::new();
+    let context = [("device", "tv"), ("device", "phone")];
+    for user in ["user-1", "user-2", "nobody"] {
+        // Computed, and from the cache.
+        for _ in 0..2 {
+            let call = RecommendCall { context: &context, ..RecommendCall::new(user, 5) };
+            let answer = client.recommend(&call).unwrap();
+            let items = answer.items.into_iter().map(|item| (item.item_id, item.score)).collect();
+            shown.insert(user.to_owned(), items);
+        }
+    }
+    let _ = client.recommend(&RecommendCall::new("", 5)).unwrap_err();
+    eventually("exposures are logged", || metric(&server, "tastemaker_exposures_total") >= 6.0);
+    assert_eq!(metric(&server, "tastemaker_exposures_dropped_total"), 0.0);
+    server.shut_down().unwrap();
+    let mut rows = HashMap::new();
+    let mut folders = vec![config.events.parquet.dir.join("exposures")];
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let file = std::fs::File::open(path).unwrap();
+            let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder::try_new(file).unwrap();
+            for batch in reader.build().unwrap() {
+                let batch = batch.unwrap();
+                let column = |name: &str| batch.column_by_name(name).unwrap();
+                for at in 0..batch.num_rows() {
+                    let user = column("user_id").as_string::<i32>().value(at).to_owned();
+                    let rank = column("rank").as_primitive::<UInt32Type>().value(at);
+                    let item = column("item_id").as_string::<i32>().value(at).to_owned();
+                    let score = column("score").as_primitive::<Float32Type>().value(at);
+                    assert_eq!(shown[&user][rank as usize - 1], (item, score));
+                    assert_eq!(column("context").as_map().value(at).column(1).as_string::<i32>().value(0), "phone");
+                    *rows.entry((user, rank)).or_insert(0) += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(rows.len(), 15);
+    assert!(rows.values().all(|n| *n == 2));
+    // A restart reads them over.
+    start(config, Options::default()).shut_down().unwrap();
 }

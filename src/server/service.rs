@@ -6,10 +6,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use smallvec::SmallVec;
 
 use super::completions::{Completion, Completions};
 use super::index::IndexAdmin;
-use crate::api::{CacheStatus, Call, InferCall, Kind, Outcome, RecommendCall, Slate, Ticket};
+use crate::api::{CacheStatus, Call, InferCall, Kind, Outcome, RecommendCall, Slate, SlateItem, Ticket};
 use crate::cache::CacheConfig;
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
@@ -28,6 +31,7 @@ use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
+use crate::state::exposure::{self, Exposed, Exposure};
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
 use crate::state::{LiveState, schema};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
@@ -175,10 +179,18 @@ struct Flight {
     started: Instant,
     /// It ran out of time and was answered; its job is still out.
     answered: bool,
+    /// Whose answer is to be logged.
+    shown: Option<Box<Shown>>,
+}
+
+/// What is kept of a call whose answer is to be logged.
+struct Shown {
+    user_id: String,
+    context: Vec<(String, String)>,
 }
 
 impl Flight {
-    fn new(plan: &Plan, ticket: Ticket, deadline: Deadline, started: Instant) -> Self {
+    fn new(plan: &mut Plan, ticket: Ticket, deadline: Deadline, started: Instant) -> Self {
         Flight {
             ticket,
             endpoint: plan.endpoint,
@@ -190,6 +202,7 @@ impl Flight {
             deadline,
             started,
             answered: false,
+            shown: plan.shown.take(),
         }
     }
 }
@@ -200,11 +213,12 @@ struct Plan {
     key: Option<CacheKey>,
     n_items: u32,
     explain: bool,
+    shown: Option<Box<Shown>>,
 }
 
 impl Plan {
     fn of(endpoint: Endpoint) -> Self {
-        Plan { endpoint, key: None, n_items: 0, explain: false }
+        Plan { endpoint, key: None, n_items: 0, explain: false, shown: None }
     }
 }
 
@@ -244,6 +258,8 @@ pub struct Service {
     pushed: bool,
     draining: bool,
     next_sweep: Instant,
+    /// Draws the sample of exposures.
+    random: SmallRng,
 }
 
 /// How often calls are checked for having run out of time.
@@ -263,6 +279,7 @@ impl Service {
             pushed: false,
             draining: false,
             next_sweep: Instant::now(),
+            random: SmallRng::from_os_rng(),
             shared,
         }
     }
@@ -329,8 +346,34 @@ impl Service {
         };
         if let Some(outcome) = &outcome {
             self.metrics().record_outcome(endpoint, outcome, now.elapsed());
+            if let (Outcome::Slate(slate, cache), Call::Recommend(call)) = (outcome, call)
+                && self.shown()
+            {
+                self.expose(call.user_id, call.context, slate, *cache);
+            }
         }
         outcome
+    }
+
+    /// Whether what is answered now belongs to the sample that is logged.
+    fn shown(&mut self) -> bool {
+        let rate = self.shared.config.events.exposure_rate;
+        rate > 0.0 && self.random.random::<f32>() < rate
+    }
+
+    fn expose(&self, user_id: &str, context: &[(&str, &str)], slate: &Slate, cache: CacheStatus) {
+        let ids = &slate.generation.items.ids;
+        let exposed =
+            |item: &SlateItem| Exposed { item_id: ids.id(item.row), score: item.score, sources: item.sources.0 };
+        let last = |at: usize| context[at + 1..].iter().all(|(key, _)| *key != context[at].0);
+        self.shared.events.expose(exposure::encode(&Exposure {
+            time_ms: now_ms(),
+            user_id,
+            model_version: &slate.generation.version,
+            cache: cache.name(),
+            context: (0..context.len()).filter(|&at| last(at)).map(|at| context[at]).collect(),
+            items: slate.items.iter().map(exposed).collect(),
+        }));
     }
 
     /// As [`Self::submit`], for a ranker's own inference.
@@ -357,6 +400,7 @@ impl Service {
     }
 
     fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
+        let shown = matches!(call, Call::Recommend(_)) && self.shown();
         let mut job = self.job();
         let Service { shared, pool, .. } = self;
         let live = Some(&*shared.live);
@@ -408,6 +452,11 @@ impl Service {
                     }
                     plan.key = Some(of);
                 }
+                if shown {
+                    let owned = |&(key, value): &(&str, &str)| (key.to_owned(), value.to_owned());
+                    let context = call.context.iter().map(owned).collect();
+                    plan.shown = Some(Box::new(Shown { user_id: call.user_id.to_owned(), context }));
+                }
                 plan::recommend(&call, generation, live, &shared.reranker, config, now, &mut job)
             }
             Call::Search(call) => {
@@ -435,13 +484,13 @@ impl Service {
     }
 
     /// Computes a result for the cache, as the leader of its key: nobody waits for it here.
-    fn refresh(&mut self, mut job: Box<Job>, plan: Plan, now: Instant) {
+    fn refresh(&mut self, mut job: Box<Job>, mut plan: Plan, now: Instant) {
         let Some(slot) = self.free.pop() else {
             self.pool.push(job);
             return self.release_followers(plan.key, None);
         };
         (job.shard, job.ticket) = (self.shard, self.internal(slot));
-        let mut flight = Flight::new(&plan, Ticket(0), job.deadline, now);
+        let mut flight = Flight::new(&mut plan, Ticket(0), job.deadline, now);
         (flight.leader, flight.answered) = (true, true);
         match self.shared.jobs.push(job) {
             Ok(()) => {
@@ -457,7 +506,7 @@ impl Service {
     }
 
     /// Takes a slot for a planned job and sends it on its way, or lets it wait for an identical one.
-    fn launch(&mut self, mut job: Box<Job>, plan: Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
+    fn launch(&mut self, mut job: Box<Job>, mut plan: Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
         let key = plan.key;
         let Some(slot) = self.free.pop() else {
             self.pool.push(job);
@@ -466,7 +515,7 @@ impl Service {
         let internal = self.internal(slot);
         let Service { shared, pool, .. } = self;
         (job.shard, job.ticket) = (self.shard, internal);
-        let mut flight = Flight::new(&plan, ticket, job.deadline, now);
+        let mut flight = Flight::new(&mut plan, ticket, job.deadline, now);
         let role = key.map(|key| shared.flights.join(key, Waiter { shard: self.shard, ticket: internal }));
         if role == Some(Role::Follower) {
             flight.waiting = Some(job);
@@ -513,7 +562,7 @@ impl Service {
             return Some(Outcome::Failed(error));
         }
         let budget = self.shared.budget(deadline).unwrap_or_default();
-        self.fly(slot, Flight::new(&Plan::of(endpoint), ticket, Deadline(now + budget), now));
+        self.fly(slot, Flight::new(&mut Plan::of(endpoint), ticket, Deadline(now + budget), now));
         None
     }
 
@@ -599,6 +648,11 @@ impl Service {
 
     fn answer(&self, flight: &Flight, outcome: Outcome, deliver: &mut dyn FnMut(Ticket, Outcome)) {
         if !flight.answered {
+            if let (Outcome::Slate(slate, cache), Some(call)) = (&outcome, &flight.shown) {
+                let context: SmallVec<[_; 8]> =
+                    call.context.iter().map(|(key, value)| (&key[..], &value[..])).collect();
+                self.expose(&call.user_id, &context, slate, *cache);
+            }
             self.metrics().record_outcome(flight.endpoint, &outcome, flight.started.elapsed());
             deliver(flight.ticket, outcome);
         }

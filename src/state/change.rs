@@ -31,10 +31,13 @@ pub enum Kind {
     UpsertUsers = 4,
     /// Users are forgotten.
     DeleteUsers = 5,
+    /// See [`super::exposure`].
+    Exposure = 6,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] = [Kind::Events, Kind::UpsertItems, Kind::DeleteItems, Kind::UpsertUsers, Kind::DeleteUsers];
+    const ALL: [Kind; 6] =
+        [Kind::Events, Kind::UpsertItems, Kind::DeleteItems, Kind::UpsertUsers, Kind::DeleteUsers, Kind::Exposure];
 
     /// The kind of a record, and the rest of it.
     ///
@@ -57,6 +60,7 @@ impl Kind {
             Kind::DeleteItems => "delete_items",
             Kind::UpsertUsers => "upsert_users",
             Kind::DeleteUsers => "delete_users",
+            Kind::Exposure => "exposure",
         }
     }
 
@@ -71,6 +75,7 @@ impl Kind {
             Kind::Events => "events",
             Kind::UpsertItems | Kind::DeleteItems => "items",
             Kind::UpsertUsers | Kind::DeleteUsers => "users",
+            Kind::Exposure => "exposures",
         }
     }
 }

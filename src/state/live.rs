@@ -282,6 +282,7 @@ impl LiveState {
     pub fn apply_record(&self, record: &[u8]) -> Result<Receipt, Damaged> {
         match Kind::of(record)? {
             (Kind::Events, body) => self.apply_events(body),
+            (Kind::Exposure, _) => Ok(Receipt::default()),
             (kind, body) => self.apply_changes(kind, body),
         }
     }
@@ -296,6 +297,7 @@ impl LiveState {
         }
         match (Kind::of(record.payload)?, record.place) {
             ((Kind::Events, body), _) => self.apply_events(body),
+            ((Kind::Exposure, _), _) => Ok(Receipt::default()),
             // Events of before are read again, and the profile knows of later upserts.
             ((Kind::DeleteUsers, body), Place::Before) => {
                 change::decode(body, |change: &Change<'_>| {
@@ -348,7 +350,7 @@ impl LiveState {
                 Kind::DeleteItems => catalogue.delete(&self.generation, change),
                 Kind::UpsertUsers => self.upsert_user(change),
                 Kind::DeleteUsers => self.delete_user(change.id, false),
-                Kind::Events => return Err(Damaged),
+                Kind::Events | Kind::Exposure => return Err(Damaged),
             };
             receipt.unknown += u32::from(changed == Changed::Unknown);
             receipt.created += u32::from(changed == Changed::Created);

@@ -7,6 +7,7 @@
 mod carried;
 pub mod change;
 pub mod event;
+pub mod exposure;
 pub mod fold_in;
 pub mod follow;
 pub mod items;
@@ -29,17 +30,28 @@ pub use live::LiveState;
 use sinks::parquet::ParquetConfig;
 use sinks::redis::StreamConfig;
 
-/// Hands every event of a record of the log to `take`; records of something else have none.
+/// What a record of the log holds that is carried elsewhere.
+enum Carried<'a, 'r> {
+    Event(&'a event::Event<'r>),
+    Exposure(&'a exposure::Exposure<'r>),
+}
+
+/// Hands everything of a record that is carried to `take`; records of changes have nothing.
 ///
 /// # Errors
 /// The record is damaged.
-fn events_of(record: log::Logged<'_>, take: impl FnMut(&event::Event<'_>)) -> Result<(), event::Damaged> {
-    match record.format {
-        1 => event::decode_body(record.payload, take),
-        _ => match change::Kind::of(record.payload)? {
-            (change::Kind::Events, body) => event::decode_body(body, take),
-            _ => Ok(()),
-        },
+fn carried_of(record: log::Logged<'_>, mut take: impl FnMut(Carried<'_, '_>)) -> Result<(), event::Damaged> {
+    let (kind, body) = match record.format {
+        1 => (change::Kind::Events, record.payload),
+        _ => change::Kind::of(record.payload)?,
+    };
+    match kind {
+        change::Kind::Events => event::decode_body(body, |event| take(Carried::Event(event))),
+        change::Kind::Exposure => {
+            take(Carried::Exposure(&exposure::decode_body(body)?));
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 
@@ -97,6 +109,8 @@ pub struct EventsConfig {
     pub history_per_user: u32,
     /// Users kept; the least recently active go. 1 to 1e9, default 1000000.
     pub max_users: u32,
+    /// Share of the answered recommendations that are logged as exposures, 0 to 1. Default 0: none.
+    pub exposure_rate: f32,
     /// Events as Parquet files.
     pub parquet: ParquetConfig,
     /// Events as a Redis stream.
@@ -170,6 +184,7 @@ impl Default for EventsConfig {
             max_queued: 1024,
             history_per_user: 500,
             max_users: 1_000_000,
+            exposure_rate: 0.0,
             parquet: ParquetConfig::default(),
             redis_stream: StreamConfig::default(),
             kinds: kinds.map(|(name, kind)| (name.to_owned(), kind)).into(),
@@ -198,12 +213,16 @@ impl EventsConfig {
         in_range("events", ranges)?;
         self.parquet.validate()?;
         self.redis_stream.validate()?;
+        if !(0.0..=1.0).contains(&self.exposure_rate) {
+            return Err(format!("events.exposure_rate is {}, expected 0 to 1", self.exposure_rate));
+        }
         let sinks = [
+            ("exposure_rate", self.exposure_rate == 0.0),
             ("parquet.dir", self.parquet.dir.as_os_str().is_empty()),
             ("redis_stream.url", self.redis_stream.url.is_empty()),
         ];
         if let Some((key, _)) = sinks.iter().find(|(_, off)| self.log_dir.as_os_str().is_empty() && !off) {
-            return Err(format!("events.{key} needs events.log_dir: events are carried from the log"));
+            return Err(format!("events.{key} needs events.log_dir"));
         }
         let weight = |weight: f32| weight >= 0.0 && weight.is_finite();
         for (name, kind) in &self.kinds {

@@ -16,7 +16,7 @@ pub fn check(generation: &Generation, record: &[u8]) -> Result<(), Error> {
         Kind::DeleteItems | Kind::DeleteUsers => return Ok(()),
         Kind::UpsertUsers => (&generation.users.columns, &[][..]),
         Kind::UpsertItems => (&generation.items.columns, &generation.text_columns[..]),
-        Kind::Events => return Err(Wrong::from(Damaged).into()),
+        Kind::Events | Kind::Exposure => return Err(Wrong::from(Damaged).into()),
     };
     let mut at = 0;
     change::decode(body, |change| {

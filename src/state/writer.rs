@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use crossbeam_queue::ArrayQueue;
 
 use super::change::{self, Kind};
 use super::event::Damaged;
@@ -26,6 +27,9 @@ use crate::ring::Ring;
 const TICK: Duration = Duration::from_millis(250);
 /// Calls that one write takes at most.
 const BATCH: usize = 512;
+/// Exposures that one write takes at most, and that wait. The writer looks at them every [`TICK`] at least.
+const EXPOSURE_BATCH: usize = 4096;
+const MOST_EXPOSURES: usize = 1 << 17;
 
 /// A call on its way to the log.
 #[derive(Debug)]
@@ -60,6 +64,10 @@ pub struct EventCounters {
     pub unknown_items: AtomicU64,
     /// Calls that the log refused.
     pub refused: AtomicU64,
+    /// Exposures logged.
+    pub exposures: AtomicU64,
+    /// Exposures that found no room in the queue or in the log.
+    pub exposures_dropped: AtomicU64,
     /// Entries of changes applied, by [`Kind`].
     pub changes: [AtomicU64; 6],
     /// Bytes of the log.
@@ -77,6 +85,8 @@ pub struct EventCounters {
 /// The way to the writer.
 pub struct EventQueue {
     inbox: Ring<Submission>,
+    /// Records that nobody waits for.
+    exposures: ArrayQueue<Vec<u8>>,
     /// Whether there is a log.
     durable: bool,
     /// Counters.
@@ -90,6 +100,7 @@ impl EventQueue {
     pub fn new(state: &LiveState) -> Self {
         EventQueue {
             inbox: Ring::new(state.config().max_queued as usize, 1),
+            exposures: ArrayQueue::new(MOST_EXPOSURES),
             durable: !state.config().log_dir.as_os_str().is_empty(),
             counters: EventCounters::default(),
             sinks: OnceLock::new(),
@@ -109,6 +120,13 @@ impl EventQueue {
             self.counters.refused.fetch_add(1, Relaxed);
             Error::fixed(Code::Overloaded, "too many calls wait for the event log")
         })
+    }
+
+    /// Logs the record of an exposure soon, unless too many wait.
+    pub fn expose(&self, record: Vec<u8>) {
+        if self.exposures.push(record).is_err() {
+            self.counters.exposures_dropped.fetch_add(1, Relaxed);
+        }
     }
 
     /// Lets the writer end when everything that was pushed is answered.
@@ -191,8 +209,17 @@ pub fn spawn(
         queue.counters.on_disk.store(log.next_sequence(), Release);
     }
     std::thread::Builder::new().name("events".into()).spawn(move || {
-        Writer { state: &state, log, queue: &queue, sink: &*sink, batch: Vec::new(), unsynced: None, failing: false }
-            .run();
+        Writer {
+            state: &state,
+            log,
+            queue: &queue,
+            sink: &*sink,
+            batch: Vec::new(),
+            exposures: Vec::new(),
+            unsynced: None,
+            failing: false,
+        }
+        .run();
         if let Some(index) = index {
             index.close();
         }
@@ -247,6 +274,7 @@ struct Writer<'a> {
     queue: &'a EventQueue,
     sink: &'a dyn ReceiptSink,
     batch: Vec<Submission>,
+    exposures: Vec<Vec<u8>>,
     /// Since when something that was appended is not synced.
     unsynced: Option<Instant>,
     /// The last write failed, which was said.
@@ -264,8 +292,16 @@ impl Writer<'_> {
             {
                 self.batch.push(submission);
             }
-            let idle = self.batch.is_empty();
-            if !idle {
+            while self.exposures.len() < EXPOSURE_BATCH
+                && let Some(record) = self.queue.exposures.pop()
+            {
+                self.exposures.push(record);
+            }
+            let idle = self.batch.is_empty() && self.exposures.is_empty();
+            if !self.exposures.is_empty() {
+                self.write_exposures();
+            }
+            if !self.batch.is_empty() {
                 self.write();
             }
             let now = Instant::now();
@@ -333,6 +369,24 @@ impl Writer<'_> {
                 self.sink.deliver(shard, ticket, result);
             }
         }
+    }
+
+    /// Logs what waits; what can't be logged is counted and gone.
+    fn write_exposures(&mut self) {
+        let n = self.exposures.len() as u64;
+        let counters = &self.queue.counters;
+        let appended = match &mut self.log {
+            Some(log) => log.append(self.exposures.iter().map(|record| &record[..])).is_ok(),
+            None => false,
+        };
+        match appended {
+            true => {
+                counters.exposures.fetch_add(n, Relaxed);
+                self.unsynced.get_or_insert_with(Instant::now);
+            }
+            false => drop(counters.exposures_dropped.fetch_add(n, Relaxed)),
+        }
+        self.exposures.clear();
     }
 
     /// Answers calls for which there is no room, before the log has them.

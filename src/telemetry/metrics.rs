@@ -455,7 +455,7 @@ impl Metrics {
         line(o, "tastemaker_partition_troubles_total", "reason=\"failed\"", gauges.partition_failures);
         line(o, "tastemaker_partition_troubles_total", "reason=\"deadline\"", gauges.partition_latenesses);
         let of_items = |of: fn(&LiveItems) -> usize| gauges.items.as_ref().map_or(0, |items| of(items) as u64);
-        let plain: [(&str, &str, &str, u64); 30] = [
+        let plain: [(&str, &str, &str, u64); 32] = [
             ("tastemaker_partitions", "gauge", "Partitions of the index", gauges.partitions as u64),
             (
                 "tastemaker_partitions_down",
@@ -522,6 +522,8 @@ impl Metrics {
                 "Calls that the event log refused",
                 event(|c| &c.refused),
             ),
+            ("tastemaker_exposures_total", "counter", "Exposures logged", event(|c| &c.exposures)),
+            ("tastemaker_exposures_dropped_total", "counter", "Exposures not logged", event(|c| &c.exposures_dropped)),
             ("tastemaker_event_log_bytes", "gauge", "Size of the event log", event(|c| &c.log_bytes)),
             ("tastemaker_state_file_bytes", "gauge", "Size of the file of items and users", event(|c| &c.state_bytes)),
             ("tastemaker_event_log_syncs_total", "counter", "Syncs of the event log", event(|c| &c.syncs)),

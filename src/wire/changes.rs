@@ -108,7 +108,7 @@ pub(super) fn offset(
             let args = schema::UpsertUsersArgs { users, durable, deadline_us };
             (Body::UpsertUsers, schema::UpsertUsers::create(builder, &args).as_union_value())
         }
-        Kind::UpsertItems | Kind::Events => {
+        Kind::UpsertItems | Kind::Events | Kind::Exposure => {
             let mut items = Vec::new();
             each(&mut |change| {
                 let args = schema::ItemArgs {

@@ -16,7 +16,9 @@ use std::time::Duration;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::Carried;
 use super::event::Event;
+use super::exposure::Exposure;
 use super::follow::Follower;
 use super::{EventsConfig, writer::EventQueue};
 
@@ -43,6 +45,12 @@ pub trait Sink: Send {
     /// As [`Self::resume`].
     fn take(&mut self, at: Position, event: &Event<'_>) -> anyhow::Result<()>;
 
+    /// Takes an exposure.
+    ///
+    /// # Errors
+    /// As [`Self::resume`].
+    fn expose(&mut self, at: Position, exposure: &Exposure<'_>) -> anyhow::Result<()>;
+
     /// All events of the records before `next` were taken: keeps them, if it is time or `closing`.
     ///
     /// # Errors
@@ -64,7 +72,7 @@ pub struct Position {
 pub struct SinkCounters {
     /// [`Sink::name`]
     pub name: &'static str,
-    /// Events carried, but for those that wait to be kept.
+    /// Events and exposures carried, but for those that wait to be kept.
     pub events: AtomicU64,
     /// Records of the log that were gone or damaged before they were read.
     pub lost: AtomicU64,
@@ -185,12 +193,15 @@ impl Carrier {
                 follower.read(until, |record| {
                     let sequence = record.sequence;
                     let mut index = 0;
-                    let events = super::events_of(record, |event| {
+                    let events = super::carried_of(record, |carried| {
                         let at = Position { sequence, index };
                         index += 1;
                         if failed.is_none() && at >= from {
                             n += 1;
-                            failed = sink.take(at, event).err();
+                            failed = match carried {
+                                Carried::Event(event) => sink.take(at, event).err(),
+                                Carried::Exposure(exposure) => sink.expose(at, exposure).err(),
+                            };
                         }
                     });
                     if events.is_err() {

@@ -1,5 +1,6 @@
-//! Events as Parquet files, by the hour that they happened in: `DIR/date=2026-11-25/hour=13/FIRST-LAST.parquet`, named after the
-//! log's records that they hold events of. Every reader of partitioned data sets reads the directory as one table.
+//! Events and exposures as Parquet files, by the hour that they happened in: `DIR/events/date=2026-11-25/hour=13/FIRST-LAST.parquet`,
+//! named after the log's records that they are of, and `DIR/exposures/…` with a row per item shown. Every reader of partitioned
+//! data sets reads one of these directories as one table.
 //!
 //! `_cursor.json` is written after the files of a round: a start removes what is newer than it says, and writes that anew.
 
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use arrow_array::builder::{
-    Float32Builder, MapBuilder, StringBuilder, StringDictionaryBuilder, TimestampMillisecondBuilder, UInt32Builder,
-    UInt64Builder,
+    Float32Builder, MapBuilder, StringBuilder, StringDictionaryBuilder, TimestampMillisecondBuilder, UInt8Builder,
+    UInt32Builder, UInt64Builder,
 };
 use arrow_array::types::Int32Type;
 use arrow_array::{ArrayRef, RecordBatch};
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::{Position, Sink};
 use crate::config::in_range;
 use crate::state::event::Event;
+use crate::state::exposure::Exposure;
 
 const CURSOR: &str = "_cursor.json";
 const HOUR_MS: i64 = 3_600_000;
@@ -71,13 +73,14 @@ pub struct ParquetSink {
     /// Of what the files hold.
     next: u64,
     /// By hour since 1970.
-    hours: BTreeMap<i64, Rows>,
+    events: BTreeMap<i64, EventRows>,
+    exposures: BTreeMap<i64, ExposureRows>,
     n_rows: usize,
     oldest: Option<Instant>,
 }
 
 #[derive(Default)]
-struct Rows {
+struct EventRows {
     sequence: UInt64Builder,
     index: UInt32Builder,
     time: TimestampMillisecondBuilder,
@@ -86,10 +89,82 @@ struct Rows {
     item_id: StringBuilder,
     kind: StringDictionaryBuilder<Int32Type>,
     value: Float32Builder,
-    context: Option<MapBuilder<StringBuilder, StringBuilder>>,
+    context: Contexts,
 }
 
-impl Rows {
+/// A row per item.
+#[derive(Default)]
+struct ExposureRows {
+    sequence: UInt64Builder,
+    rank: UInt32Builder,
+    time: TimestampMillisecondBuilder,
+    user_id: StringBuilder,
+    item_id: StringBuilder,
+    score: Float32Builder,
+    sources: UInt8Builder,
+    model_version: StringDictionaryBuilder<Int32Type>,
+    cache: StringDictionaryBuilder<Int32Type>,
+    context: Contexts,
+}
+
+/// Maps of keys and values.
+struct Contexts(MapBuilder<StringBuilder, StringBuilder>);
+
+impl Default for Contexts {
+    fn default() -> Self {
+        Contexts(MapBuilder::new(None, StringBuilder::default(), StringBuilder::default()))
+    }
+}
+
+impl Contexts {
+    fn push(&mut self, context: &[(&str, &str)]) -> anyhow::Result<()> {
+        for (key, value) in context {
+            self.0.keys().append_value(key);
+            self.0.values().append_value(value);
+        }
+        Ok(self.0.append(true)?)
+    }
+
+    fn finish(&mut self) -> ArrayRef {
+        Arc::new(self.0.finish())
+    }
+}
+
+impl ExposureRows {
+    fn push(&mut self, sequence: u64, exposure: &Exposure<'_>) -> anyhow::Result<()> {
+        for (rank, item) in (1..).zip(&exposure.items) {
+            self.sequence.append_value(sequence);
+            self.rank.append_value(rank);
+            self.time.append_value(exposure.time_ms);
+            self.user_id.append_value(exposure.user_id);
+            self.item_id.append_value(item.item_id);
+            self.score.append_value(item.score);
+            self.sources.append_value(item.sources);
+            self.model_version.append_value(exposure.model_version);
+            self.cache.append_value(exposure.cache);
+            self.context.push(&exposure.context)?;
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> anyhow::Result<RecordBatch> {
+        let columns: Vec<(&str, ArrayRef, bool)> = vec![
+            ("sequence", Arc::new(self.sequence.finish()), false),
+            ("rank", Arc::new(self.rank.finish()), false),
+            ("time", Arc::new(self.time.finish().with_timezone("UTC")), false),
+            ("user_id", Arc::new(self.user_id.finish()), false),
+            ("item_id", Arc::new(self.item_id.finish()), false),
+            ("score", Arc::new(self.score.finish()), false),
+            ("sources", Arc::new(self.sources.finish()), false),
+            ("model_version", Arc::new(self.model_version.finish()), false),
+            ("cache", Arc::new(self.cache.finish()), false),
+            ("context", self.context.finish(), false),
+        ];
+        Ok(RecordBatch::try_from_iter_with_nullable(columns)?)
+    }
+}
+
+impl EventRows {
     fn push(&mut self, at: Position, event: &Event<'_>) -> anyhow::Result<()> {
         self.sequence.append_value(at.sequence);
         self.index.append_value(at.index);
@@ -99,19 +174,10 @@ impl Rows {
         self.item_id.append_value(event.item_id);
         self.kind.append_value(event.kind);
         self.value.append_option((!event.value.is_nan()).then_some(event.value));
-        let context = self
-            .context
-            .get_or_insert_with(|| MapBuilder::new(None, StringBuilder::default(), StringBuilder::default()));
-        for (key, value) in event.context {
-            context.keys().append_value(key);
-            context.values().append_value(value);
-        }
-        context.append(true)?;
-        Ok(())
+        self.context.push(event.context)
     }
 
     fn finish(mut self) -> anyhow::Result<RecordBatch> {
-        let context = self.context.as_mut().context("no events")?.finish();
         let columns: Vec<(&str, ArrayRef, bool)> = vec![
             ("sequence", Arc::new(self.sequence.finish()), false),
             ("index", Arc::new(self.index.finish()), false),
@@ -121,7 +187,7 @@ impl Rows {
             ("item_id", Arc::new(self.item_id.finish()), false),
             ("kind", Arc::new(self.kind.finish()), false),
             ("value", Arc::new(self.value.finish()), true),
-            ("context", Arc::new(context), false),
+            ("context", self.context.finish(), false),
         ];
         Ok(RecordBatch::try_from_iter_with_nullable(columns)?)
     }
@@ -130,23 +196,31 @@ impl Rows {
 impl ParquetSink {
     /// Writes as configured.
     pub fn new(config: ParquetConfig) -> Self {
-        ParquetSink { config, next: 0, hours: BTreeMap::new(), n_rows: 0, oldest: None }
+        ParquetSink { config, next: 0, events: BTreeMap::new(), exposures: BTreeMap::new(), n_rows: 0, oldest: None }
     }
 
     fn write(&mut self, next: u64) -> anyhow::Result<()> {
-        let (first, last) = (self.next, next - 1);
-        for (hour, rows) in std::mem::take(&mut self.hours) {
-            let dir = self.config.dir.join(partition(hour));
-            fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-            let path = dir.join(format!("{first:020}-{last:020}.parquet"));
-            let hidden = dir.join(format!(".{first:020}.tmp"));
-            write_file(&hidden, &rows.finish()?).with_context(|| hidden.display().to_string())?;
-            fs::rename(&hidden, &path).with_context(|| path.display().to_string())?;
-            File::open(&dir).and_then(|dir| dir.sync_all()).with_context(|| dir.display().to_string())?;
+        for (hour, rows) in std::mem::take(&mut self.events) {
+            self.put("events", hour, next, &rows.finish()?)?;
+        }
+        for (hour, rows) in std::mem::take(&mut self.exposures) {
+            self.put("exposures", hour, next, &rows.finish()?)?;
         }
         self.save(next)?;
         (self.n_rows, self.oldest) = (0, None);
         Ok(())
+    }
+
+    /// Writes a file of what happened in an hour.
+    fn put(&self, what: &str, hour: i64, next: u64, rows: &RecordBatch) -> anyhow::Result<()> {
+        let (first, last) = (self.next, next - 1);
+        let dir = self.config.dir.join(what).join(partition(hour));
+        fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+        let path = dir.join(format!("{first:020}-{last:020}.parquet"));
+        let hidden = dir.join(format!(".{first:020}.tmp"));
+        write_file(&hidden, rows).with_context(|| hidden.display().to_string())?;
+        fs::rename(&hidden, &path).with_context(|| path.display().to_string())?;
+        File::open(&dir).and_then(|dir| dir.sync_all()).with_context(|| dir.display().to_string())
     }
 
     fn save(&mut self, next: u64) -> anyhow::Result<()> {
@@ -168,7 +242,8 @@ impl Sink for ParquetSink {
     }
 
     fn resume(&mut self) -> anyhow::Result<Position> {
-        self.hours.clear();
+        self.events.clear();
+        self.exposures.clear();
         (self.n_rows, self.oldest) = (0, None);
         let place = || format!("{} (events.parquet.dir)", self.config.dir.display());
         fs::create_dir_all(&self.config.dir).with_context(place)?;
@@ -179,7 +254,7 @@ impl Sink for ParquetSink {
             Err(error) => return Err(error).with_context(|| path.display().to_string()),
         };
         // What a round that did not end has left.
-        for path in below(&self.config.dir, 3).with_context(place)? {
+        for path in below(&self.config.dir, 4).with_context(place)? {
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let unfinished = name.starts_with('.') && name.ends_with(".tmp");
             if unfinished || last_sequence(name).is_some_and(|last| last >= cursor.next) {
@@ -191,16 +266,23 @@ impl Sink for ParquetSink {
     }
 
     fn take(&mut self, at: Position, event: &Event<'_>) -> anyhow::Result<()> {
-        self.hours.entry(event.time_ms.div_euclid(HOUR_MS)).or_default().push(at, event)?;
+        self.events.entry(event.time_ms.div_euclid(HOUR_MS)).or_default().push(at, event)?;
         self.oldest.get_or_insert_with(Instant::now);
         self.n_rows += 1;
+        Ok(())
+    }
+
+    fn expose(&mut self, at: Position, exposure: &Exposure<'_>) -> anyhow::Result<()> {
+        self.exposures.entry(exposure.time_ms.div_euclid(HOUR_MS)).or_default().push(at.sequence, exposure)?;
+        self.oldest.get_or_insert_with(Instant::now);
+        self.n_rows += exposure.items.len();
         Ok(())
     }
 
     fn keep(&mut self, next: u64, closing: bool) -> anyhow::Result<()> {
         let flush_after = Duration::from_secs(u64::from(self.config.flush_seconds));
         let due = self.n_rows >= self.config.max_rows as usize
-            || self.hours.len() > MOST_HOURS
+            || self.events.len() + self.exposures.len() > MOST_HOURS
             || self.oldest.is_some_and(|oldest| closing || oldest.elapsed() >= flush_after);
         if due { self.write(next) } else { Ok(()) }
     }
@@ -269,7 +351,7 @@ pub(crate) mod tests {
 
     /// Sequence, hour, user and value of all rows, in order of the files.
     fn rows(dir: &Path) -> Vec<(u64, i64, String, f32)> {
-        let mut files: Vec<_> = below(dir, 3).unwrap();
+        let mut files: Vec<_> = below(dir, 4).unwrap();
         files.retain(|path| path.extension().is_some_and(|e| e == "parquet"));
         files.sort();
         let mut rows = Vec::new();
@@ -320,7 +402,7 @@ pub(crate) mod tests {
         (4..9).for_each(|sequence| take(&mut sink, sequence));
         sink.keep(9, false).unwrap();
         fs::write(config.dir.join(CURSOR), cursor).unwrap();
-        fs::write(config.dir.join("date=1970-01-05/hour=04/.00000000000000000009.tmp"), "half").unwrap();
+        fs::write(config.dir.join("events/date=1970-01-05/hour=04/.00000000000000000009.tmp"), "half").unwrap();
         let mut sink = ParquetSink::new(config.clone());
         assert_eq!(sink.resume().unwrap().sequence, 4);
         (4..10).for_each(|sequence| take(&mut sink, sequence));
@@ -329,7 +411,7 @@ pub(crate) mod tests {
         got.sort_by_key(|row| row.0);
         let want: Vec<_> = (0..10u64).map(|n| (n, 100 + n as i64 % 3, format!("u{n}"), n as f32)).collect();
         assert_eq!(got, want);
-        assert!(below(&config.dir, 3).unwrap().iter().all(|path| path.extension().is_none_or(|e| e != "tmp")));
+        assert!(below(&config.dir, 4).unwrap().iter().all(|path| path.extension().is_none_or(|e| e != "tmp")));
     }
 
     #[test]

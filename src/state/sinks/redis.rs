@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Position, Sink};
 use crate::config::in_range;
 use crate::state::event::Event;
+use crate::state::exposure::{Exposed, Exposure};
 
 /// Entries sent in one go.
 const BATCH: usize = 256;
@@ -80,6 +81,25 @@ impl StreamSink {
         StreamSink { config, connection: None, packed: Vec::new(), n_packed: 0 }
     }
 
+    /// The beginning of an entry.
+    fn entry(&self, at: Position) -> redis::Cmd {
+        let mut add = redis::cmd("XADD");
+        // Ids begin at 0-1: the sequence plus one keeps the first of all above that.
+        add.arg(&self.config.key).arg("MAXLEN").arg("~").arg(self.config.max_length);
+        add.arg(format!("{}-{}", at.sequence + 1, at.index));
+        add
+    }
+
+    /// Its end.
+    fn add(&mut self, mut add: redis::Cmd, context: &[(&str, &str)]) -> anyhow::Result<()> {
+        for (key, value) in context {
+            add.arg(format!("context.{key}")).arg(*value);
+        }
+        self.packed.extend(add.get_packed_command());
+        self.n_packed += 1;
+        if self.n_packed >= BATCH { self.send() } else { Ok(()) }
+    }
+
     fn send(&mut self) -> anyhow::Result<()> {
         let n = std::mem::take(&mut self.n_packed);
         let packed = std::mem::take(&mut self.packed);
@@ -129,10 +149,7 @@ impl Sink for StreamSink {
     }
 
     fn take(&mut self, at: Position, event: &Event<'_>) -> anyhow::Result<()> {
-        let mut add = redis::cmd("XADD");
-        // Ids begin at 0-1: the sequence plus one keeps the first of all above that.
-        add.arg(&self.config.key).arg("MAXLEN").arg("~").arg(self.config.max_length);
-        add.arg(format!("{}-{}", at.sequence + 1, at.index));
+        let mut add = self.entry(at);
         add.arg("time_ms").arg(event.time_ms).arg("user_id").arg(event.user_id).arg("item_id").arg(event.item_id);
         add.arg("kind").arg(event.kind);
         if !event.event_id.is_empty() {
@@ -141,12 +158,21 @@ impl Sink for StreamSink {
         if !event.value.is_nan() {
             add.arg("value").arg(event.value.to_string());
         }
-        for (key, value) in event.context {
-            add.arg(format!("context.{key}")).arg(*value);
-        }
-        self.packed.extend(add.get_packed_command());
-        self.n_packed += 1;
-        if self.n_packed >= BATCH { self.send() } else { Ok(()) }
+        self.add(add, event.context)
+    }
+
+    fn expose(&mut self, at: Position, exposure: &Exposure<'_>) -> anyhow::Result<()> {
+        let join =
+            |text: &dyn Fn(&Exposed<'_>) -> String| exposure.items.iter().map(text).collect::<Vec<_>>().join(",");
+        let mut add = self.entry(at);
+        add.arg("time_ms").arg(exposure.time_ms).arg("user_id").arg(exposure.user_id).arg("kind").arg("exposure");
+        add.arg("model_version").arg(exposure.model_version).arg("cache").arg(exposure.cache);
+        // Ids may hold anything: as a list of JSON.
+        let ids: Vec<&str> = exposure.items.iter().map(|item| item.item_id).collect();
+        add.arg("item_ids").arg(serde_json::to_string(&ids)?);
+        add.arg("scores").arg(join(&|item| item.score.to_string()));
+        add.arg("sources").arg(join(&|item| item.sources.to_string()));
+        self.add(add, &exposure.context)
     }
 
     fn keep(&mut self, _next: u64, _closing: bool) -> anyhow::Result<()> {
