@@ -332,6 +332,7 @@ impl Server {
                 let sink: Arc<dyn JobSink> = shared.clone();
                 let work = |device: &mut dyn Device| {
                     signals::pin(cpu);
+                    signals::take_turns();
                     let result = device.load(&shared.generation);
                     let usable = result.is_ok();
                     // The receiver is gone only if another worker failed, and then nothing starts.

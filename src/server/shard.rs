@@ -19,6 +19,7 @@ use super::Stop;
 use super::http::{self, HttpCalls};
 use super::ring::{ConnId, Engine, EngineConfig, Handler, LINGER, Verdict};
 use super::service::{Service, Shared};
+use super::signals;
 use crate::api::{Call, Outcome, Ticket};
 use crate::error::{Code, Error};
 use crate::wire::request::{self, Request};
@@ -157,6 +158,7 @@ impl Shard {
             let ready = self.ready.clone();
             // However this shard ends: the others must not serve on as if nothing were.
             let _ends_all = EndsAll(self.stop.clone());
+            signals::take_turns();
             let executor = LocalExecutorBuilder::new(Placement::Fixed(self.cpu))
                 .preempt_timer(PREEMPT_TIMER)
                 .name(&format!("shard-{}", self.id))

@@ -43,6 +43,19 @@ pub fn pin(cpu: usize) {
     }
 }
 
+/// Lets the calling thread wait for its turn (`SCHED_BATCH`): woken, it does not interrupt who runs on its CPU. A policy that the process
+/// was given from outside stays.
+pub fn take_turns() {
+    // SAFETY: reads and changes the policy of the calling thread alone; that it may fail changes nothing else.
+    unsafe {
+        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
+            let mut param: libc::sched_param = std::mem::zeroed();
+            param.sched_priority = 0;
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &param);
+        }
+    }
+}
+
 /// Lets every other thread go before the calling one, where the machine is busy.
 pub fn give_way() {
     // SAFETY: changes a number of the calling thread alone; that it may fail changes nothing else.
