@@ -136,6 +136,17 @@ pub(crate) fn in_range<T: PartialOrd + Display, const N: usize>(
     }
 }
 
+/// Checks the URL of a `key`, where there is one; the text does not show it, for it may hold a password.
+///
+/// # Errors
+/// It is none of Redis.
+pub(crate) fn redis_url(key: &str, url: &str) -> Result<(), String> {
+    match url.is_empty() || redis::Client::open(url).is_ok() {
+        true => Ok(()),
+        false => Err(format!("{key} is not as in redis://[USER:PASSWORD@]HOST[:PORT][/DB] or unix:///PATH")),
+    }
+}
+
 /// The key and the known keys in serde's "unknown field" message.
 fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
     if !message.contains("unknown field") {

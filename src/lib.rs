@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod api;
+pub mod backoff;
 pub mod cache;
 pub mod candidates;
 pub mod catalog;

@@ -104,7 +104,8 @@ impl Precomputed {
         // At least one slot is empty in a file that was not damaged.
         for _ in 0..self.n_slots {
             let slot = &table[at];
-            let (offset, len) = (number(slot, 16) as usize, number(&slot[20..], 0) >> 32);
+            let (offset, len) =
+                (number(slot, 16) as usize, u32::from_le_bytes([slot[24], slot[25], slot[26], slot[27]]));
             if offset == 0 {
                 return None;
             }

@@ -9,15 +9,16 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use redis::{Client, Connection, RedisResult, Value};
 use serde::{Deserialize, Serialize};
 
 use super::CacheConfig;
 use super::key::CacheKey;
 use crate::api::Ticket;
-use crate::config::in_range;
+use crate::backoff;
+use crate::config::{in_range, redis_url};
 use crate::ring::Ring;
 
 /// Operations sent in one go.
@@ -72,12 +73,7 @@ impl RedisConfig {
         if !(1..=64).contains(&self.key_prefix.len()) || !self.key_prefix.bytes().all(|b| b.is_ascii_graphic()) {
             return Err("cache.redis.key_prefix is not of 1 to 64 visible ASCII characters".to_owned());
         }
-        match self.url.is_empty() || self.client().is_ok() {
-            true => Ok(()),
-            false => {
-                Err("cache.redis.url is not as in redis://[USER:PASSWORD@]HOST[:PORT][/DB] or unix:///PATH".to_owned())
-            }
-        }
+        redis_url("cache.redis.url", &self.url)
     }
 
     fn client(&self) -> RedisResult<Client> {
@@ -239,8 +235,7 @@ impl Driver<'_> {
         if over == 0 {
             return;
         }
-        let pause = BACK_OFF.0.saturating_mul(1 << (over - 1).min(10)).min(BACK_OFF.1);
-        let until = Instant::now() + pause.mul_f64(self.random.random_range(0.5..1.5));
+        let until = Instant::now() + backoff::pause(over, BACK_OFF, &mut self.random);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.cache.inbox.closed() {

@@ -7,24 +7,11 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
-
 use super::log::{self, FORMAT, Logged, Place};
 
 /// The sequence that a file's name says; `None`: it is none of these.
 fn named(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("state-")?.strip_suffix(".snap")?.parse().ok()
-}
-
-/// All files, oldest first.
-fn files(dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        found.extend(named(&path).map(|sequence| (sequence, path)));
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// What was read.
@@ -43,7 +30,7 @@ pub struct Carried {
 /// # Errors
 /// It can't be read, or is of a newer format.
 pub fn read(dir: &Path, mut take: impl FnMut(Logged<'_>)) -> anyhow::Result<Option<Carried>> {
-    let Some((sequence, path)) = files(dir)?.pop() else { return Ok(None) };
+    let Some((sequence, path)) = log::listed(dir, named)?.pop() else { return Ok(None) };
     let bytes = fs::read(&path)?;
     let begins = log::begins(&bytes)?;
     let (records, damaged) = log::records(&bytes, 0);
@@ -73,16 +60,14 @@ pub fn read(dir: &Path, mut take: impl FnMut(Logged<'_>)) -> anyhow::Result<Opti
 /// # Errors
 /// The files that were there before are still.
 pub fn write(dir: &Path, sequence: u64, each: impl FnOnce(&mut dyn FnMut(&[u8]))) -> io::Result<u64> {
-    let before = files(dir)?;
+    let before = log::listed(dir, named)?;
     let beside = dir.join("state.new");
     let mut out = BufWriter::with_capacity(1 << 20, File::create(&beside)?);
     out.write_all(&log::header(FORMAT, sequence))?;
     let (mut number, mut bytes, mut result) = (0u64, log::HEADER as u64, Ok(()));
     each(&mut |payload| {
         let mut put = || {
-            out.write_all(&(payload.len() as u32).to_le_bytes())?;
-            out.write_all(&number.to_le_bytes())?;
-            out.write_all(&xxh3_64_with_seed(payload, number).to_le_bytes())?;
+            out.write_all(&log::record_header(number, payload))?;
             out.write_all(payload)
         };
         if result.is_ok() {

@@ -1,6 +1,6 @@
 //! Reading the event log behind its writer, for those who carry events elsewhere.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -104,7 +104,9 @@ impl Follower {
                 // The file ends, and what is wanted lies behind it.
                 let first = segment.first;
                 self.segment = None;
-                let Some((begins, path)) = self.segments()?.into_iter().find(|(begins, _)| *begins > first) else {
+                let Some((begins, path)) =
+                    log::listed(&self.dir, log::named)?.into_iter().find(|(begins, _)| *begins > first)
+                else {
                     return Ok(());
                 };
                 self.lost += begins.saturating_sub(self.next);
@@ -119,7 +121,7 @@ impl Follower {
 
     /// Opens the segment of the next record; where it is gone, the first after it. False: there is none.
     fn open(&mut self, until: u64) -> io::Result<bool> {
-        let segments = self.segments()?;
+        let segments = log::listed(&self.dir, log::named)?;
         let at = segments.iter().rposition(|(first, _)| *first <= self.next).unwrap_or(0);
         let Some((first, path)) = segments.get(at) else { return Ok(false) };
         let first = *first;
@@ -129,17 +131,6 @@ impl Follower {
         }
         self.segment = Some(Segment::open(path, first)?);
         Ok(true)
-    }
-
-    /// First sequences and paths, ascending.
-    fn segments(&self) -> io::Result<Vec<(u64, PathBuf)>> {
-        let mut found = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let path = entry?.path();
-            found.extend(log::named(&path).map(|first| (first, path)));
-        }
-        found.sort();
-        Ok(found)
     }
 }
 
@@ -169,6 +160,7 @@ fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::time::Duration;
 
     use super::super::log::{EventLog, Limits};

@@ -136,12 +136,7 @@ impl EventLog {
     pub fn open(dir: &Path, limits: Limits, mut take: impl FnMut(Logged<'_>)) -> anyhow::Result<(Self, Replayed)> {
         let place = || dir.display().to_string();
         fs::create_dir_all(dir).with_context(place)?;
-        let mut paths = Vec::new();
-        for entry in fs::read_dir(dir).with_context(place)? {
-            let path = entry.with_context(place)?.path();
-            paths.extend(named(&path).map(|_| path));
-        }
-        paths.sort();
+        let paths: Vec<PathBuf> = listed(dir, named).with_context(place)?.into_iter().map(|(_, path)| path).collect();
         let mut log = EventLog {
             dir: dir.to_owned(),
             limits,
@@ -254,9 +249,7 @@ impl EventLog {
                 *next_sequence = sequence;
                 return Err(io::Error::other("a record is larger than the log takes"));
             }
-            buffer.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-            buffer.extend_from_slice(&next_sequence.to_le_bytes());
-            buffer.extend_from_slice(&xxh3_64_with_seed(payload, *next_sequence).to_le_bytes());
+            buffer.extend_from_slice(&record_header(*next_sequence, payload));
             buffer.extend_from_slice(payload);
             *next_sequence += 1;
         }
@@ -379,6 +372,26 @@ pub(super) fn header(format: u32, first_sequence: u64) -> [u8; HEADER] {
     header[16..24].copy_from_slice(&first_sequence.to_le_bytes());
     let sum = xxh3_64(&header[..24]);
     header[24..].copy_from_slice(&sum.to_le_bytes());
+    header
+}
+
+/// The files in `dir` whose names say a sequence, ascending.
+pub(super) fn listed(dir: &Path, named: impl Fn(&Path) -> Option<u64>) -> io::Result<Vec<(u64, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        found.extend(named(&path).map(|sequence| (sequence, path)));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What goes before the payload of a record.
+pub(super) fn record_header(sequence: u64, payload: &[u8]) -> [u8; RECORD_HEADER] {
+    let mut header = [0; RECORD_HEADER];
+    header[..4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    header[4..12].copy_from_slice(&sequence.to_le_bytes());
+    header[12..].copy_from_slice(&xxh3_64_with_seed(payload, sequence).to_le_bytes());
     header
 }
 

@@ -13,14 +13,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Rela
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 
 use super::Carried;
 use super::event::Event;
 use super::exposure::Exposure;
 use super::follow::Follower;
 use super::{EventsConfig, writer::EventQueue};
+use crate::backoff;
 
 /// How often the log is looked at.
 const TICK: Duration = Duration::from_millis(100);
@@ -167,8 +168,7 @@ impl Carrier {
             if self.closing.load(Relaxed) {
                 return;
             }
-            let pause = BACK_OFF.0.saturating_mul(1 << (self.failures - 1).min(10)).min(BACK_OFF.1);
-            std::thread::park_timeout(pause.mul_f64(self.random.random_range(0.5..1.5)));
+            std::thread::park_timeout(backoff::pause(self.failures, BACK_OFF, &mut self.random));
         }
     }
 

@@ -26,6 +26,7 @@ use super::{Position, Sink};
 use crate::config::in_range;
 use crate::state::event::Event;
 use crate::state::exposure::Exposure;
+use crate::state::log::sync_directory;
 
 const CURSOR: &str = "_cursor.json";
 const HOUR_MS: i64 = 3_600_000;
@@ -219,8 +220,7 @@ impl ParquetSink {
         let path = dir.join(format!("{first:020}-{last:020}.parquet"));
         let hidden = dir.join(format!(".{first:020}.tmp"));
         write_file(&hidden, rows).with_context(|| hidden.display().to_string())?;
-        fs::rename(&hidden, &path).with_context(|| path.display().to_string())?;
-        File::open(&dir).and_then(|dir| dir.sync_all()).with_context(|| dir.display().to_string())
+        appear(&hidden, &path)
     }
 
     fn save(&mut self, next: u64) -> anyhow::Result<()> {
@@ -229,8 +229,7 @@ impl ParquetSink {
         let text = serde_json::to_vec(&Cursor { next })?;
         let file = File::create(&hidden).with_context(place)?;
         std::os::unix::fs::FileExt::write_all_at(&file, &text, 0).and_then(|()| file.sync_all()).with_context(place)?;
-        fs::rename(&hidden, &path).with_context(place)?;
-        File::open(&self.config.dir).and_then(|dir| dir.sync_all()).with_context(place)?;
+        appear(&hidden, &path)?;
         self.next = next;
         Ok(())
     }
@@ -318,6 +317,13 @@ fn below(dir: &Path, depth: usize) -> std::io::Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
+}
+
+/// Gives a file that is on the disk its name, for good.
+fn appear(hidden: &Path, path: &Path) -> anyhow::Result<()> {
+    let place = || path.display().to_string();
+    fs::rename(hidden, path).with_context(place)?;
+    path.parent().map_or(Ok(()), sync_directory).with_context(place)
 }
 
 fn write_file(path: &Path, rows: &RecordBatch) -> anyhow::Result<()> {

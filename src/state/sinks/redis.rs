@@ -8,7 +8,7 @@ use redis::{Client, Connection, Value};
 use serde::{Deserialize, Serialize};
 
 use super::{Position, Sink};
-use crate::config::in_range;
+use crate::config::{in_range, redis_url};
 use crate::state::event::Event;
 use crate::state::exposure::{Exposed, Exposure};
 
@@ -56,13 +56,7 @@ impl StreamConfig {
         if !(1..=512).contains(&self.key.len()) {
             return Err("events.redis_stream.key is empty or longer than 512 bytes".to_owned());
         }
-        match self.url.is_empty() || Client::open(self.url.as_str()).is_ok() {
-            true => Ok(()),
-            false => {
-                Err("events.redis_stream.url is not as in redis://[USER:PASSWORD@]HOST[:PORT][/DB] or unix:///PATH"
-                    .into())
-            }
-        }
+        redis_url("events.redis_stream.url", &self.url)
     }
 }
 
