@@ -17,8 +17,9 @@ use tastemaker::index::SearchParams;
 use tastemaker::pipeline::models::{Model, ModelInput, ModelOutput};
 use tastemaker::ranking::signature::Datatype;
 use tastemaker::server::{changes, json, tensors};
+use tastemaker::state::change::{self, Record};
+use tastemaker::state::event;
 use tastemaker::state::log::{EventLog, Limits};
-use tastemaker::state::{change, event};
 use tastemaker::wire::frame::{self, Split};
 use tastemaker::wire::request::Request;
 use tastemaker::wire::{client, request, schema};
@@ -154,7 +155,7 @@ pub fn event_log(bytes: &[u8]) {
             // Whatever is in it, reading it neither panics nor runs on.
             let record = record.payload;
             let _ = event::decode_body(record, |event| drop(format!("{event:?}")));
-            if let Ok((_, body)) = Kind::of(record) {
+            if let Ok(Record::Events(body) | Record::Change(_, body) | Record::Exposure(body)) = Record::of(record) {
                 let _ = change::decode::<event::Damaged>(body, |change| {
                     drop(format!("{change:?}"));
                     Ok(())

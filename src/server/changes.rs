@@ -293,10 +293,10 @@ fn read(kind: Kind, body: &[u8]) -> Result<(Vec<u8>, bool, Option<u64>), Error> 
             }
             (encoder.record(), body.durable, body.deadline_ms)
         }
-        Kind::DeleteItems | Kind::Events | Kind::Exposure => {
+        Kind::DeleteItems => {
             let body: DeleteItemsBody<'_> = json::parse(body)?;
             let ids = body.item_ids.0.iter().map(|id| &*id.0);
-            (of_ids(Kind::DeleteItems, ids.len(), ids)?, body.durable, body.deadline_ms)
+            (of_ids(kind, ids.len(), ids)?, body.durable, body.deadline_ms)
         }
     })
 }

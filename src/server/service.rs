@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use super::completions::{Completion, Completions};
 use super::index::IndexAdmin;
-use crate::api::{CacheStatus, Call, InferCall, Kind, Outcome, RecommendCall, Slate, SlateItem, Ticket};
+use crate::api::{CacheStatus, Call, InferCall, Outcome, RecommendCall, Slate, SlateItem, Ticket};
 use crate::cache::CacheConfig;
 use crate::cache::key::{self, CacheKey};
 use crate::cache::memory::ResultCache;
@@ -31,6 +31,7 @@ use crate::error::{Code, Error};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
+use crate::state::change::Record;
 use crate::state::exposure::{self, Exposed, Exposure};
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
 use crate::state::{LiveState, schema};
@@ -330,8 +331,8 @@ impl Service {
             Call::Search(_) => Endpoint::Search,
             Call::Rank(_) => Endpoint::Rank,
             Call::Events(_) => Endpoint::Events,
-            Call::Change(call) => match Kind::of(call.record) {
-                Ok((Kind::UpsertUsers | Kind::DeleteUsers, _)) => Endpoint::Users,
+            Call::Change(call) => match Record::of(call.record) {
+                Ok(Record::Change(kind, _)) if !kind.is_of_items() => Endpoint::Users,
                 _ => Endpoint::Items,
             },
         };

@@ -17,12 +17,10 @@ pub const MAX_TEXT: usize = 64 << 10;
 /// Longest record, bytes; half of what the log takes.
 const MAX_BYTES: usize = super::log::MAX_RECORD / 2;
 
-/// What a record is of: its first byte, from format 2 of the log on. Nothing is renumbered.
+/// What a change does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// See [`super::event`].
-    Events = 1,
     /// Items come or change.
     UpsertItems = 2,
     /// Items go.
@@ -31,36 +29,51 @@ pub enum Kind {
     UpsertUsers = 4,
     /// Users are forgotten.
     DeleteUsers = 5,
+}
+
+/// What a record of the log is of, and the rest of it: its first byte, from format 2 on, is one of these numbers or a [`Kind`]'s. Nothing
+/// is renumbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Record<'a> {
+    /// See [`super::event`].
+    Events(&'a [u8]),
+    /// Items or users.
+    Change(Kind, &'a [u8]),
     /// See [`super::exposure`].
-    Exposure = 6,
+    Exposure(&'a [u8]),
+}
+
+impl<'a> Record<'a> {
+    /// What a record of events begins with.
+    pub const EVENTS: u8 = 1;
+    /// What a record of an exposure begins with.
+    pub const EXPOSURE: u8 = 6;
+
+    /// What a record is of.
+    ///
+    /// # Errors
+    /// It is empty or of nothing known.
+    pub fn of(record: &'a [u8]) -> Result<Self, Damaged> {
+        let (&first, rest) = record.split_first().ok_or(Damaged)?;
+        Ok(match first {
+            Self::EVENTS => Record::Events(rest),
+            Self::EXPOSURE => Record::Exposure(rest),
+            _ => Record::Change(Kind::ALL.into_iter().find(|kind| *kind as u8 == first).ok_or(Damaged)?, rest),
+        })
+    }
 }
 
 impl Kind {
-    const ALL: [Kind; 6] =
-        [Kind::Events, Kind::UpsertItems, Kind::DeleteItems, Kind::UpsertUsers, Kind::DeleteUsers, Kind::Exposure];
-
-    /// The kind of a record, and the rest of it.
-    ///
-    /// # Errors
-    /// It is empty or of no known kind.
-    pub fn of(record: &[u8]) -> Result<(Kind, &[u8]), Damaged> {
-        let (first, rest) = record.split_first().ok_or(Damaged)?;
-        let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == *first).ok_or(Damaged)?;
-        Ok((kind, rest))
-    }
-
-    /// All that change items or users.
-    pub const CHANGES: [Kind; 4] = [Kind::UpsertItems, Kind::DeleteItems, Kind::UpsertUsers, Kind::DeleteUsers];
+    /// All of them.
+    pub const ALL: [Kind; 4] = [Kind::UpsertItems, Kind::DeleteItems, Kind::UpsertUsers, Kind::DeleteUsers];
 
     /// The name in metrics.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Events => "events",
             Kind::UpsertItems => "upsert_items",
             Kind::DeleteItems => "delete_items",
             Kind::UpsertUsers => "upsert_users",
             Kind::DeleteUsers => "delete_users",
-            Kind::Exposure => "exposure",
         }
     }
 
@@ -72,10 +85,8 @@ impl Kind {
     /// What a call names its entries.
     pub fn entries(self) -> &'static str {
         match self {
-            Kind::Events => "events",
             Kind::UpsertItems | Kind::DeleteItems => "items",
             Kind::UpsertUsers | Kind::DeleteUsers => "users",
-            Kind::Exposure => "exposures",
         }
     }
 }
@@ -399,7 +410,7 @@ pub(crate) mod tests {
             }).collect();
             for kind in [Kind::UpsertItems, Kind::UpsertUsers] {
                 let record = record(kind, &changes);
-                let (found, body) = Kind::of(&record).unwrap();
+                let Record::Change(found, body) = Record::of(&record).unwrap() else { panic!("no change") };
                 prop_assert_eq!(found, kind);
                 let want: Vec<String> = changes.iter().map(|change| format!("{change:?}")).collect();
                 prop_assert_eq!(described(body).unwrap(), want);
@@ -410,7 +421,9 @@ pub(crate) mod tests {
 
         #[test]
         fn damage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = Kind::of(&bytes).map(|(_, body)| described(body));
+            if let Ok(Record::Events(body) | Record::Change(_, body) | Record::Exposure(body)) = Record::of(&bytes) {
+                let _ = described(body);
+            }
             let _ = described(&bytes);
         }
     }

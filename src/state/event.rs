@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use super::change::Kind;
+use super::change::Record;
 use crate::error::{Code, Error};
 use crate::wire::LIMITS;
 
@@ -56,7 +56,7 @@ impl Encoder {
         let code = match n {
             1..=MAX_EVENTS => {
                 let mut record = Vec::with_capacity(1 + 64 * n);
-                record.push(Kind::Events as u8);
+                record.push(Record::EVENTS);
                 return Ok(Encoder { now_ms, n: 0, record });
             }
             0 => Code::BadRequest,
@@ -135,8 +135,8 @@ fn check(event: &Event<'_>, now_ms: i64) -> Result<(), &'static str> {
 /// # Errors
 /// The record is not what [`Encoder`] makes; events before the place were handed over.
 pub fn decode(record: &[u8], take: impl FnMut(&Event<'_>)) -> Result<(), Damaged> {
-    match Kind::of(record)? {
-        (Kind::Events, body) => decode_body(body, take),
+    match Record::of(record)? {
+        Record::Events(body) => decode_body(body, take),
         _ => Err(Damaged),
     }
 }

@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use super::change::Kind;
+use super::change::Record;
 use super::event::{Damaged, bytes, put, text};
 
 /// An answered recommendation.
@@ -36,7 +36,7 @@ pub struct Exposed<'a> {
 /// The record of an exposure. Items beyond 65,535 and pairs of context beyond 255 are left out; there are none.
 pub fn encode(exposure: &Exposure<'_>) -> Vec<u8> {
     let mut out = Vec::with_capacity(64 + 24 * exposure.items.len());
-    out.push(Kind::Exposure as u8);
+    out.push(Record::EXPOSURE);
     out.extend_from_slice(&exposure.time_ms.to_le_bytes());
     for text in [exposure.user_id, exposure.model_version, exposure.cache] {
         put(text, &mut out);
@@ -85,8 +85,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn check(record: &[u8], want: &Exposure<'_>) {
-        let (kind, body) = Kind::of(record).unwrap();
-        assert_eq!(kind, Kind::Exposure);
+        let Record::Exposure(body) = Record::of(record).unwrap() else { panic!("no exposure") };
         assert_eq!(format!("{:?}", decode_body(body).unwrap()), format!("{want:?}"));
         assert!((0..body.len()).all(|len| decode_body(&body[..len]).is_err()));
     }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use parking_lot::{Mutex, RwLock};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::change::{self, Change, Kind};
+use super::change::{self, Change, Kind, Record};
 use super::event::{self, Damaged, Event};
 use super::fold_in::FoldInParams;
 use super::items::{Catalogue, Changed};
@@ -280,11 +280,7 @@ impl LiveState {
     /// # Errors
     /// It is none; entries before the damage took effect.
     pub fn apply_record(&self, record: &[u8]) -> Result<Receipt, Damaged> {
-        match Kind::of(record)? {
-            (Kind::Events, body) => self.apply_events(body),
-            (Kind::Exposure, _) => Ok(Receipt::default()),
-            (kind, body) => self.apply_changes(kind, body),
-        }
+        self.apply_content(Record::of(record)?)
     }
 
     /// The same for a record of the log as it is read again.
@@ -292,22 +288,25 @@ impl LiveState {
     /// # Errors
     /// As [`Self::apply_record`].
     pub fn replay(&self, record: Logged<'_>) -> Result<Receipt, Damaged> {
-        if record.format == 1 {
-            return self.apply_events(record.payload);
-        }
-        match (Kind::of(record.payload)?, record.place) {
-            ((Kind::Events, body), _) => self.apply_events(body),
-            ((Kind::Exposure, _), _) => Ok(Receipt::default()),
+        match (record.content()?, record.place) {
             // Events of before are read again, and the profile knows of later upserts.
-            ((Kind::DeleteUsers, body), Place::Before) => {
+            (Record::Change(Kind::DeleteUsers, body), Place::Before) => {
                 change::decode(body, |change: &Change<'_>| {
                     self.delete_user(change.id, true);
                     Ok(())
                 })?;
                 Ok(Receipt::default())
             }
-            (_, Place::Before) => Ok(Receipt::default()),
-            ((kind, body), _) => self.apply_changes(kind, body),
+            (Record::Change(..), Place::Before) => Ok(Receipt::default()),
+            (content, _) => self.apply_content(content),
+        }
+    }
+
+    fn apply_content(&self, content: Record<'_>) -> Result<Receipt, Damaged> {
+        match content {
+            Record::Events(body) => self.apply_events(body),
+            Record::Change(kind, body) => self.apply_changes(kind, body),
+            Record::Exposure(_) => Ok(Receipt::default()),
         }
     }
 
@@ -350,7 +349,6 @@ impl LiveState {
                 Kind::DeleteItems => catalogue.delete(&self.generation, change),
                 Kind::UpsertUsers => self.upsert_user(change),
                 Kind::DeleteUsers => self.delete_user(change.id, false),
-                Kind::Events | Kind::Exposure => return Err(Damaged),
             };
             receipt.unknown += u32::from(changed == Changed::Unknown);
             receipt.created += u32::from(changed == Changed::Created);

@@ -17,7 +17,8 @@ use anyhow::{Context as _, bail};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::carried;
-use super::change::Kind;
+use super::change::Record;
+use super::event::Damaged;
 
 const MAGIC: &[u8; 8] = b"TSTMEVNT";
 /// From format 2 on the first byte of a record is its kind; before, all were of events.
@@ -70,7 +71,7 @@ pub enum Place {
 /// A record as it is read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Logged<'a> {
-    /// Of its segment; see [`super::change::Kind`].
+    /// Of its segment; see [`super::change::Record`].
     pub format: u32,
     /// Its number in the log, or in the file.
     pub sequence: u64,
@@ -82,6 +83,19 @@ pub struct Logged<'a> {
 
 /// Hands records that say anew what is in force to what it is given.
 pub type Carrying<'a> = dyn Fn(&mut dyn FnMut(&[u8])) + 'a;
+
+impl<'a> Logged<'a> {
+    /// What it is of.
+    ///
+    /// # Errors
+    /// Nothing known.
+    pub fn content(&self) -> Result<Record<'a>, Damaged> {
+        match self.format {
+            1 => Ok(Record::Events(self.payload)),
+            _ => Record::of(self.payload),
+        }
+    }
+}
 
 /// An open log.
 #[derive(Debug)]
@@ -187,7 +201,7 @@ impl EventLog {
         }
         let payload = |record: &Range<usize>| &bytes[record.start + RECORD_HEADER..record.end];
         // Without a header the records themselves tell: one of format 1 begins with a time, which rarely looks like a kind.
-        let has_kind = |record| Kind::of(payload(record)).is_ok();
+        let has_kind = |record| Record::of(payload(record)).is_ok();
         let guess = || if parsed.records.iter().all(has_kind) { FORMAT } else { OLDEST_FORMAT };
         let format = begins.map_or_else(guess, |(format, _)| format);
         for record in &parsed.records {

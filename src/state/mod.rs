@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::in_range;
 
+use change::Record;
 pub use live::LiveState;
 use sinks::parquet::ParquetConfig;
 use sinks::redis::StreamConfig;
@@ -41,17 +42,13 @@ enum Carried<'a, 'r> {
 /// # Errors
 /// The record is damaged.
 fn carried_of(record: log::Logged<'_>, mut take: impl FnMut(Carried<'_, '_>)) -> Result<(), event::Damaged> {
-    let (kind, body) = match record.format {
-        1 => (change::Kind::Events, record.payload),
-        _ => change::Kind::of(record.payload)?,
-    };
-    match kind {
-        change::Kind::Events => event::decode_body(body, |event| take(Carried::Event(event))),
-        change::Kind::Exposure => {
+    match record.content()? {
+        Record::Events(body) => event::decode_body(body, |event| take(Carried::Event(event))),
+        Record::Exposure(body) => {
             take(Carried::Exposure(&exposure::decode_body(body)?));
             Ok(())
         }
-        _ => Ok(()),
+        Record::Change(..) => Ok(()),
     }
 }
 

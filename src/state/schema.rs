@@ -1,6 +1,6 @@
 //! Whether what is upserted fits the bundle's columns.
 
-use super::change::{self, Change, Kind, Value};
+use super::change::{self, Change, Kind, Record, Value};
 use super::event::Damaged;
 use crate::catalog::conditions::hint;
 use crate::catalog::generation::{Column, ColumnData, Generation};
@@ -11,12 +11,13 @@ use crate::error::{Code, Error};
 /// # Errors
 /// The first entry that does not fit; the text names entry and column, and the nearest column that there is.
 pub fn check(generation: &Generation, record: &[u8]) -> Result<(), Error> {
-    let (kind, body) = Kind::of(record).map_err(Wrong::from)?;
+    let Record::Change(kind, body) = Record::of(record).map_err(Wrong::from)? else {
+        return Err(Wrong::from(Damaged).into());
+    };
     let (columns, texts) = match kind {
         Kind::DeleteItems | Kind::DeleteUsers => return Ok(()),
         Kind::UpsertUsers => (&generation.users.columns, &[][..]),
         Kind::UpsertItems => (&generation.items.columns, &generation.text_columns[..]),
-        Kind::Events | Kind::Exposure => return Err(Wrong::from(Damaged).into()),
     };
     let mut at = 0;
     change::decode(body, |change| {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use crossbeam_queue::ArrayQueue;
 
-use super::change::{self, Kind};
+use super::change::{self, Kind, Record};
 use super::event::Damaged;
 use super::live::{LiveState, Receipt};
 use super::log::{EventLog, Limits};
@@ -237,7 +237,9 @@ impl Coming {
     /// Whether there is room for what a record adds.
     fn admit(&mut self, state: &LiveState, record: &[u8]) -> std::result::Result<(), Error> {
         let limits = state.limits();
-        let Ok((kind @ (Kind::UpsertUsers | Kind::UpsertItems), body)) = Kind::of(record) else { return Ok(()) };
+        let Ok(Record::Change(kind @ (Kind::UpsertUsers | Kind::UpsertItems), body)) = Record::of(record) else {
+            return Ok(());
+        };
         let of_items = kind == Kind::UpsertItems;
         let (coming, held, most, key) = match of_items {
             true => (&mut self.items, state.n_live_items(), limits.live_items_max, "live_items_max"),
@@ -411,14 +413,14 @@ impl Writer<'_> {
         };
         let counters = &self.queue.counters;
         let accepted = u64::from(receipt.accepted);
-        match Kind::of(record) {
-            Ok((Kind::Events, _)) => {
+        match Record::of(record) {
+            Ok(Record::Events(_)) => {
                 counters.accepted.fetch_add(accepted, Relaxed);
                 counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
                 counters.unknown_items.fetch_add(u64::from(receipt.unknown), Relaxed);
             }
-            Ok((kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
-            Err(_) => {}
+            Ok(Record::Change(kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
+            Ok(Record::Exposure(_)) | Err(_) => {}
         }
         Ok(receipt)
     }

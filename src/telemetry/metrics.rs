@@ -442,7 +442,7 @@ impl Metrics {
         let event =
             |of: fn(&EventCounters) -> &AtomicU64| gauges.events.map_or(0, |counters| of(counters).load(Relaxed));
         head(o, "tastemaker_changes_total", "counter", "Upserts and deletions logged and applied");
-        for kind in Kind::CHANGES {
+        for kind in Kind::ALL {
             let n = gauges.events.map_or(0, |counters| counters.changes[kind as usize].load(Relaxed));
             line(o, "tastemaker_changes_total", &format!("kind=\"{}\"", kind.name()), n);
         }

@@ -7,7 +7,7 @@ use super::request::us;
 use super::schema::{self, Body};
 use crate::api::{Change, ChangeCall, Kind, Value};
 use crate::error::{Code, Error};
-use crate::state::change::{self, Encoder, MAX_COLUMNS, MAX_LIST};
+use crate::state::change::{self, Encoder, MAX_COLUMNS, MAX_LIST, Record};
 use crate::state::event::Damaged;
 
 type Columns<'a> = Vector<'a, ForwardsUOffset<schema::ColumnValue<'a>>>;
@@ -108,7 +108,7 @@ pub(super) fn offset(
             let args = schema::UpsertUsersArgs { users, durable, deadline_us };
             (Body::UpsertUsers, schema::UpsertUsers::create(builder, &args).as_union_value())
         }
-        Kind::UpsertItems | Kind::Events | Kind::Exposure => {
+        Kind::UpsertItems => {
             let mut items = Vec::new();
             each(&mut |change| {
                 let args = schema::ItemArgs {
@@ -131,7 +131,10 @@ pub(super) fn offset_of(
     builder: &mut FlatBufferBuilder<'static>,
     call: &ChangeCall<'_>,
 ) -> (Body, WIPOffset<UnionWIPOffset>) {
-    let (kind, body) = Kind::of(call.record).unwrap_or((Kind::DeleteItems, &[]));
+    let (kind, body) = match Record::of(call.record) {
+        Ok(Record::Change(kind, body)) => (kind, body),
+        _ => (Kind::DeleteItems, &[][..]),
+    };
     let each = |take: &mut dyn FnMut(&Change<'_>)| {
         let _ = change::decode::<Damaged>(body, |change| {
             take(change);
