@@ -88,7 +88,14 @@ pub struct HardFilter {
 
 impl HardFilter {
     /// Whether the item may be shown.
+    #[inline]
     pub fn allows(&self, row: u32) -> bool {
+        self.is_empty() || self.permits(row)
+    }
+
+    /// Apart: most requests forbid nothing, and whoever asks about thousands of rows shall not save registers for it.
+    #[inline(never)]
+    fn permits(&self, row: u32) -> bool {
         let items = self.items.as_deref();
         items.is_none_or(|items| !items.is_gone(row))
             && self.active.iter().all(|(matches, wanted)| matches.has(row, items) == *wanted)
