@@ -41,6 +41,9 @@ impl Tally {
 /// How many tallies ahead of its use one is asked for: together they are larger than the L2 cache leaves room for.
 const AHEAD: usize = 16;
 
+/// How many more than are wanted are looked at, beside as many as there are in the history: for some are not allowed.
+const SPARE: usize = 64;
+
 const NOTHING: Tally = Tally { largest: [f32::NEG_INFINITY; 4], sum: 0.0, count: 0 };
 
 /// A [`Signal`] for every item, dense, valid for one request.
@@ -50,6 +53,9 @@ pub struct Signals {
     /// The first `n_touched` are the rows that the history says something of.
     touched: Vec<u32>,
     n_touched: usize,
+    n_liked: usize,
+    /// Rows that may be among the best.
+    above: Vec<u32>,
     best: Vec<Packed>,
 }
 
@@ -65,9 +71,11 @@ impl Signals {
             self.touched.resize(n_items + 1, 0);
         }
         // No branch depends on the data: whether a row is new and where its similarity stands can't be predicted.
+        self.n_liked = 0;
         let mut n_touched = 0;
         let mut liked = history.iter().filter(|e| e.weight > 0.0).peekable();
         while let Some(entry) = liked.next() {
+            self.n_liked += 1;
             if let Some(next) = liked.peek() {
                 lists.prefetch(next.row);
             }
@@ -111,17 +119,41 @@ impl Signals {
 
     /// Appends the `k` best allowed items by `sum`, best first.
     pub fn retrieve(&mut self, k: usize, allowed: &dyn Fn(u32) -> bool, out: &mut Vec<Scored>) {
-        let Signals { by_row, touched, n_touched, best } = self;
-        best.clear();
-        best.extend(
-            touched[..*n_touched]
-                .iter()
-                .map(|&row| Scored { row, score: by_row[row as usize].sum })
-                .filter(|s| s.score > 0.0 && allowed(s.row))
-                .map(Packed::from),
-        );
-        keep_best(best, k);
-        out.extend(best.iter().map(|&p| Scored::from(p)));
+        // Few of thousands are wanted, and to ask whether one is allowed costs more than to see that it is not among the best.
+        let mut least = self.enough(k + self.n_liked + SPARE);
+        loop {
+            let Signals { by_row, touched, n_touched, above, best, .. } = &mut *self;
+            above.resize(*n_touched + 1, 0);
+            let mut n_above = 0;
+            for &row in &touched[..*n_touched] {
+                above[n_above] = row;
+                n_above += usize::from(by_row[row as usize].sum >= least);
+            }
+            let scored = above[..n_above].iter().map(|&row| Scored { row, score: by_row[row as usize].sum });
+            best.clear();
+            best.extend(scored.filter(|s| s.score > 0.0 && allowed(s.row)).map(Packed::from));
+            if best.len() >= k || least == 0.0 {
+                break;
+            }
+            least = 0.0;
+        }
+        keep_best(&mut self.best, k);
+        out.extend(self.best.iter().map(|&p| Scored::from(p)));
+    }
+
+    /// A sum that at least `wanted` items very probably reach, and not many more, as a sample of them says; 0 where there are few.
+    fn enough(&self, wanted: usize) -> f32 {
+        const SAMPLE: usize = 128;
+        let n = self.n_touched;
+        // By then two standard deviations, and some.
+        let expected = wanted * SAMPLE / n.max(1);
+        let at = expected + 2 * expected.isqrt() + 3;
+        if n < 8 * SAMPLE || at >= SAMPLE / 2 {
+            return 0.0;
+        }
+        let step = n / SAMPLE;
+        let mut sample: [f32; SAMPLE] = std::array::from_fn(|i| self.by_row[self.touched[i * step] as usize].sum);
+        sample.select_nth_unstable_by(at, |a, b| b.total_cmp(a)).1.max(0.0)
     }
 }
 
@@ -168,6 +200,24 @@ mod tests {
             want.truncate(k);
             let mut got = Vec::new();
             signals.retrieve(k, &|row| row != 3, &mut got);
+            prop_assert_eq!(got, want);
+        }
+
+        #[test]
+        fn the_best_of_thousands(
+            scores in prop::collection::vec(1u16..500, 3000), k in 1usize..400, forbidden in prop_oneof![Just(0u32), 1u32..3000],
+        ) {
+            let list: Vec<(u32, f32)> = scores.iter().zip(0..).map(|(&s, row)| (row, f32::from(s) / 512.0)).collect();
+            let lists = crate::catalog::cooccurrence::from_rows(&[list.clone()]);
+            let mut signals = Signals::default();
+            signals.gather(&lists, &[Interaction { row: 0, weight: 1.0 }], 3000);
+            let allowed = |row: u32| row >= forbidden;
+            let mut want: Vec<Scored> =
+                list.iter().filter(|l| allowed(l.0)).map(|&(row, score)| Scored { row, score }).collect();
+            want.sort_by(best_first);
+            want.truncate(k);
+            let mut got = Vec::new();
+            signals.retrieve(k, &allowed, &mut got);
             prop_assert_eq!(got, want);
         }
     }
