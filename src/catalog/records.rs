@@ -32,9 +32,31 @@ pub enum Values {
 }
 
 /// A number of a record.
-pub trait Value: Copy + Into<u32> {}
-impl Value for u16 {}
-impl Value for u32 {}
+pub trait Value: Copy + Into<u32> {
+    /// Sum of what a table that is indexed by code has for `codes`.
+    ///
+    /// # Panics
+    /// If a code is out of range.
+    fn sum(table: &[u32], codes: &[Self]) -> u32;
+}
+
+impl Value for u16 {
+    #[inline(always)]
+    fn sum(table: &[u32], codes: &[Self]) -> u32 {
+        // Where no code can be out of range, none is checked.
+        match table.first_chunk::<{ 1 << 16 }>() {
+            Some(table) => codes.iter().map(|&code| table[usize::from(code)]).sum(),
+            None => codes.iter().map(|&code| table[usize::from(code)]).sum(),
+        }
+    }
+}
+
+impl Value for u32 {
+    #[inline(always)]
+    fn sum(table: &[u32], codes: &[Self]) -> u32 {
+        codes.iter().map(|&code| table[code as usize]).sum()
+    }
+}
 
 impl Records {
     /// Copies `fields`, sorted and each once. Empty where that would be more than 2^32 numbers.

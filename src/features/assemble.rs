@@ -115,7 +115,7 @@ pub struct Layout {
     recorded: Vec<Recorded>,
     dim: usize,
     width: usize,
-    logs: Arc<Logs>,
+    tables: Arc<Tables>,
 }
 
 /// An operation that reads records.
@@ -128,25 +128,33 @@ struct Recorded {
     at: usize,
 }
 
-/// Logarithms that would be taken again and again: libm's cost more than the rest of a column.
+/// Functions that would be computed again and again: libm's logarithm costs more than the rest of a column.
 #[derive(Debug)]
-struct Logs {
+struct Tables {
     /// `ln(1 + n)` of small whole numbers.
-    of_counts: Vec<f32>,
+    logarithms: Vec<f32>,
+    /// `1 / n` of them, 0 of 0.
+    reciprocals: Vec<f32>,
     /// `ln(1 + popularity)` of every item; empty where no column asks.
-    of_popularity: Vec<f32>,
+    popularity: Vec<f32>,
 }
 
-impl Logs {
+impl Tables {
     fn new(popularity: &[f32]) -> Self {
-        Logs {
-            of_counts: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
-            of_popularity: popularity.iter().map(|p| p.ln_1p()).collect(),
+        Tables {
+            logarithms: (0..1024).map(|n| (n as f32).ln_1p()).collect(),
+            reciprocals: (0..1024).map(|n| if n == 0 { 0.0 } else { 1.0 / n as f32 }).collect(),
+            popularity: popularity.iter().map(|p| p.ln_1p()).collect(),
         }
     }
 
-    fn of(&self, n: u32) -> f32 {
-        self.of_counts.get(n as usize).copied().unwrap_or_else(|| (n as f32).ln_1p())
+    /// `1 / n`; 0 of 0.
+    fn reciprocal(&self, n: u16) -> f32 {
+        self.reciprocals.get(usize::from(n)).copied().unwrap_or_else(|| 1.0 / f32::from(n))
+    }
+
+    fn ln_1p(&self, n: u32) -> f32 {
+        self.logarithms.get(n as usize).copied().unwrap_or_else(|| (n as f32).ln_1p())
     }
 }
 
@@ -181,11 +189,11 @@ impl Layout {
         let dim = generation.item_embeddings.as_ref().map_or(0, |m| m.dim);
         let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
         let popularity = if asks(|op| matches!(op, Op::Popularity)) { &generation.popularity[..] } else { &[] };
-        let logs = Arc::new(Logs::new(popularity));
-        Ok(Layout::of(ops, fields, dim, logs))
+        let tables = Arc::new(Tables::new(popularity));
+        Ok(Layout::of(ops, fields, dim, tables))
     }
 
-    fn of(ops: Vec<Op>, fields: Vec<Option<usize>>, dim: usize, logs: Arc<Logs>) -> Self {
+    fn of(ops: Vec<Op>, fields: Vec<Option<usize>>, dim: usize, tables: Arc<Tables>) -> Self {
         let mut width = 0;
         let mut recorded = Vec::new();
         for (op, field) in fields.iter().enumerate() {
@@ -193,7 +201,7 @@ impl Layout {
             width += Self::op_width(&ops[op], dim);
         }
         recorded.sort_by_key(|r| r.field);
-        Layout { ops, fields, recorded, dim, width, logs }
+        Layout { ops, fields, recorded, dim, width, tables }
     }
 
     fn op_width(op: &Op, dim: usize) -> usize {
@@ -218,9 +226,9 @@ impl Layout {
         let columns = layouts.iter().flat_map(|l| l.ops.iter().zip(&l.fields));
         let (ops, fields) = columns.filter(|(op, _)| wanted(op.dependence())).map(|(op, at)| (op.clone(), *at)).unzip();
         let dim = layouts.first().map_or(0, |l| l.dim);
-        let informed = layouts.iter().find(|l| !l.logs.of_popularity.is_empty()).or(layouts.first());
-        let logs = informed.map_or_else(|| Arc::new(Logs::new(&[])), |l| l.logs.clone());
-        Layout::of(ops, fields, dim, logs)
+        let informed = layouts.iter().find(|l| !l.tables.popularity.is_empty()).or(layouts.first());
+        let tables = informed.map_or_else(|| Arc::new(Tables::new(&[])), |l| l.tables.clone());
+        Layout::of(ops, fields, dim, tables)
     }
 
     /// Fills `out` with `[candidates, width]`, row-major.
@@ -294,7 +302,7 @@ impl Layout {
             let first = block * BLOCK;
             let rows = &rows[first..rows.len().min(first + BLOCK)];
             let gathered = Gathered {
-                logs: &self.logs,
+                tables: &self.tables,
                 counts: &scratch.counts,
                 n_liked,
                 series: &scratch.series,
@@ -371,7 +379,7 @@ impl Layout {
                     };
                 }
                 Op::Popularity => {
-                    place[0] = gathered.logs.of_popularity.get(row as usize).copied().unwrap_or(0.0);
+                    place[0] = gathered.tables.popularity.get(row as usize).copied().unwrap_or(0.0);
                 }
                 Op::ItemEmbedding => {
                     vector.clear();
@@ -477,17 +485,27 @@ impl Target<'_> {
         }
     }
 
-    /// Writes a value per candidate, given its place among all and its row.
-    fn each(self, value: impl Fn(usize, u32) -> f32) {
-        for ((index, &row), line) in self.rows.iter().enumerate().zip(self.out.chunks_exact_mut(self.width)) {
-            line[self.at] = value(self.first + index, row);
+    /// Writes a value per candidate, made of what `all` has for it; `all` is by candidate.
+    fn each<T>(self, all: &[T], value: impl Fn(&T) -> f32) {
+        let block = &all[self.first..self.first + self.rows.len()];
+        self.put(block.iter().map(value));
+    }
+
+    /// Writes the same for every candidate.
+    fn fill(self, value: f32) {
+        self.put(std::iter::repeat(value));
+    }
+
+    fn put(self, values: impl Iterator<Item = f32>) {
+        for (line, value) in self.out.chunks_exact_mut(self.width).zip(values) {
+            line[self.at] = value;
         }
     }
 }
 
 /// What was gathered for the whole request.
 struct Gathered<'a> {
-    logs: &'a Logs,
+    tables: &'a Tables,
     /// By operation.
     counts: &'a [Counts],
     /// How many entries of the history are liked, at least 1.
@@ -507,13 +525,10 @@ impl Gathered<'_> {
         let position = || self.columns.as_ref().map_or(f32::NAN, |columns| columns.position(row));
         let series = || codes.first().and_then(|&code| self.series.of(code.into()));
         match op {
-            Op::SameCreator(_) => self.logs.of(codes.iter().map(count).sum()),
+            Op::SameCreator(_) => self.tables.ln_1p(V::sum(counts, codes)),
             Op::SameCategory(_) => codes.first().map_or(0.0, |code| count(code) as f32 / self.n_liked),
-            Op::Overlap(_) => {
-                let shared: u32 = codes.iter().map(count).sum();
-                shared as f32 / (self.n_liked * codes.len().max(1) as f32)
-            }
-            Op::SameSeries => series().map_or(0.0, |s| self.logs.of(s.n_liked)),
+            Op::Overlap(_) => V::sum(counts, codes) as f32 / (self.n_liked * codes.len().max(1) as f32),
+            Op::SameSeries => series().map_or(0.0, |s| self.tables.ln_1p(s.n_liked)),
             Op::NextInSeries => series().map_or(0.0, |s| {
                 let gap = position() - s.position;
                 if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 }
@@ -543,26 +558,24 @@ fn fill(
 ) {
     let Inputs { generation, user, context, candidates, .. } = inputs;
     let history = &user.history[..];
-    let Gathered { logs, dots, cooccurrence, .. } = gathered;
+    let Gathered { tables, dots, cooccurrence, .. } = gathered;
     let column = |at: usize| &generation.items.columns[at].data;
     match op {
         Op::SourceScore(source) => {
-            let scores = &candidates.source_scores[*source as usize];
-            target.each(|at, _| scores[at]);
+            target.each(&candidates.source_scores[*source as usize], |&score| score);
         }
         Op::SourceRank(source) => {
-            let ranks = &candidates.source_ranks[*source as usize];
-            target.each(|at, _| if ranks[at] == 0 { 0.0 } else { 1.0 / f32::from(ranks[at]) });
+            target.each(&candidates.source_ranks[*source as usize], |&rank| tables.reciprocal(rank));
         }
         Op::SourcePresent(source) => {
-            target.each(|at, _| if candidates.sources[at].contains(*source) { 1.0 } else { 0.0 });
+            target.each(&candidates.sources, |sources| f32::from(u8::from(sources.contains(*source))));
         }
-        Op::Dot => target.each(|at, _| dots[at]),
-        Op::CoSum => target.each(|at, _| cooccurrence[at].sum),
-        Op::CoMax => target.each(|at, _| cooccurrence[at].max),
-        Op::CoCount => target.each(|at, _| logs.of(cooccurrence[at].count)),
-        Op::CoMean => target.each(|at, _| cooccurrence[at].sum / cooccurrence[at].count.max(1) as f32),
-        Op::CoTop3 => target.each(|at, _| cooccurrence[at].top3),
+        Op::Dot => target.each(dots, |&dot| dot),
+        Op::CoSum => target.each(cooccurrence, |s| s.sum),
+        Op::CoMax => target.each(cooccurrence, |s| s.max),
+        Op::CoCount => target.each(cooccurrence, |s| tables.ln_1p(s.count)),
+        Op::CoMean => target.each(cooccurrence, |s| s.sum / s.count.max(1) as f32),
+        Op::CoTop3 => target.each(cooccurrence, |s| s.top3),
         Op::SameCreator(_)
         | Op::SameCategory(_)
         | Op::Overlap(_)
@@ -595,7 +608,7 @@ fn fill(
                 (ColumnData::Number { default, .. }, ..) => *default,
                 _ => 0.0,
             };
-            target.each(|_, _| value);
+            target.fill(value);
         }
         Op::ItemNumber(at) => {
             let data = column(*at);
@@ -603,14 +616,15 @@ fn fill(
         }
         Op::HistoryLength => {
             let value = (history.len() as f32).ln_1p();
-            target.each(|_, _| value);
+            target.fill(value);
         }
         Op::Popularity => {
-            target.each(|_, row| logs.of_popularity.get(row as usize).copied().unwrap_or(0.0));
+            let rows = target.rows;
+            target.put(rows.iter().map(|&row| tables.popularity.get(row as usize).copied().unwrap_or(0.0)));
         }
         Op::Context(key) => {
             let value = context.get(key).and_then(|v| v.parse::<f32>().ok()).filter(|v| v.is_finite()).unwrap_or(0.0);
-            target.each(|_, _| value);
+            target.fill(value);
         }
     }
 }

@@ -65,7 +65,8 @@ impl Counts {
         for code in self.touched.drain(..) {
             self.by_code[code as usize] = 0;
         }
-        let n = column.n_codes();
+        // Never less than a `u16` can index; memory that is not touched costs nothing.
+        let n = column.n_codes().max(1 << 16);
         if self.by_code.len() < n {
             self.by_code.resize(n, 0);
         }

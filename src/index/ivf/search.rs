@@ -215,7 +215,7 @@ impl Ivf {
 
     /// Fills `ivf.probes` with the lists that promise most, best first, and `ivf.bases` for them.
     fn rank_lists(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
-        let IvfScratch { rotated, tables, wide, select, ranked, probes, bases, scores, .. } = ivf;
+        let IvfScratch { rotated, tables, wide, select, ranked, probes, bases, scores, rows, .. } = ivf;
         let (coarse, n_lists) = (&self.parts.coarse, self.parts.n_lists());
         let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
         wide.prepare(rotated);
@@ -229,15 +229,16 @@ impl Ivf {
         };
         if n_probes * COARSE_RATIO * 2 >= n_lists {
             select.begin(n_lists);
-            let lists: Vec<u32> = (0..n_lists as u32).collect();
+            rows.clear();
+            rows.extend(0..n_lists as u32);
             refine::each(
                 self.simd,
                 wide,
                 &coarse.refined,
-                &lists,
+                rows,
                 |_| {},
                 |at, dot| {
-                    ranked.push(Packed::from(Scored { row: lists[at], score: score(lists[at], dot) }));
+                    ranked.push(Packed::from(Scored { row: rows[at], score: score(rows[at], dot) }));
                 },
             );
         } else {
