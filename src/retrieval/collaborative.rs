@@ -208,7 +208,7 @@ mod tests {
             scores in prop::collection::vec(1u16..500, 3000), k in 1usize..400, forbidden in prop_oneof![Just(0u32), 1u32..3000],
         ) {
             let list: Vec<(u32, f32)> = scores.iter().zip(0..).map(|(&s, row)| (row, f32::from(s) / 512.0)).collect();
-            let lists = crate::catalog::cooccurrence::from_rows(&[list.clone()]);
+            let lists = crate::catalog::cooccurrence::from_rows(std::slice::from_ref(&list));
             let mut signals = Signals::default();
             signals.gather(&lists, &[Interaction { row: 0, weight: 1.0 }], 3000);
             let allowed = |row: u32| row >= forbidden;
