@@ -5,6 +5,7 @@ pub mod api;
 pub mod backoff;
 pub mod cache;
 pub mod candidates;
+pub mod capacity;
 pub mod catalog;
 pub mod cli;
 pub mod config;

@@ -70,11 +70,8 @@ fn every_command_has_help() {
     assert!(top.out.contains("Exit codes: 0 ok, 1 failed, 2 usage."), "{}", top.out);
     let listed = top.out.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
     let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(
-        commands,
-        ["demo", "build", "serve", "recommend", "eval", "tune", "inspect", "check", "precompute", "features", "help"],
-        "{listed}"
-    );
+    let all = "demo build serve recommend eval tune inspect check precompute plan features help";
+    assert_eq!(commands.join(" "), all, "{listed}");
     for command in commands.into_iter().filter(|c| *c != "help") {
         let help = run([command, "--help"]).ok();
         assert!(help.out.contains(&format!("Usage: tastemaker {command}")), "{}", help.out);
@@ -118,6 +115,58 @@ fn failure_is_1_and_one_line() {
     assert!(missing.failed().contains(path(&nowhere)));
     let missing = run(["features", path(bundle_path()), "--users", path(&nowhere), "--columns", "c", "--out", "o"]);
     assert!(missing.failed().contains(path(&nowhere)));
+}
+
+#[test]
+fn plan_says_how_many_replicas() {
+    let work = tempfile::tempdir().unwrap();
+    let (profile, plot, made) = (work.path().join("p.toml"), work.path().join("p.svg"), work.path().join("made.toml"));
+    let text = "name = \"t\"\ncpus = 2\nhit_us = 2.5\nwake_us = 100.0\ntransit_us = 50.0\n\
+        [miss]\ncpu_us = [[0.0, 100.0], [0.5, 200.0], [1.0, 400.0]]\n";
+    std::fs::write(&profile, text).unwrap();
+    let ask = |more: &[&str]| {
+        let always = ["plan", "--profile", path(&profile), "--requests", "20000"];
+        run(always.iter().chain(more).copied().collect::<Vec<_>>())
+    };
+    let load = ["--rps", "100000", "--p99-ms", "5", "--hit-ratio", "0.5"];
+    let json: serde_json::Value =
+        serde_json::from_str(&ask(&[&load[..], &["--json", "--plot", path(&plot)]].concat()).ok().out).unwrap();
+    // Half of the calls at 225 us and half at 2.5 us: 17,582 a second from two CPUs at most; some must be free.
+    let replicas = json["replicas"].as_u64().unwrap();
+    assert!((6..=8).contains(&replicas), "{json}");
+    assert!(json["all"]["p99_ms"].as_f64().unwrap() <= 5.0 && json["all"]["keeps_up"] == true, "{json}");
+    assert!(json["one_lost"]["cpu"].as_f64() > json["all"]["cpu"].as_f64(), "{json}");
+    assert_eq!(json["bottleneck"], "CPU");
+    assert!(std::fs::read_to_string(&plot).unwrap().starts_with("<svg"));
+    let table = ask(&load).ok().out;
+    assert!(table.contains(&format!("replicas: {replicas} keep p99 at 5 ms")) && table.contains("one lost"), "{table}");
+    assert!(ask(&["--rps", "20000"]).ok().out.contains("does not keep up"));
+
+    assert!(ask(&["--rps", "1000", "--p99-ms", "0.1"]).failed().contains("no number of replicas"));
+    assert!(ask(&["--rps", "0"]).failed().contains("--rps 0: must be above 0"));
+    assert!(ask(&["--rps", "1", "--hit-ratio", "2"]).failed().contains("--hit-ratio 2: must be 0 to 1"));
+    std::fs::write(&profile, text.replace("cpus = 2", "cpus = 0")).unwrap();
+    assert!(ask(&["--rps", "1"]).failed().contains("cpus: must be at least 1"));
+
+    let run_of = |name: &str, offered: u32, rps: u32, us: u32| {
+        let file = work.path().join(name);
+        let json = serde_json::json!({
+            "offered_rps": offered, "rps": rps, "errors": 0, "server_cpu_us": us, "p50_ms": 0.5, "p99_ms": 1.5,
+        });
+        std::fs::write(&file, json.to_string()).unwrap();
+        file
+    };
+    let (saturated, light) = (run_of("s.json", 0, 4000, 250), run_of("l.json", 800, 800, 330));
+    let fit = |saturated: &Path| {
+        let files = ["--saturated", path(saturated), "--light", path(&light), "--write-profile", path(&made)];
+        run([&["plan", "--rps", "2000", "--requests", "20000"][..], &files].concat())
+    };
+    assert!(fit(&saturated).ok().out.contains("one replica"));
+    assert!(std::fs::read_to_string(&made).unwrap().contains("wake_us"));
+    assert!(fit(&light).failed().contains("saturated: must be a closed loop"));
+    std::fs::write(&saturated, "{}").unwrap();
+    assert!(fit(&saturated).failed().contains("s.json: not a run of loadgen --json"));
+    assert!(run(["plan", "--rps", "1"]).misused().contains("--profile"));
 }
 
 #[test]

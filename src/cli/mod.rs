@@ -16,6 +16,7 @@ mod demo;
 mod eval;
 mod features;
 mod inspect;
+mod plan;
 mod precompute;
 pub mod progress;
 mod recommend;
@@ -61,6 +62,8 @@ enum Command {
     Check(check::Check),
     /// Make slates ahead of time for a server to serve.
     Precompute(precompute::Precompute),
+    /// Say how many replicas a load takes, by a simulation that is fed with measured service times.
+    Plan(plan::Plan),
     /// Export the ranker's feature columns for given users, to train on what serving computes.
     Features(features::Features),
 }
@@ -80,6 +83,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Inspect(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Precompute(command) => command.run(),
+        Command::Plan(command) => command.run(),
         Command::Features(command) => command.run(),
     };
     // Buffered output may only now find out.

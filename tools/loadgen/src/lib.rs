@@ -1,7 +1,6 @@
 //! Load-test harness: closed loop, or open loop with latency from the intended send time (no coordinated omission).
 
 pub mod engine;
-mod plot;
 mod protocol;
 pub mod run;
 
@@ -10,6 +9,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
+use run::Report;
+use tastemaker::capacity::plot::{Point, latency_over_rate};
 
 /// Drives a recommendation server and reports latency, rates, errors and degradations.
 #[derive(Clone, Debug, Parser)]
@@ -149,7 +150,8 @@ pub fn measure(options: &Options) -> anyhow::Result<bool> {
         reports.push(report);
     }
     if let Some(file) = &options.plot {
-        std::fs::write(file, plot::latency_over_rate(&reports)).with_context(|| file.display().to_string())?;
+        let points: Vec<Point> = reports.iter().map(Report::point).collect();
+        std::fs::write(file, latency_over_rate(&points, None)).with_context(|| file.display().to_string())?;
         eprintln!("{}: written", file.display());
     }
     Ok(reports.iter().any(|r| r.ok > 0))

@@ -12,6 +12,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, Exp1, Zipf};
 use serde::Serialize;
+use tastemaker::capacity::plot::Point;
 
 use crate::engine::{Engine, Pending};
 use crate::protocol::{Protocol, Seen};
@@ -54,6 +55,13 @@ pub struct Report {
     /// HdrHistogram's percentile format, milliseconds.
     #[serde(skip)]
     pub hgrm: String,
+}
+
+impl Report {
+    /// For a plot.
+    pub fn point(&self) -> Point {
+        Point { rps: self.rps, p50_ms: self.p50_ms, p99_ms: self.p99_ms, p999_ms: self.p999_ms }
+    }
 }
 
 impl fmt::Display for Report {
