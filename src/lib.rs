@@ -14,6 +14,7 @@ pub mod error;
 pub mod eval;
 pub mod features;
 pub mod index;
+pub mod link;
 pub mod memory;
 pub mod pipeline;
 pub mod ranking;
@@ -23,6 +24,7 @@ pub mod retrieval;
 pub mod ring;
 pub mod server;
 pub mod state;
+pub mod store;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;

@@ -636,7 +636,8 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 live_profiles: shared.live.n_profiles(),
                 profile_bytes: shared.live.profile_bytes(),
                 events: Some(&shared.events.counters),
-                redis: shared.redis.as_deref(),
+                links: &shared.links,
+                store: shared.store.as_ref(),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

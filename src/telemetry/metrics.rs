@@ -9,15 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::api::{CacheStatus, Outcome, Slate};
-use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
 use crate::catalog::live::LiveItems;
 use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
+use crate::link::{Link, LinkCounters};
 use crate::state::change::Kind;
 use crate::state::sinks::SinkCounters;
 use crate::state::writer::EventCounters;
+use crate::store::{self, FeatureStore, Known, Level};
 
 /// Which call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +70,9 @@ const CANDIDATE_BUCKETS: [f64; 6] = [10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
 
 /// Jobs.
 const BATCH_BUCKETS: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+
+/// Seconds, from one to a week.
+const AGE_BUCKETS: [f64; 9] = [1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0];
 
 /// A histogram with fixed buckets.
 struct Histogram<const N: usize> {
@@ -152,6 +156,9 @@ pub struct ShardMetrics {
     inference: Vec<Histogram<14>>,
     infer: Vec<InferCounters>,
     degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
+    features: [[AtomicU64; Level::COUNT]; store::Kind::COUNT],
+    feature_age: Histogram<9>,
+    negative_hits: AtomicU64,
     unknown_users: AtomicU64,
     nan_scores: AtomicU64,
     /// Calls in flight now.
@@ -182,6 +189,9 @@ impl ShardMetrics {
             inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
             infer: (0..n_rankers).map(|_| InferCounters::default()).collect(),
             degraded: Default::default(),
+            features: Default::default(),
+            feature_age: Histogram::default(),
+            negative_hits: AtomicU64::new(0),
             unknown_users: AtomicU64::new(0),
             nan_scores: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
@@ -211,6 +221,7 @@ impl ShardMetrics {
 
     fn record_slate(&self, slate: &Slate, cache: CacheStatus) {
         match cache {
+            CacheStatus::L1 if !slate.degraded.is_empty() => self.negative_hits.fetch_add(1, Relaxed),
             CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
             CacheStatus::Precomputed => self.precomputed_hits.fetch_add(1, Relaxed),
             CacheStatus::L2 => self.l2_hits.fetch_add(1, Relaxed),
@@ -280,6 +291,16 @@ impl ShardMetrics {
         counters.last_ms.store(now_ms() as u64, Relaxed);
     }
 
+    /// What the feature store said of a call's user.
+    pub fn record_known(&self, known: &Known, now_ms: i64) {
+        for (counters, &level) in self.features.iter().zip(&known.levels).filter(|(_, level)| **level != Level::Off) {
+            counters[level as usize].fetch_add(1, Relaxed);
+        }
+        if let Some(age) = known.age_seconds(now_ms) {
+            self.feature_age.observe(&AGE_BUCKETS, age, age as u64);
+        }
+    }
+
     fn record_stages(&self, timings: &StageTimings) {
         for stage in Stage::ALL {
             let time = timings.get(stage);
@@ -331,8 +352,10 @@ pub struct Gauges<'a> {
     pub profile_bytes: usize,
     /// Events and changes, and their log.
     pub events: Option<&'a EventCounters>,
-    /// The second level of the cache, where there is one.
-    pub redis: Option<&'a RedisCache>,
+    /// The feature store, where there is one.
+    pub store: Option<&'a FeatureStore>,
+    /// Uses of Redis, where there are some.
+    pub links: &'a [Arc<Link>],
     /// The bundle.
     pub generation: &'a str,
     /// Partitions of the index: all, and those that did not answer when they were last asked.
@@ -415,6 +438,7 @@ impl Metrics {
         let precomputed = self.sum(|m| &m.precomputed_hits);
         line(o, "recommendation_cache_hits_total", "cache_level=\"precomputed\"", precomputed);
         line(o, "recommendation_cache_hits_total", "cache_level=\"stale\"", self.sum(|m| &m.stale_hits));
+        line(o, "recommendation_cache_hits_total", "cache_level=\"negative\"", self.sum(|m| &m.negative_hits));
         head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
         for (at, ranker) in self.rankers.iter().enumerate() {
             let labels = format!("model_name=\"{}\"", escaped(ranker));
@@ -562,21 +586,44 @@ impl Metrics {
                 }
             }
         }
-        if let Some(redis) = gauges.redis {
+        if let Some(store) = gauges.store {
+            head(o, "tastemaker_feature_lookups_total", "counter", "Users looked up in the feature store");
+            for kind in store::Kind::ALL {
+                for level in Level::ALL {
+                    let labels = format!("kind=\"{}\",level=\"{}\"", kind.name(), level.name());
+                    let n = self.sum(|m| &m.features[kind as usize][level as usize]);
+                    line(o, "tastemaker_feature_lookups_total", &labels, n);
+                }
+            }
+            head(o, "tastemaker_feature_age_seconds", "histogram", "Age of the users' values that were used");
+            let labels = "kind=\"user\"";
+            self.histogram(o, "tastemaker_feature_age_seconds", labels, &AGE_BUCKETS, 1.0, |m| &m.feature_age);
+            head(o, "tastemaker_feature_memory_bytes", "gauge", "Memory of what was read of users");
+            for (kind, bytes) in store::Kind::ALL.into_iter().zip(store.memory_bytes()) {
+                line(o, "tastemaker_feature_memory_bytes", &format!("kind=\"{}\"", kind.name()), bytes);
+            }
+        }
+        if !gauges.links.is_empty() {
             head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
-            line(o, "tastemaker_redis_breaker", "", redis.breaker() as u64);
-            let counters = &redis.counters;
-            let counted: [(&str, &str, &AtomicU64); 6] = [
-                ("tastemaker_redis_misses_total", "Lookups that found nothing", &counters.misses),
-                ("tastemaker_redis_unanswered_total", "Lookups beyond their budget", &counters.unanswered),
-                ("tastemaker_redis_unreadable_total", "Values that could not be read", &counters.unreadable),
-                ("tastemaker_redis_stored_total", "Results stored", &counters.stored),
-                ("tastemaker_redis_not_stored_total", "Results that could not be stored", &counters.not_stored),
-                ("tastemaker_redis_failures_total", "Connections lost or not made", &counters.failures),
+            for link in gauges.links {
+                line(o, "tastemaker_redis_breaker", &format!("use=\"{}\"", link.name), link.breaker() as u64);
+            }
+            type Counted = fn(&LinkCounters) -> &AtomicU64;
+            let families: [(_, _, Counted); 8] = [
+                ("tastemaker_redis_round_trips_total", "Batches sent", |c| &c.round_trips),
+                ("tastemaker_redis_found_total", "Keys that were there", |c| &c.found),
+                ("tastemaker_redis_misses_total", "Keys that were not there", |c| &c.misses),
+                ("tastemaker_redis_unanswered_total", "Lookups beyond their budget", |c| &c.unanswered),
+                ("tastemaker_redis_unreadable_total", "Values that could not be read", |c| &c.unreadable),
+                ("tastemaker_redis_stored_total", "Values stored", |c| &c.stored),
+                ("tastemaker_redis_not_stored_total", "Values that could not be stored", |c| &c.not_stored),
+                ("tastemaker_redis_failures_total", "Connections lost or not made", |c| &c.failures),
             ];
-            for (name, help, value) in counted {
+            for (name, help, of) in families {
                 head(o, name, "counter", help);
-                line(o, name, "", value.load(Relaxed));
+                for link in gauges.links {
+                    line(o, name, &format!("use=\"{}\"", link.name), of(&link.counters).load(Relaxed));
+                }
             }
         }
         head(o, "tastemaker_info", "gauge", "Version and bundle");

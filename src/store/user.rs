@@ -1,0 +1,217 @@
+//! A user of the store, as this bundle understands it.
+
+use xxhash_rust::xxh3::Xxh3;
+
+use super::memory::Size;
+use super::value::{FieldKind, FieldValue, Packed, Schema, Unreadable};
+use crate::catalog::conditions::hint;
+use crate::catalog::generation::{Column, ColumnData, Generation, Interaction};
+
+/// What a field of a schema is here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The column at this place.
+    Column(u32),
+    /// The entity's embedding.
+    Vector,
+    /// The user's history.
+    Items,
+    /// Nothing that is used.
+    Nothing,
+}
+
+/// A schema and what its fields are here.
+#[derive(Debug)]
+pub struct Mapping {
+    schema: Schema,
+    targets: Vec<Target>,
+}
+
+impl Mapping {
+    /// Maps fields to the bundle's user columns, and says what can't be mapped: names that the bundle lacks, kinds that do not fit.
+    pub fn new(schema: Schema, generation: &Generation) -> (Self, Vec<String>) {
+        let mut complaints = Vec::new();
+        let targets = targets(&schema, &generation.users.columns, &[], &mut complaints);
+        (Mapping { schema, targets }, complaints)
+    }
+}
+
+/// What the fields of a schema are, over the columns of a kind of entity; `texts` are columns of which the bundle has no more than the words.
+pub fn targets(schema: &Schema, columns: &[Column], texts: &[String], complaints: &mut Vec<String>) -> Vec<Target> {
+    let mut taken = Vec::new();
+    let mut target = |name: &str, kind: FieldKind| -> Result<Target, String> {
+        let special = match kind {
+            FieldKind::Vector => Target::Vector,
+            FieldKind::Items => Target::Items,
+            FieldKind::Number | FieldKind::Text | FieldKind::List => {
+                let Some(at) = columns.iter().position(|column| column.name == name) else {
+                    if texts.iter().any(|text| text == name) {
+                        return Ok(Target::Nothing);
+                    }
+                    let names = columns.iter().map(|column| column.name.as_str());
+                    return Err(format!("the bundle has no column `{name}`{}", hint(name, names)));
+                };
+                let fits = matches!(
+                    (kind, &columns[at].data),
+                    (FieldKind::Number, ColumnData::Number { .. })
+                        | (FieldKind::Text, ColumnData::Category { .. })
+                        | (FieldKind::List, ColumnData::Tags { .. })
+                );
+                return match fits {
+                    true => Ok(Target::Column(at as u32)),
+                    false => Err(format!("`{name}` is of kind {}, the bundle's column is of another", kind.name())),
+                };
+            }
+        };
+        match taken.contains(&special) {
+            true => Err(format!("`{name}` is a second field of kind {}", kind.name())),
+            false => {
+                taken.push(special);
+                Ok(special)
+            }
+        }
+    };
+    let each = schema.fields().iter().map(|field| {
+        target(&field.name, field.kind).unwrap_or_else(|complaint| {
+            complaints.push(complaint);
+            Target::Nothing
+        })
+    });
+    each.collect()
+}
+
+/// An entry of a stored history.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StoredEntry {
+    /// Row and weight.
+    pub interaction: Interaction,
+    /// Whether the item is not to be recommended again.
+    pub seen: bool,
+}
+
+/// What the store says of a user. Immutable.
+#[derive(Debug)]
+pub struct StoredUser {
+    /// When it was made, milliseconds since 1970.
+    pub made_ms: i64,
+    /// Position of a number column of users and its value; ascending.
+    numbers: Box<[(u32, f32)]>,
+    vector: Option<Box<[f32]>>,
+    /// Oldest first, an item once.
+    history: Box<[StoredEntry]>,
+    /// The rows and weights of [`Self::history`].
+    interactions: Box<[Interaction]>,
+    digest: u64,
+}
+
+impl StoredUser {
+    /// Reads a value. Items that the catalogue lacks are left out, and so is a vector of another dimension than the catalogue's.
+    ///
+    /// # Errors
+    /// It does not follow its schema, or holds a vector with values that are not finite.
+    pub fn of(packed: &Packed<'_>, mapping: &Mapping, generation: &Generation) -> Result<Self, Unreadable> {
+        let dim = generation.item_embeddings.as_ref().map(|items| items.dim);
+        let (mut numbers, mut vector, mut history) = (Vec::new(), None, Vec::<StoredEntry>::new());
+        let mut finite = true;
+        packed.read(&mapping.schema, |at, value| match (mapping.targets[at], value) {
+            (Target::Column(column), FieldValue::Number(value)) => numbers.push((column, value)),
+            (Target::Vector, FieldValue::Vector(values)) => {
+                finite &= values.iter().all(|value| value.is_finite());
+                vector = Some(values.into_boxed_slice()).filter(|values| Some(values.len()) == dim);
+            }
+            (Target::Items, FieldValue::Items(items)) => {
+                let row = |id: &str| generation.items.ids.row(id);
+                history.extend(items.iter().rev().filter_map(|item| {
+                    let interaction = Interaction { row: row(item.id)?, weight: item.weight };
+                    Some(StoredEntry { interaction, seen: item.seen })
+                }));
+            }
+            _ => {}
+        })?;
+        if !finite {
+            return Err(Unreadable);
+        }
+        // Newest first so far: of an item that came again the newest stays.
+        let mut rows = std::collections::HashSet::with_capacity(history.len());
+        history.retain(|entry| rows.insert(entry.interaction.row));
+        history.reverse();
+        numbers.sort_unstable_by_key(|number| number.0);
+        let mut digest = Xxh3::new();
+        digest.update(&packed.schema.to_le_bytes());
+        digest.update(packed.body());
+        Ok(StoredUser {
+            made_ms: packed.made_ms,
+            numbers: numbers.into(),
+            vector,
+            interactions: history.iter().map(|entry| entry.interaction).collect(),
+            history: history.into(),
+            digest: digest.digest().max(1),
+        })
+    }
+
+    /// The value of the number column of users at `column`; `None` where the store has none.
+    pub fn number(&self, column: usize) -> Option<f32> {
+        let at = self.numbers.binary_search_by_key(&(column as u32), |number| number.0).ok()?;
+        Some(self.numbers[at].1)
+    }
+
+    /// The embedding, f32 `[dim]`.
+    pub fn vector(&self) -> Option<&[f32]> {
+        self.vector.as_deref()
+    }
+
+    /// Oldest first, an item once.
+    pub fn history(&self) -> &[StoredEntry] {
+        &self.history
+    }
+
+    /// What the vector is taken to know.
+    pub fn interactions(&self) -> &[Interaction] {
+        &self.interactions
+    }
+
+    /// Names the content, whenever it was made. Not 0.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+}
+
+impl Size for StoredUser {
+    fn bytes(&self) -> usize {
+        let vector = self.vector.as_ref().map_or(0, |vector| 4 * vector.len());
+        size_of::<Self>() + 8 * self.numbers.len() + (12 + 8) * self.history.len() + vector
+    }
+}
+
+/// A vector that an external encoder made, f32 `[dim]`. Immutable.
+#[derive(Debug, PartialEq)]
+pub struct Embedding {
+    values: Box<[f32]>,
+    digest: u64,
+}
+
+impl Embedding {
+    /// Reads f32 little-endian, one after another; `None` where there are not `dim`, or one is not finite.
+    pub fn of(bytes: &[u8], dim: usize) -> Option<Self> {
+        let (values, []) = bytes.as_chunks() else { return None };
+        let values: Box<[f32]> = values.iter().map(|&value| f32::from_le_bytes(value)).collect();
+        let fits = values.len() == dim && values.iter().all(|value| value.is_finite());
+        fits.then(|| Embedding { values, digest: xxhash_rust::xxh3::xxh3_64(bytes).max(1) })
+    }
+
+    /// The vector.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Names it; not 0.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+}
+
+impl Size for Embedding {
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + 4 * self.values.len()
+    }
+}
