@@ -41,6 +41,8 @@ fn with_store(url: String) -> Config {
 
 fn replica(config: Config) -> Server {
     let server = start(config, Options::default());
+    // Else it is ready some time after the first answers.
+    server.shared().live.prepare_fold_in();
     eventually("Redis is connected", || breaker(&server) == Breaker::Closed);
     server
 }
@@ -97,7 +99,6 @@ fn what_another_process_writes_is_as_if_it_had_been_told_here() {
     let mut without = config();
     without.pipeline.trending_k = 0;
     let without = start(without, Options::default());
-    with.shared().live.prepare_fold_in();
     without.shared().live.prepare_fold_in();
     let history = [("item-3", 1.0, true), ("item-40", 0.5, true), ("item-7", 1.0, true)];
     let events = [("item-3", "like"), ("item-40", "click"), ("item-7", "like")];
@@ -340,6 +341,94 @@ fn without_redis_what_is_known_here_serves_and_says_so() {
     eventually("the answer is whole again", || {
         client(&server).recommend(&RecommendCall::new("user-9", 10)).unwrap().degraded.is_empty()
     });
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn changes_of_items_are_followed() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = with_store(redis.url());
+    config.events.log_dir = dir.path().to_owned();
+    config.features.embeddings = true;
+    config.features.item_max_age_seconds = 3600;
+    let fields = [
+        ("price", FieldKind::Number),
+        ("category", FieldKind::Text),
+        ("tags", FieldKind::List),
+        ("title", FieldKind::Text),
+        ("vector", FieldKind::Vector),
+        ("available", FieldKind::Number),
+    ];
+    let schema = Schema::new(fields.map(|(name, kind)| Field { name: name.into(), kind }).into()).unwrap();
+    let write = |id: &str, made_ms: i64, price: f32, vector: &[f32], available: f32| {
+        let values = [
+            FieldValue::Number(price),
+            FieldValue::Text("a new category"),
+            FieldValue::List(vec!["x"]),
+            FieldValue::Text("The followed"),
+            FieldValue::Vector(vector.into()),
+            FieldValue::Number(available),
+        ];
+        put_schema(&redis, &schema);
+        set(&redis, &format!("tastemaker:f1:item:{id}"), &pack(&schema, made_ms, &values).unwrap());
+        let () = redis::cmd("XADD")
+            .arg(("tastemaker:f1:items", "*", "id", id))
+            .query(&mut redis.connect())
+            .map(|_: String| ())
+            .unwrap();
+    };
+    let counted = |server: &Server, result: &str| {
+        metric(server, &format!("tastemaker_followed_items_total{{result=\"{result}\"}}"))
+    };
+    let nearest = |server: &Server, sign: f32| {
+        client(server).search(&SearchCall::new(SearchBy::Vector(&vector(sign)), 3)).unwrap()[0]
+            .iter()
+            .map(|item| item.0.clone())
+            .collect::<Vec<_>>()
+    };
+    // Before the server starts.
+    write("followed-1", now_ms(), 5.0, &vector(4.0), 1.0);
+    write("item-4", now_ms(), 6.0, &vector(3.0), 1.0);
+    let server = replica(config.clone());
+    eventually("they are upserted", || metric(&server, "tastemaker_live_items") >= 2.0);
+    assert_eq!(counted(&server, "upserted"), 2.0);
+    assert_eq!(nearest(&server, 1.0)[..2], ["followed-1", "item-4"]);
+    // Words of others may be alike.
+    let text = |server: &Server| {
+        let found = client(server).search(&SearchCall::new(SearchBy::Text("followed"), 20)).unwrap();
+        found[0].iter().filter(|item| ["followed-1", "item-4"].contains(&&*item.0)).count()
+    };
+    assert_eq!(text(&server), 2);
+    // While it runs: one goes, one is too old, one has no value, one's vector is the encoder's, one's is none.
+    write("item-4", now_ms(), 6.0, &vector(3.0), 0.0);
+    write("item-5", now_ms() - 7_200_000, 6.0, &vector(9.0), 1.0);
+    let xadd = |id: &str| {
+        let _: String =
+            redis::cmd("XADD").arg(("tastemaker:f1:items", "*", "id", id)).query(&mut redis.connect()).unwrap();
+    };
+    xadd("nothing");
+    set(&redis, "emb:item:item-6", &bytes(&vector(-5.0)));
+    xadd("item-6");
+    write("item-7", now_ms(), 6.0, &[1.0], 1.0);
+    eventually("all were looked at", || {
+        ["upserted", "too_old", "missing", "unreadable"].map(|result| counted(&server, result)) == [4.0, 1.0, 1.0, 1.0]
+    });
+    eventually("they took effect", || {
+        nearest(&server, -1.0)[0] == "item-6" && nearest(&server, 1.0)[0] == "followed-1"
+    });
+    assert!(!nearest(&server, 1.0).contains(&"item-4".to_owned()));
+    assert!(metric(&server, "tastemaker_followed_items_lag_seconds") < 20.0);
+    server.shut_down().unwrap();
+    // A start reads it all again, and nothing is upserted twice.
+    let server = replica(config.clone());
+    eventually("they are looked at", || counted(&server, "unchanged") >= 3.0);
+    assert_eq!((counted(&server, "upserted"), metric(&server, "tastemaker_live_items")), (0.0, 3.0));
+    server.shut_down().unwrap();
+    // Without Redis it is all there.
+    drop(redis);
+    let server = start(config, Options::default());
+    assert_eq!((nearest(&server, 1.0)[0].as_str(), text(&server)), ("followed-1", 1));
     server.shut_down().unwrap();
 }
 

@@ -638,6 +638,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 events: Some(&shared.events.counters),
                 links: &shared.links,
                 store: shared.store.as_ref(),
+                followed: shared.items.as_ref().map(|items| &items.counters),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

@@ -277,6 +277,9 @@ impl Server {
         }
         let events = state::writer::spawn(shared.live.clone(), log, shared.events.clone(), sink)?;
         let sinks = Sinks::start(&shared.config.events, &shared.events)?;
+        if let Some(items) = &shared.items {
+            links.extend(items.clone().spawn()?.map(|thread| (items.link.clone(), thread)));
+        }
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
         let (ready, started) = std::sync::mpsc::channel();

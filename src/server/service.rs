@@ -38,6 +38,7 @@ use crate::state::change::Record;
 use crate::state::exposure::{self, Exposed, Exposure};
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
 use crate::state::{LiveState, schema};
+use crate::store::items::ItemFollower;
 use crate::store::{Asked, FeatureStore, Known, Learned};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
 
@@ -61,6 +62,8 @@ pub struct Shared {
     pub redis: Option<Arc<RedisCache>>,
     /// What other processes know of users; `None` when off.
     pub store: Option<FeatureStore>,
+    /// What follows other processes' changes of items; `None` when off.
+    pub items: Option<Arc<ItemFollower>>,
     /// All uses of Redis.
     pub links: Vec<Arc<Link>>,
     /// Of the configuration that shapes answers; replicas of another one must not share results.
@@ -94,10 +97,15 @@ impl Shared {
         let scope = key::scope(&generation.version, &config)?;
         let redis = RedisCache::new(&config.cache).map(Arc::new);
         let store = FeatureStore::new(&config.features, &generation);
+        let live = Arc::new(live);
+        let events = Arc::new(EventQueue::new(&live));
+        let items = ItemFollower::new(&config.features, &live, &events).map(Arc::new);
         let of_results = redis.iter().map(|redis| redis.link.clone());
+        let of_store = store.iter().map(|store| store.link.clone());
         Ok(Shared {
-            links: of_results.chain(store.iter().map(|store| store.link.clone())).collect(),
+            links: of_results.chain(of_store).chain(items.iter().map(|items| items.link.clone())).collect(),
             store,
+            items,
             precomputed: precomputed(&config.cache, &scope)?,
             models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
             reranker: Reranker::compile(&config.rerank, &generation)?,
@@ -109,8 +117,8 @@ impl Shared {
             flights: SingleFlight::default(),
             index: Arc::new(IndexAdmin::new(generation.clone())),
             metrics: Metrics::new(n_shards, rankers),
-            events: Arc::new(EventQueue::new(&live)),
-            live: Arc::new(live),
+            events,
+            live,
             generation,
             config,
         })

@@ -250,6 +250,11 @@ impl LiveState {
         self.catalogue.lock().len()
     }
 
+    /// Whether an upsert would change nothing.
+    pub fn holds_item(&self, change: &Change<'_>) -> bool {
+        self.catalogue.lock().holds(&self.generation, change)
+    }
+
     /// Values of categories and lists that the bundle does not have.
     pub fn n_live_values(&self) -> usize {
         let vocabularies = self.generation.items.columns.iter().filter_map(|column| column.data.vocabulary());

@@ -112,6 +112,11 @@ impl FeaturesConfig {
         format!("{}:f1:{kind}:{id}", self.redis.key_prefix).into_bytes()
     }
 
+    /// The key of the stream of ids of items that changed.
+    pub fn items_key(&self) -> Vec<u8> {
+        format!("{}:f1:items", self.redis.key_prefix).into_bytes()
+    }
+
     /// The key of an embedding.
     pub fn embedding_key(&self, kind: &str, id: &str) -> Vec<u8> {
         format!("{}:{kind}:{id}", self.embedding_prefix).into_bytes()

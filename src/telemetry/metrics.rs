@@ -18,6 +18,7 @@ use crate::link::{Link, LinkCounters};
 use crate::state::change::Kind;
 use crate::state::sinks::SinkCounters;
 use crate::state::writer::EventCounters;
+use crate::store::items::ItemCounters;
 use crate::store::{self, FeatureStore, Known, Level};
 
 /// Which call.
@@ -354,6 +355,8 @@ pub struct Gauges<'a> {
     pub events: Option<&'a EventCounters>,
     /// The feature store, where there is one.
     pub store: Option<&'a FeatureStore>,
+    /// Items that the feature store said had changed, where they are followed.
+    pub followed: Option<&'a ItemCounters>,
     /// Uses of Redis, where there are some.
     pub links: &'a [Arc<Link>],
     /// The bundle.
@@ -602,6 +605,22 @@ impl Metrics {
             for (kind, bytes) in store::Kind::ALL.into_iter().zip(store.memory_bytes()) {
                 line(o, "tastemaker_feature_memory_bytes", &format!("kind=\"{}\"", kind.name()), bytes);
             }
+        }
+        if let Some(counters) = gauges.followed {
+            head(o, "tastemaker_followed_items_total", "counter", "Items that the feature store said had changed");
+            let each = [
+                ("upserted", &counters.upserted),
+                ("unchanged", &counters.unchanged),
+                ("too_old", &counters.too_old),
+                ("missing", &counters.missing),
+                ("unreadable", &counters.unreadable),
+            ];
+            for (result, value) in each {
+                line(o, "tastemaker_followed_items_total", &format!("result=\"{result}\""), value.load(Relaxed));
+            }
+            let lag = "tastemaker_followed_items_lag_seconds";
+            head(o, lag, "gauge", "From the making of the newest value to its upsert, when that was last");
+            let _ = writeln!(o, "{lag} {}", counters.lag_ms.load(Relaxed) as f64 / 1000.0);
         }
         if !gauges.links.is_empty() {
             head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
