@@ -79,6 +79,14 @@ impl RedisConfig {
     fn client(&self) -> RedisResult<Client> {
         Client::open(self.url.as_str())
     }
+
+    /// A connection for a command, which may wait.
+    ///
+    /// # Errors
+    /// It can't be made in time; the text does not show the URL.
+    pub fn connect(&self) -> RedisResult<Connection> {
+        self.client()?.get_connection_with_timeout(Duration::from_millis(u64::from(self.connect_timeout_ms)))
+    }
 }
 
 /// What the connection is.
@@ -301,8 +309,7 @@ impl Driver<'_> {
     }
 
     fn connect(&self) -> RedisResult<Connection> {
-        let timeout = Duration::from_millis(u64::from(self.link.config.connect_timeout_ms));
-        let connection = self.link.config.client()?.get_connection_with_timeout(timeout)?;
+        let connection = self.link.config.connect()?;
         connection.set_write_timeout(Some(Duration::from_millis(u64::from(self.link.config.budget_ms))))?;
         Ok(connection)
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use common::redis_server::*;
 use common::*;
-use tastemaker::api::{Change, Event, Kind, RecommendCall, SearchBy, SearchCall};
+use tastemaker::api::{Change, Event, Kind, RecommendCall, SearchBy, SearchCall, Value};
 use tastemaker::config::Config;
 use tastemaker::context::now_ms;
 use tastemaker::link::Breaker;
@@ -345,6 +345,39 @@ fn without_redis_what_is_known_here_serves_and_says_so() {
 }
 
 #[test]
+fn upserts_are_written_through_for_other_replicas() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let mut config = with_store(redis.url());
+    (config.features.write_through, config.features.write_ttl_seconds) = (true, 100);
+    (config.features.memory_ttl_seconds, config.features.negative_ttl_seconds) = (1, 0);
+    let (a, b) = (replica(config.clone()), replica(config));
+    // Both have looked before.
+    assert!(!ask(&a, "new").known_user && !ask(&b, "new").known_user);
+    client(&a).put_events(&[Event::new("new", "item-3", "like")], false).unwrap();
+    let own = vector(1.0);
+    let change = Change { columns: &[("age", Value::Number(20.0))], vector: Some(&own), ..Change::of("new") };
+    client(&a).change(Kind::UpsertUsers, &[change], false).unwrap();
+    let written = ask(&a, "new");
+    assert!(written.known_user);
+    let key = "tastemaker:f1:user:new";
+    let ttl = || redis::cmd("TTL").arg(key).query::<i64>(&mut redis.connect()).unwrap();
+    eventually("it is written", || ttl() > 90);
+    let near = |server: &Server| client(server).search(&SearchCall::new(SearchBy::User("new"), 20)).unwrap();
+    // What the vector knows goes with it: events of before do not move it there, nor here.
+    assert_eq!(near(&b), client(&b).search(&SearchCall::new(SearchBy::Vector(&own), 20)).unwrap());
+    // An event here moves it here, as without a store.
+    client(&a).put_events(&[Event::new("new", "item-9", "like")], false).unwrap();
+    assert_ne!(near(&a), near(&b));
+    // Who is deleted is gone for all.
+    client(&a).change(Kind::DeleteUsers, &[Change::of("new")], false).unwrap();
+    assert!(!ask(&a, "new").known_user);
+    eventually("it is gone", || ttl() == -2);
+    eventually("the other's memory forgets it", || !ask(&b, "new").known_user);
+    a.shut_down().unwrap();
+    b.shut_down().unwrap();
+}
+
+#[test]
 fn changes_of_items_are_followed() {
     let Some(redis) = Redis::start(&[]) else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -429,6 +462,82 @@ fn changes_of_items_are_followed() {
     drop(redis);
     let server = start(config, Options::default());
     assert_eq!((nearest(&server, 1.0)[0].as_str(), text(&server)), ("followed-1", 1));
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn the_command_line_writes_what_servers_read() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let config_file =
+        file("c.toml", &format!("[features]\nembeddings = true\n[features.redis]\nurl = \"{}\"\n", redis.url()));
+    let run = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_tastemaker"));
+        let output = command.arg("store").args(arguments).arg("--config").arg(&config_file).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let push = |kind: &str, from: &std::path::Path, more: &[&str]| {
+        let bundle = bundle_path().to_str().unwrap();
+        run(&[&["push", bundle, "--kind", kind, "--from", from.to_str().unwrap()], more].concat())
+    };
+    let mut config = with_store(redis.url());
+    config.features.embeddings = true;
+    let server = replica(config);
+    let users = file(
+        "users.jsonl",
+        r#"{"user_id": "cli", "columns": {"age": 31, "country": "fr"}, "history": [{"item_id": "item-3"}, {"item_id": "item-8", "weight": 0.5, "seen": false}]}
+
+{"user_id": 17, "columns": {}, "made_ms": 5}
+"#,
+    );
+    let (code, out, err) = push("users", &users, &["--ttl-seconds", "1000"]);
+    assert_eq!((code, out.starts_with("2 users under schema ")), (Some(0), true), "{out}{err}");
+    let (code, out, err) = run(&["get", "users", "cli"]);
+    assert_eq!(code, Some(0), "{err}");
+    let shown: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((shown["fields"]["age"].as_f64(), shown["fields"]["device"].is_null()), (Some(31.0), true), "{out}");
+    assert_eq!(shown["fields"]["history"][1], serde_json::json!({"item_id": "item-8", "weight": 0.5, "seen": false}));
+    let slate = ask(&server, "cli");
+    assert!(slate.known_user && slate.items.iter().all(|item| item.item_id != "item-3"));
+    // An encoder's vectors, and items.
+    let numbers = |vector: &[f32]| vector.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
+    let encoded = file("e.jsonl", &format!(r#"{{"user_id": "encoded", "embedding": [{}]}}"#, numbers(&vector(1.0))));
+    assert_eq!(push("users", &encoded, &["--as-encoder"]).0, Some(0));
+    let near = |by: SearchBy<'_>| client(&server).search(&SearchCall::new(by, 5)).unwrap();
+    assert_eq!(near(SearchBy::User("encoded")), near(SearchBy::Vector(&vector(1.0))));
+    let items = file(
+        "items.jsonl",
+        &format!(
+            r#"{{"item_id": "pushed", "columns": {{"price": 2.5}}, "embedding": [{}]}}
+{{"item_id": "item-9", "available": false}}"#,
+            numbers(&vector(9.0))
+        ),
+    );
+    assert_eq!(push("items", &items, &[]).0, Some(0));
+    eventually("the items are there", || {
+        near(SearchBy::Vector(&vector(1.0)))[0][0].0 == "pushed" && metric(&server, "tastemaker_items_gone") == 1.0
+    });
+    // What is wrong is named, with its place.
+    for (line, reason) in [
+        (
+            r#"{"user_id": "a", "columns": {"agee": 1}}"#,
+            "columns.agee: the bundle has no such column; did you mean `age`?",
+        ),
+        (r#"{"user_id": "a", "columns": {"age": "old"}}"#, "age: is not what a field of kind number holds"),
+        (r#"{"user_id": "a", "embedding": [1]}"#, "embedding: has 1 values, the catalogue's have 16"),
+        (r#"{"user_id": "a", "ages": 1}"#, "unknown field `ages`"),
+        (r#"{"user_id": ""}"#, "an id has 1 to 256 bytes"),
+    ] {
+        let (code, _, err) = push("users", &file("wrong.jsonl", &format!("\n{line}\n")), &[]);
+        assert!(code == Some(1) && err.contains("wrong.jsonl:2") && err.contains(reason), "{line}: {err}");
+    }
+    let (code, _, err) = run(&["get", "items", "unknown"]);
+    assert!(code == Some(1) && err.contains("nothing of the item `unknown`"), "{err}");
     server.shut_down().unwrap();
 }
 

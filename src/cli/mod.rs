@@ -20,6 +20,7 @@ mod precompute;
 pub mod progress;
 mod recommend;
 mod serve;
+mod store;
 mod tune;
 
 use std::io::Write as _;
@@ -61,6 +62,8 @@ enum Command {
     Check(check::Check),
     /// Make slates ahead of time for a server to serve.
     Precompute(precompute::Precompute),
+    /// Write users and items to the feature store that servers share, or show what it has.
+    Store(store::Store),
     /// Export the ranker's feature columns for given users, to train on what serving computes.
     Features(features::Features),
 }
@@ -81,6 +84,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Check(command) => command.run(),
         Command::Precompute(command) => command.run(),
         Command::Features(command) => command.run(),
+        Command::Store(command) => command.run(),
     };
     // Buffered output may only now find out.
     done.and_then(|()| Ok(std::io::stdout().flush()?)).or_else(|error| match error.downcast_ref::<std::io::Error>() {

@@ -263,7 +263,7 @@ pub fn resolve_user(
     user.vector.extend_from_slice(given.unwrap_or_default());
     let of_store = stored.map_or(&[][..], StoredUser::history);
     // Of an encoder's vector, and of a stored one without a history, nobody says what it knows: it stays as it is.
-    let as_it_is = encoded.is_some() || stored.is_some_and(|stored| stored.vector().is_some() && of_store.is_empty());
+    let as_it_is = encoded.is_some() || stored.is_some_and(|stored| stored.vector().is_some() && !stored.has_history());
     user.fold_in = !(as_it_is || events.is_empty() && of_store.is_empty());
     let of_store = of_store.iter().filter(|entry| (entry.interaction.row as usize) < n_rows);
     // Newest first: events, what the store has beside them, what the bundle has beside both.

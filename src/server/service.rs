@@ -233,6 +233,12 @@ impl ReceiptSink for Shared {
     fn deliver(&self, shard: u16, ticket: Ticket, result: writer::Result) {
         self.complete(shard, Completion::Received { ticket, result });
     }
+
+    fn applied(&self, record: &[u8]) {
+        if let Some(store) = &self.store {
+            store.write_through(&self.live, record);
+        }
+    }
 }
 
 /// A call in flight.

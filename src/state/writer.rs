@@ -51,6 +51,9 @@ pub type Result = std::result::Result<Receipt, Error>;
 pub trait ReceiptSink: Send + Sync {
     /// Hands an answer over; does not block.
     fn deliver(&self, shard: u16, ticket: Ticket, result: Result);
+
+    /// A record took effect, which nobody was told yet; does not block.
+    fn applied(&self, record: &[u8]);
 }
 
 /// Counters, for metrics.
@@ -419,7 +422,10 @@ impl Writer<'_> {
                 counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
                 counters.unknown_items.fetch_add(u64::from(receipt.unknown), Relaxed);
             }
-            Ok(Record::Change(kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
+            Ok(Record::Change(kind, _)) => {
+                counters.changes[kind as usize].fetch_add(accepted, Relaxed);
+                self.sink.applied(record);
+            }
             Ok(Record::Exposure(_)) | Err(_) => {}
         }
         Ok(receipt)

@@ -19,13 +19,17 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::api::Ticket;
-use crate::catalog::generation::Generation;
+use crate::catalog::generation::{Generation, Interaction};
 use crate::config::in_range;
-use crate::context::Reason;
+use crate::context::{Reason, now_ms};
 use crate::link::{Keys, Link, Lookup, RedisConfig, Values};
+use crate::state::LiveState;
+use crate::state::change::{self, Record};
+use crate::state::event::Damaged;
+use crate::state::users::Profile;
 use memory::{Memory, MemoryTier};
 use user::{Embedding, StoredUser};
-use value::{Packed, Schema};
+use value::{FieldKind, FieldValue, Packed, Schema, StoredItem};
 
 /// `[features]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -265,6 +269,8 @@ pub struct FeatureStore {
     /// What the keys of the kinds begin with.
     prefixes: [Vec<u8>; Kind::COUNT],
     schema_prefix: Vec<u8>,
+    /// What is written under.
+    own: user::Mapping,
 }
 
 impl std::fmt::Debug for FeatureStore {
@@ -291,6 +297,7 @@ impl FeatureStore {
             schemas: RwLock::default(),
             prefixes: [config.key("user", ""), config.embedding_key("user", "")],
             schema_prefix: config.key("schema", ""),
+            own: user::Mapping::of_columns(generation),
             generation: generation.clone(),
             config: config.clone(),
         })
@@ -410,6 +417,72 @@ impl FeatureStore {
             }
         }
         Some((shard, ticket, Some(learned)))
+    }
+
+    /// Writes what a record of the log says of users to the store, where that is configured, and to the memory tier, so that the next call here
+    /// finds it. Best effort: what can't be written is counted, and known to this process alone.
+    pub fn write_through(&self, state: &LiveState, record: &[u8]) {
+        let (true, Ok(Record::Change(kind @ (change::Kind::UpsertUsers | change::Kind::DeleteUsers), body))) =
+            (self.config.write_through, Record::of(record))
+        else {
+            return;
+        };
+        let schema = self.own.schema();
+        let mut set = redis::cmd("SET");
+        set.arg([&self.schema_prefix, format!("{:016x}", schema.id()).as_bytes()].concat()).arg(schema.text());
+        // With each record: Redis may have been flushed.
+        self.link.store(&set);
+        // Damage was refused by the shard.
+        let _ = change::decode::<Damaged>(body, |change| {
+            let key = [&self.prefixes[Kind::User as usize], change.id.as_bytes()].concat();
+            let profile = state.with_user(change.id, |_, profile| profile.cloned());
+            let profile = profile.filter(|_| kind == change::Kind::UpsertUsers);
+            let packed = profile.and_then(|profile| self.pack(&profile));
+            let mut command = redis::cmd(if packed.is_some() { "SET" } else { "DEL" });
+            command.arg(key);
+            if let Some(packed) = &packed {
+                command.arg(&packed[..]);
+                if self.config.write_ttl_seconds > 0 {
+                    command.arg("EX").arg(self.config.write_ttl_seconds);
+                }
+            }
+            self.link.store(&command);
+            if let Some(tier) = &self.users {
+                let user = packed
+                    .and_then(|packed| StoredUser::of(&Packed::of(&packed).ok()?, &self.own, &self.generation).ok());
+                tier.put(change.id, user.map(Arc::new), state.version_of(change.id), Instant::now());
+            }
+            Ok(())
+        });
+    }
+
+    /// What was upserted of a user, as a value under the schema of the bundle's columns.
+    fn pack(&self, profile: &Profile) -> Option<Vec<u8>> {
+        let values: Vec<_> =
+            self.own.schema().fields().iter().map(|field| (field, profile.value(&field.name))).collect();
+        let values: Vec<_> = values
+            .iter()
+            .map(|(field, value)| match (field.kind, value) {
+                (FieldKind::Vector, _) => {
+                    profile.vector().map_or(FieldValue::Missing, |v| FieldValue::Vector(v.into()))
+                }
+                (FieldKind::Items, _) => FieldValue::Items(self.items(profile)),
+                (FieldKind::Number, Some(change::Value::Number(number))) if (*number as f32).is_finite() => {
+                    FieldValue::Number(*number as f32)
+                }
+                (FieldKind::Text, Some(change::Value::Text(text))) => FieldValue::Text(text),
+                (FieldKind::List, Some(change::Value::List(list))) => FieldValue::List(list.clone()),
+                _ => FieldValue::Missing,
+            })
+            .collect();
+        value::pack(self.own.schema(), now_ms(), &values).ok()
+    }
+
+    /// What the user's vector knows.
+    fn items(&self, profile: &Profile) -> Vec<StoredItem<'_>> {
+        let ids = &self.generation.items.ids;
+        let item = |entry: &Interaction| StoredItem { id: ids.id(entry.row), weight: entry.weight, seen: false };
+        profile.known().iter().map(item).collect()
     }
 
     fn again(&self, lookup: Lookup) -> Option<(u16, Ticket, Option<Learned>)> {

@@ -3,9 +3,16 @@
 use xxhash_rust::xxh3::Xxh3;
 
 use super::memory::Size;
-use super::value::{FieldKind, FieldValue, Packed, Schema, Unreadable};
+use super::value::{Field, FieldKind, FieldValue, Packed, Schema, Unreadable};
 use crate::catalog::conditions::hint;
 use crate::catalog::generation::{Column, ColumnData, Generation, Interaction};
+use crate::state::change::MAX_COLUMNS;
+use crate::wire::LIMITS;
+
+/// What users have beside columns.
+pub const OF_USERS: [(&str, FieldKind); 2] = [("embedding", FieldKind::Vector), ("history", FieldKind::Items)];
+/// What items have beside columns.
+pub const OF_ITEMS: [(&str, FieldKind); 2] = [("embedding", FieldKind::Vector), ("available", FieldKind::Number)];
 
 /// What a field of a schema is here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,12 +35,46 @@ pub struct Mapping {
 }
 
 impl Mapping {
+    /// The schema of the bundle's own columns.
+    pub fn of_columns(generation: &Generation) -> Self {
+        Self::new(schema_of(&generation.users.columns, &OF_USERS), generation).0
+    }
+
+    /// The schema.
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
     /// Maps fields to the bundle's user columns, and says what can't be mapped: names that the bundle lacks, kinds that do not fit.
     pub fn new(schema: Schema, generation: &Generation) -> (Self, Vec<String>) {
         let mut complaints = Vec::new();
         let targets = targets(&schema, &generation.users.columns, &[], &mut complaints);
         (Mapping { schema, targets }, complaints)
     }
+}
+
+/// The schema of the columns of a kind of entity and of what else it has, whose names are made free.
+pub fn schema_of(columns: &[Column], more: &[(&str, FieldKind)]) -> Schema {
+    let kind = |data: &ColumnData| match data {
+        ColumnData::Number { .. } => FieldKind::Number,
+        ColumnData::Category { .. } => FieldKind::Text,
+        ColumnData::Tags { .. } => FieldKind::List,
+    };
+    let fits = |column: &&Column| (1..=LIMITS.id_bytes).contains(&column.name.len()) && !column.name.contains('\n');
+    let mut fields: Vec<Field> = Vec::new();
+    for column in columns.iter().filter(fits) {
+        if fields.len() + more.len() < MAX_COLUMNS && fields.iter().all(|field| field.name != column.name) {
+            fields.push(Field { name: column.name.clone(), kind: kind(&column.data) });
+        }
+    }
+    for &(name, kind) in more {
+        let mut name = name.to_owned();
+        while fields.iter().any(|field| field.name == name) {
+            name.insert(0, '_');
+        }
+        fields.push(Field { name, kind });
+    }
+    Schema::new(fields).expect("names that fit and differ")
 }
 
 /// What the fields of a schema are, over the columns of a kind of entity; `texts` are columns of which the bundle has no more than the words.
@@ -99,6 +140,8 @@ pub struct StoredUser {
     vector: Option<Box<[f32]>>,
     /// Oldest first, an item once.
     history: Box<[StoredEntry]>,
+    /// Whether the value says anything of a history, be it that there is none.
+    has_history: bool,
     /// The rows and weights of [`Self::history`].
     interactions: Box<[Interaction]>,
     digest: u64,
@@ -143,6 +186,7 @@ impl StoredUser {
             made_ms: packed.made_ms,
             numbers: numbers.into(),
             vector,
+            has_history: mapping.targets.contains(&Target::Items),
             interactions: history.iter().map(|entry| entry.interaction).collect(),
             history: history.into(),
             digest: digest.digest().max(1),
@@ -163,6 +207,11 @@ impl StoredUser {
     /// Oldest first, an item once.
     pub fn history(&self) -> &[StoredEntry] {
         &self.history
+    }
+
+    /// Whether the value says what its vector knows.
+    pub fn has_history(&self) -> bool {
+        self.has_history
     }
 
     /// What the vector is taken to know.
