@@ -24,6 +24,7 @@ use crate::state::writer::{EventQueue, Submission};
 
 /// Entries of the stream read in one go.
 const BATCH: usize = 500;
+const _: () = assert!(BATCH <= MAX_CHANGES, "one record takes a batch");
 /// How often it is looked for more.
 const POLL: Duration = Duration::from_millis(200);
 /// What reading a batch may take, at least: it is more than a lookup, and nobody waits for it.
@@ -255,7 +256,6 @@ impl ItemFollower {
                 false => drop(counters.unreadable.fetch_add(1, Relaxed)),
             }
         }
-        debug_assert!(BATCH <= MAX_CHANGES);
         for record in records.into_iter().filter(|record| !record.is_empty()) {
             let submission = Submission { record: record.record(), durable: false, shard: u16::MAX, ticket: Ticket(0) };
             if self.events.push(submission).is_err() {
