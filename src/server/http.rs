@@ -635,6 +635,8 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 live_values: shared.live.n_live_values(),
                 live_profiles: shared.live.n_profiles(),
                 profile_bytes: shared.live.profile_bytes(),
+                trending_ms: shared.live.trending_ms(),
+                precomputed_ms: shared.precomputed.as_ref().map(|file| file.made() as i64 * 1000),
                 events: Some(&shared.events.counters),
                 links: &shared.links,
                 store: shared.store.as_ref(),

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -73,6 +73,8 @@ pub struct EventCounters {
     pub exposures_dropped: AtomicU64,
     /// Entries of changes applied, by [`Kind`].
     pub changes: [AtomicU64; 6],
+    /// When the last record took effect, milliseconds since 1970; 0: none did since the start.
+    pub applied_ms: AtomicI64,
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
     /// Bytes of the file of what is in force of items and users.
@@ -415,6 +417,7 @@ impl Writer<'_> {
             return Err(Error::fixed(Code::Internal, "the events could not be applied"));
         };
         let counters = &self.queue.counters;
+        counters.applied_ms.store(now_ms(), Relaxed);
         let accepted = u64::from(receipt.accepted);
         match Record::of(record) {
             Ok(Record::Events(_)) => {

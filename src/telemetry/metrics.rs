@@ -351,6 +351,10 @@ pub struct Gauges<'a> {
     pub live_profiles: usize,
     /// Memory of that.
     pub profile_bytes: usize,
+    /// When live trending was last made, milliseconds since 1970.
+    pub trending_ms: Option<i64>,
+    /// When the file of slates was made, milliseconds since 1970.
+    pub precomputed_ms: Option<i64>,
     /// Events and changes, and their log.
     pub events: Option<&'a EventCounters>,
     /// The feature store, where there is one.
@@ -567,6 +571,19 @@ impl Metrics {
         }
         head(o, "tastemaker_event_log_sync_seconds_total", "counter", "Time spent in these");
         let _ = writeln!(o, "tastemaker_event_log_sync_seconds_total {}", event(|c| &c.sync_ns) as f64 * 1e-9);
+        let age = |ms: i64| now_ms().saturating_sub(ms).max(0) as f64 / 1000.0;
+        let applied = gauges.events.map_or(0, |counters| counters.applied_ms.load(Relaxed));
+        let ages = [
+            ("tastemaker_live_state_age_seconds", "Since events or changes took effect last", Some(applied)),
+            ("tastemaker_live_trending_age_seconds", "Since what trends was last counted", gauges.trending_ms),
+            ("tastemaker_precomputed_age_seconds", "Since slates were made ahead of time", gauges.precomputed_ms),
+        ];
+        for (name, help, ms) in ages {
+            if let Some(ms) = ms.filter(|ms| *ms > 0) {
+                head(o, name, "gauge", help);
+                let _ = writeln!(o, "{name} {}", age(ms));
+            }
+        }
         if !gauges.sinks.is_empty() {
             type Counted = fn(&SinkCounters) -> &AtomicU64;
             let families: [(_, _, _, Counted); 4] = [
