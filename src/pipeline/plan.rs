@@ -339,4 +339,59 @@ mod tests {
         assert_eq!(resolved(&live, "u", 1).1, [0, 1, 2, 2, 3, 4, 7]);
         assert_eq!(resolved(&live, "v", 1), (vec![7], vec![2, 7]));
     }
+
+    #[test]
+    fn what_the_store_says_lies_between_the_bundle_and_events() {
+        use crate::store::Level;
+        use crate::store::user::tests::stored;
+        use crate::store::value::{FieldValue, StoredItem};
+        let mut generation = crate::store::user::tests::generation();
+        generation.histories =
+            Histories { offsets: vec![0, 3].into(), rows: vec![0, 1, 2].into(), weights: vec![1.0; 3].into() };
+        generation.user_embeddings = generation.item_embeddings.clone();
+        let generation = Arc::new(generation);
+        let live = LiveState::new(generation.clone(), EventsConfig::default(), StateConfig::default());
+        let resolved = |id: &str, known: &Known| {
+            let (mut job, config) =
+                (Job::new(generation.clone()), PipelineConfig { history_length: 4, ..PipelineConfig::default() });
+            job.user.id.push_str(id);
+            resolve_user(&generation, Some(&live), Some(known), &config, &mut job).unwrap();
+            job
+        };
+        let rows = |job: &Job| job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>();
+        let item = |id, seen| StoredItem { id, weight: 1.0, seen };
+        let schema = "age:number\nv:vector\nh:items\n";
+        let known = |age: FieldValue<'static>, vector: Option<[f32; 2]>| {
+            let vector = vector.map_or(FieldValue::Missing, |vector| FieldValue::Vector(vector.into()));
+            let items = FieldValue::Items(vec![item("1", true), item("7", true), item("8", false)]);
+            let user = stored(&generation, schema, &[age, vector, items]).unwrap();
+            Known { user: Some(Arc::new(user)), levels: [Level::Redis, Level::Off], ..Known::default() }
+        };
+        let with = known(FieldValue::Number(20.0), Some([3.0, 4.0]));
+        let job = resolved("a", &with);
+        assert_eq!((rows(&job), job.user.seen.clone()), (vec![2, 1, 7, 8], vec![0, 1, 1, 2, 7]));
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, job.user.number(0)), (vec![3.0, 4.0], true, Some(20.0)));
+        assert_eq!(job.user.vector_knows().len(), 3);
+        // Without a vector there the trained one is moved by the history; without a number the bundle's counts.
+        let job = resolved("a", &known(FieldValue::Missing, None));
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, job.user.number(0)), (vec![1.0, 1.0], true, None));
+        assert!(job.user.vector_knows().is_empty());
+        // Events come last, and once.
+        live.apply(&Event::new("a", "7", "like"));
+        live.apply(&Event::new("nobody", "9", "like"));
+        assert_eq!(rows(&resolved("a", &with)), [2, 1, 8, 7]);
+        let nobody = resolved("nobody", &with);
+        assert_eq!((rows(&nobody), nobody.user.is_known()), (vec![1, 7, 8, 9], true));
+        assert!(!resolved("nobody", &Known::default()).user.is_known());
+        // Of whose vector nobody says what it knows, it stays as it is.
+        let user = stored(&generation, "v:vector\n", &[FieldValue::Vector(vec![3.0, 4.0])]).unwrap();
+        let job = resolved("a", &Known { user: Some(Arc::new(user)), ..Known::default() });
+        assert_eq!((job.user.vector.clone(), job.user.fold_in), (vec![3.0, 4.0], false));
+        let embedding = Embedding::of(&[5f32.to_le_bytes(), 6f32.to_le_bytes()].concat(), 2).map(Arc::new);
+        let job = resolved("a", &Known { embedding, ..with.clone() });
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, rows(&job)), (vec![5.0, 6.0], false, vec![2, 1, 8, 7]));
+        // What should be known and is not is said.
+        let job = resolved("a", &Known { away: Some(crate::context::Reason::Failed), ..Known::default() });
+        assert_eq!(job.degraded[..], [Degradation { stage: Stage::Features, reason: crate::context::Reason::Failed }]);
+    }
 }

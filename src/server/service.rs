@@ -332,6 +332,7 @@ struct Pool(Vec<Box<Job>>);
 impl Pool {
     fn push(&mut self, mut job: Box<Job>) {
         (job.items, job.trending, job.filter) = Default::default();
+        (job.user.profile, job.user.stored) = Default::default();
         self.0.push(job);
     }
 

@@ -13,7 +13,7 @@ use redis::{Cmd, FromRedisValue, from_redis_value};
 
 use super::user::{Embedding, Target, targets};
 use super::value::{Field, FieldKind, FieldValue, Packed, Schema};
-use super::{FeaturesConfig, age_ms};
+use super::{FeaturesConfig, MAX_SCHEMAS, age_ms};
 use crate::api::Ticket;
 use crate::catalog::generation::Generation;
 use crate::context::now_ms;
@@ -178,7 +178,12 @@ impl ItemFollower {
         let schema = text.and_then(|text| Schema::parse(std::str::from_utf8(&text).ok()?).ok());
         let mapping = schema.filter(|schema| schema.id() == packed.schema).map(|schema| self.map(schema));
         match mapping {
-            Some(mapping) => drop(mappings.insert(packed.schema, mapping)),
+            Some(mapping) => {
+                if mappings.len() >= MAX_SCHEMAS {
+                    mappings.clear();
+                }
+                mappings.insert(packed.schema, mapping);
+            }
             // It is looked for again with the next value under it.
             None => tracing::warn!(schema = id, "a schema of items' features is not there or is none"),
         }

@@ -254,6 +254,9 @@ const NOBODY: u16 = u16::MAX;
 /// How long a schema that was not there is taken not to be there.
 const SCHEMA_RETRY: Duration = Duration::from_secs(5);
 
+/// Schemas that are remembered; a store has a few.
+const MAX_SCHEMAS: usize = 1024;
+
 /// A schema by its id: how it maps to the bundle, or when it was looked for and not found.
 type Mapped = Result<Arc<user::Mapping>, Instant>;
 
@@ -533,7 +536,11 @@ impl FeatureStore {
                 Err(Instant::now())
             }
         };
-        self.schemas.write().insert(lookup.mark, mapped);
+        let mut schemas = self.schemas.write();
+        if schemas.len() >= MAX_SCHEMAS {
+            schemas.clear();
+        }
+        schemas.insert(lookup.mark, mapped);
     }
 }
 
@@ -558,5 +565,52 @@ fn chosen<T>(memory: Memory<T>, learned: Option<Option<Arc<T>>>) -> (Option<Arc<
         (None, Memory::Fresh(None)) => (None, Level::Negative),
         (None, Memory::Stale(value)) => (Some(value), Level::Stale),
         (None, Memory::Unknown) => (None, Level::Away),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_has_a_name_whenever_it_was_made() {
+        let generation = user::tests::generation();
+        let user = |age: f32| {
+            let stored = user::tests::stored(&generation, "age:number\n", &[FieldValue::Number(age)]).unwrap();
+            Some(Arc::new(stored))
+        };
+        let embedding = |value: f32| Embedding::of(&[value.to_le_bytes(), [0; 4]].concat(), 2).map(Arc::new);
+        let of = |user, embedding, away| Known { user, embedding, away, ..Known::default() };
+        assert_eq!(Known::default().version(7), 7);
+        let versions = [
+            of(None, None, None).version(7),
+            of(user(1.0), None, None).version(7),
+            of(user(1.0), None, None).version(8),
+            of(user(2.0), None, None).version(7),
+            of(None, embedding(1.0), None).version(7),
+            of(None, embedding(2.0), None).version(7),
+            of(user(1.0), embedding(1.0), None).version(7),
+            of(None, None, Some(Reason::Failed)).version(7),
+        ];
+        assert_eq!(versions.iter().collect::<std::collections::HashSet<_>>().len(), versions.len());
+        assert_eq!(of(user(1.0), None, None).version(7), versions[1]);
+        assert_eq!(of(user(1.0), None, None).age_seconds(1005), Some(1.0));
+        assert_eq!((of(user(1.0), None, None).age_seconds(0), Known::default().age_seconds(9)), (Some(0.0), None));
+    }
+
+    #[test]
+    fn ranges_are_checked() {
+        let valid = |change: fn(&mut FeaturesConfig)| {
+            let mut config = FeaturesConfig::default();
+            change(&mut config);
+            config.validate().err().unwrap_or_default()
+        };
+        assert_eq!(valid(|_| {}), "");
+        assert!(valid(|c| c.memory_bytes = 1).contains("features.memory_bytes"));
+        assert!(valid(|c| c.memory_ttl_seconds = 0).contains("features.memory_ttl_seconds is 0, expected 1 to 86400"));
+        assert!(valid(|c| c.embedding_prefix = "a b".into()).contains("features.embedding_prefix"));
+        assert!(valid(|c| c.redis.budget_ms = 0).contains("features.redis.budget_ms"));
+        let secret = valid(|c| c.redis.url = "http://:swordfish@host".into());
+        assert!(secret.contains("features.redis.url") && !secret.contains("swordfish"), "{secret}");
     }
 }

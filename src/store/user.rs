@@ -264,3 +264,89 @@ impl Size for Embedding {
         size_of::<Self>() + 4 * self.values.len()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::super::value::{StoredItem, pack};
+    use super::*;
+    use crate::catalog::generation::{Entities, IdTable, testing};
+
+    /// Ten items in the plane, and users "a" with an age and a city.
+    pub fn generation() -> Generation {
+        let mut generation = testing::with_embeddings(vec![1.0; 20], 2);
+        let age = ColumnData::Number { values: vec![30.0].into(), default: 35.0 };
+        let vocabulary = std::sync::Arc::new(IdTable::build(["x"].iter(), false).unwrap());
+        let city = ColumnData::Category { codes: vec![0].into(), vocabulary };
+        let column = |name: &str, data| Column { name: name.into(), data };
+        generation.users = Entities {
+            ids: IdTable::build(["a"].iter(), false).unwrap(),
+            columns: vec![column("age", age), column("city", city)],
+        };
+        generation
+    }
+
+    /// A value as the server reads it.
+    pub fn stored(generation: &Generation, schema: &str, values: &[FieldValue<'_>]) -> Result<StoredUser, Unreadable> {
+        let schema = Schema::parse(schema).unwrap();
+        let bytes = pack(&schema, 5, values).unwrap();
+        StoredUser::of(&Packed::of(&bytes)?, &Mapping::new(schema, generation).0, generation)
+    }
+
+    #[test]
+    fn fields_are_taken_by_name_and_what_does_not_fit_is_named() {
+        let generation = generation();
+        let schema = "v:vector\nagee:number\ncity:number\nage:number\nv2:vector\nh:items\n";
+        let (mapping, complaints) = Mapping::new(Schema::parse(schema).unwrap(), &generation);
+        use Target::{Column, Items, Nothing, Vector};
+        assert_eq!(mapping.targets, [Vector, Nothing, Nothing, Column(0), Nothing, Items]);
+        assert_eq!(complaints.len(), 3);
+        assert!(complaints[0].contains("no column `agee`; did you mean `age`?"), "{complaints:?}");
+        assert!(complaints[1].contains("`city` is of kind number"), "{complaints:?}");
+        assert!(complaints[2].contains("`v2` is a second field of kind vector"), "{complaints:?}");
+        let items = ["3", "?", "4", "3"].map(|id| StoredItem { id, weight: 0.5, seen: id == "3" });
+        let number = |n| FieldValue::Number(n);
+        let none = FieldValue::Missing;
+        let values = [
+            FieldValue::Vector(vec![1.0, 2.0]),
+            number(1.0),
+            number(2.0),
+            number(3.0),
+            none.clone(),
+            FieldValue::Items(items.into()),
+        ];
+        let user = stored(&generation, schema, &values).unwrap();
+        assert_eq!((user.number(0), user.number(1), user.vector()), (Some(3.0), None, Some(&[1.0, 2.0][..])));
+        let rows: Vec<_> = user.history().iter().map(|entry| (entry.interaction.row, entry.seen)).collect();
+        assert_eq!((rows, user.has_history(), user.made_ms), (vec![(4, false), (3, true)], true, 5));
+        // A vector of another catalogue is none; the rest of the value counts.
+        let other =
+            stored(&generation, "v:vector\nage:number\n", &[FieldValue::Vector(vec![1.0; 3]), number(4.0)]).unwrap();
+        assert_eq!((other.vector(), other.number(0), other.has_history()), (None, Some(4.0), false));
+        // Missing values are nothing that the store says.
+        assert_eq!(stored(&generation, "age:number\n", &[none]).unwrap().number(0), None);
+    }
+
+    #[test]
+    fn an_embedding_has_the_catalogues_length_and_finite_values() {
+        let bytes: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|value| value.to_le_bytes()).collect();
+        assert_eq!(Embedding::of(&bytes, 2).unwrap().values(), [1.5, -2.0]);
+        assert!(Embedding::of(&bytes, 3).is_none() && Embedding::of(&bytes[1..], 2).is_none());
+        for cut in 0..bytes.len() {
+            assert!(Embedding::of(&bytes[..cut], 2).is_none());
+        }
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let bytes = [1.5f32.to_le_bytes(), wrong.to_le_bytes()].concat();
+            assert!(Embedding::of(&bytes, 2).is_none());
+        }
+    }
+
+    #[test]
+    fn the_schema_of_columns_maps_to_them() {
+        let mut generation = generation();
+        generation.users.columns[1].name = "history".into();
+        let mapping = Mapping::of_columns(&generation);
+        assert_eq!(mapping.schema().text(), "age:number\nhistory:text\nembedding:vector\n_history:items\n");
+        use Target::{Column, Items, Vector};
+        assert_eq!(mapping.targets, [Column(0), Column(1), Vector, Items]);
+    }
+}
