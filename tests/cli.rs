@@ -72,7 +72,20 @@ fn every_command_has_help() {
     let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(
         commands,
-        ["demo", "build", "serve", "recommend", "eval", "tune", "inspect", "check", "precompute", "features", "help"],
+        [
+            "demo",
+            "build",
+            "serve",
+            "recommend",
+            "eval",
+            "tune",
+            "inspect",
+            "check",
+            "precompute",
+            "store",
+            "features",
+            "help"
+        ],
         "{listed}"
     );
     for command in commands.into_iter().filter(|c| *c != "help") {
@@ -95,6 +108,8 @@ fn every_command_has_help() {
 fn misuse_is_2() {
     assert!(run::<&str>([]).misused().contains("Usage: tastemaker"));
     assert!(run(["bild"]).misused().contains("'build'"));
+    assert!(run(["store"]).misused().contains("Usage: tastemaker store"));
+    assert!(run(["store", "push", "x"]).misused().contains("--kind"));
     assert!(run(["inspect"]).misused().contains("<BUNDLE>"));
     assert!(run(["inspect", "x", "--jsn"]).misused().contains("'--json'"));
     assert!(run(["build", "x"]).misused().contains("--out"));
