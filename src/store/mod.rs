@@ -313,20 +313,16 @@ impl FeatureStore {
 
     /// What is known of a user, or what to ask for. `version`: what events and upserts say.
     pub fn user(&self, id: &str, version: u64, now: Instant, now_ms: i64) -> Asked {
-        let of_user = self.users.as_ref().map(|tier| tier.get(id, version, now));
-        let of_embedding = self.embeddings.as_ref().map(|tier| tier.get(id, version, now));
-        let old = |wanted: bool| wanted && self.link.is_up();
+        let memories = self.memories(id, version, now);
         let ask = [
-            old(of_user.as_ref().is_some_and(|memory| !matches!(memory, Memory::Fresh(_)))),
-            old(of_embedding.as_ref().is_some_and(|memory| !matches!(memory, Memory::Fresh(_)))),
+            memories.0.as_ref().is_some_and(|memory| !matches!(memory, Memory::Fresh(_))),
+            memories.1.as_ref().is_some_and(|memory| !matches!(memory, Memory::Fresh(_))),
         ];
-        if ask.contains(&true) {
+        if ask.contains(&true) && self.link.is_up() {
             let name = |kind: Kind| [&self.prefixes[kind as usize], id.as_bytes()].concat();
             return Asked::Wait(Kind::ALL.into_iter().filter(|&kind| ask[kind as usize]).map(name).collect());
         }
-        let mut known = Known::default();
-        self.settle(&mut known, (of_user, of_embedding), Learned::default(), Reason::Failed, now_ms);
-        Asked::Ready(known)
+        Asked::Ready(self.settle(memories, Learned::default(), Reason::Failed, now_ms))
     }
 
     /// Sends a lookup on its way. False: nothing will come.
@@ -336,23 +332,16 @@ impl FeatureStore {
 
     /// What is known of a user after a lookup; `None`: it was not answered.
     pub fn after(&self, id: &str, version: u64, learned: Option<Learned>, now: Instant, now_ms: i64) -> Known {
-        let of_user = self.users.as_ref().map(|tier| tier.get(id, version, now));
-        let of_embedding = self.embeddings.as_ref().map(|tier| tier.get(id, version, now));
-        let mut known = Known::default();
-        let reason = Reason::Deadline;
-        self.settle(&mut known, (of_user, of_embedding), learned.unwrap_or_default(), reason, now_ms);
-        known
+        self.settle(self.memories(id, version, now), learned.unwrap_or_default(), Reason::Deadline, now_ms)
     }
 
-    fn settle(
-        &self,
-        known: &mut Known,
-        (user, embedding): (Option<Memory<StoredUser>>, Option<Memory<Embedding>>),
-        learned: Learned,
-        reason: Reason,
-        now_ms: i64,
-    ) {
-        let mut away = false;
+    fn memories(&self, id: &str, version: u64, now: Instant) -> Memories {
+        let of_user = self.users.as_ref().map(|tier| tier.get(id, version, now));
+        (of_user, self.embeddings.as_ref().map(|tier| tier.get(id, version, now)))
+    }
+
+    fn settle(&self, (user, embedding): Memories, learned: Learned, reason: Reason, now_ms: i64) -> Known {
+        let (mut known, mut away) = (Known::default(), false);
         let mut decide = |kind: Kind, level: Level| {
             away |= level == Level::Away;
             known.levels[kind as usize] = level;
@@ -372,6 +361,7 @@ impl FeatureStore {
             decide(Kind::Embedding, level);
         }
         known.away = away.then_some(reason);
+        known
     }
 
     /// Reads what a lookup brought and keeps it in memory; for the link's thread. `None`: it goes on, for a schema is missing.
@@ -543,6 +533,9 @@ impl FeatureStore {
         schemas.insert(lookup.mark, mapped);
     }
 }
+
+/// What memory knows of a user, where the kind is looked up.
+type Memories = (Option<Memory<StoredUser>>, Option<Memory<Embedding>>);
 
 /// What became of a value.
 enum Read {
