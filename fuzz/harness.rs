@@ -20,6 +20,7 @@ use tastemaker::server::{changes, json, tensors};
 use tastemaker::state::change::{self, Record};
 use tastemaker::state::event;
 use tastemaker::state::log::{EventLog, Limits};
+use tastemaker::store::value::{Packed, Schema, pack};
 use tastemaker::wire::frame::{self, Split};
 use tastemaker::wire::request::Request;
 use tastemaker::wire::{client, request, schema};
@@ -28,10 +29,11 @@ use tastemaker::wire::{client, request, schema};
 pub type Run = fn(&[u8]);
 
 /// Every target by name.
-pub const TARGETS: [(&str, Run); 8] = [
+pub const TARGETS: [(&str, Run); 9] = [
     ("answer", answer),
     ("config", config),
     ("event_log", event_log),
+    ("feature_value", feature_value),
     ("frame", frame),
     ("http_json", http_json),
     ("infer", infer),
@@ -112,6 +114,34 @@ pub fn request(bytes: &[u8]) {
         }
         Err(malformed) => assert!(!malformed.error.message.is_empty()),
     }
+}
+
+/// Byte 0: the length of a schema's text, which follows; the rest: a packed value, as it is and as a body under that schema with a checksum
+/// that is right.
+pub fn feature_value(bytes: &[u8]) {
+    let Some((&length, rest)) = bytes.split_first() else { return };
+    let (text, value) = rest.split_at(usize::from(length).min(rest.len()));
+    let Ok(Ok(schema)) = std::str::from_utf8(text).map(Schema::parse) else { return };
+    assert_eq!(Schema::parse(&schema.text()).as_ref(), Ok(&schema));
+    let mut whole = b"TSF\x01".to_vec();
+    let rest = [&schema.id().to_le_bytes()[..], &7i64.to_le_bytes(), value].concat();
+    whole.extend_from_slice(&crc32fast::hash(&rest).to_le_bytes());
+    whole.extend_from_slice(&rest);
+    for bytes in [value, &whole] {
+        let Ok(packed) = Packed::of(bytes) else { continue };
+        let mut values = Vec::new();
+        if packed.read(&schema, |_, value| values.push(value)).is_err() {
+            continue;
+        }
+        // Vectors may hold what can't be packed; who reads them looks.
+        if let Ok(again) = pack(&schema, packed.made_ms, &values) {
+            let mut second = Vec::new();
+            Packed::of(&again).and_then(|again| again.read(&schema, |_, value| second.push(value))).unwrap();
+            assert_eq!(second, values, "what was read does not survive a round trip");
+        }
+    }
+    // A byte more or less is another value, and none.
+    assert!(Packed::of(&whole[..whole.len() - 1]).is_err());
 }
 
 /// As [`request`], of answers.

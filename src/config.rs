@@ -13,6 +13,7 @@ use crate::pipeline::PipelineConfig;
 use crate::rerank::RerankConfig;
 use crate::server::ServerConfig;
 use crate::state::{EventsConfig, StateConfig};
+use crate::store::FeaturesConfig;
 use crate::telemetry::TelemetryConfig;
 
 /// `tastemaker.toml`. Every key has a default; `docs/tastemaker.toml` shows each with its unit and range.
@@ -31,6 +32,8 @@ pub struct Config {
     pub events: EventsConfig,
     /// Items and users that come and change at run time.
     pub state: StateConfig,
+    /// Features that replicas share.
+    pub features: FeaturesConfig,
     /// Logs.
     pub telemetry: TelemetryConfig,
 }
@@ -118,6 +121,7 @@ impl Config {
         self.cache.validate()?;
         self.events.validate()?;
         self.state.validate()?;
+        self.features.validate()?;
         self.telemetry.validate()
     }
 }

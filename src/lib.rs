@@ -15,6 +15,7 @@ pub mod error;
 pub mod eval;
 pub mod features;
 pub mod index;
+pub mod link;
 pub mod memory;
 pub mod pipeline;
 pub mod ranking;
@@ -24,6 +25,7 @@ pub mod retrieval;
 pub mod ring;
 pub mod server;
 pub mod state;
+pub mod store;
 pub mod telemetry;
 #[cfg(test)]
 mod testing;

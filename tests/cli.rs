@@ -70,7 +70,7 @@ fn every_command_has_help() {
     assert!(top.out.contains("Exit codes: 0 ok, 1 failed, 2 usage."), "{}", top.out);
     let listed = top.out.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
     let commands: Vec<&str> = listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    let all = "demo build serve recommend eval tune inspect check precompute plan features help";
+    let all = "demo build serve recommend eval tune inspect check precompute plan store features help";
     assert_eq!(commands.join(" "), all, "{listed}");
     for command in commands.into_iter().filter(|c| *c != "help") {
         let help = run([command, "--help"]).ok();
@@ -92,6 +92,8 @@ fn every_command_has_help() {
 fn misuse_is_2() {
     assert!(run::<&str>([]).misused().contains("Usage: tastemaker"));
     assert!(run(["bild"]).misused().contains("'build'"));
+    assert!(run(["store"]).misused().contains("Usage: tastemaker store"));
+    assert!(run(["store", "push", "x"]).misused().contains("--kind"));
     assert!(run(["inspect"]).misused().contains("<BUNDLE>"));
     assert!(run(["inspect", "x", "--jsn"]).misused().contains("'--json'"));
     assert!(run(["build", "x"]).misused().contains("--out"));

@@ -2,71 +2,16 @@
 
 mod common;
 
-use std::io::Write as _;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use common::redis_server::*;
 use common::*;
 use tastemaker::api::{Change, Event, Kind, RecommendCall, Value};
-use tastemaker::cache::redis::Breaker;
 use tastemaker::config::Config;
+use tastemaker::link::Breaker;
 use tastemaker::server::{Options, Server};
-use tastemaker::wire::client::{Client, SlateAnswer};
-
-/// A `redis-server` of its own on a free port of the loopback interface.
-struct Redis {
-    child: Child,
-    port: u16,
-    _dir: tempfile::TempDir,
-}
-
-impl Redis {
-    /// `None`, said out loud: there is no `redis-server` here.
-    fn start(more: &[&str]) -> Option<Self> {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        Self::start_at(port, more)
-    }
-
-    fn start_at(port: u16, more: &[&str]) -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let spawned = Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"])
-            .arg(dir.path())
-            .args(more)
-            .stdout(Stdio::null())
-            .spawn();
-        let Ok(child) = spawned else {
-            assert!(std::env::var_os("TASTEMAKER_REQUIRE_REDIS").is_none(), "redis-server is required and missing");
-            // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: there is no redis-server here");
-            return None;
-        };
-        let redis = Redis { child, port, _dir: dir };
-        eventually("redis-server listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Some(redis)
-    }
-
-    fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
-    }
-
-    fn connect(&self) -> redis::Connection {
-        redis::Client::open(self.url()).unwrap().get_connection_with_timeout(PATIENCE).unwrap()
-    }
-
-    fn signal(&self, signal: i32) {
-        // SAFETY: a signal to a child that has not been waited for: the process id is still its own.
-        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
-    }
-}
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use tastemaker::wire::client::SlateAnswer;
 
 fn with_redis(url: String) -> Config {
     let mut config = config();
@@ -83,7 +28,7 @@ fn replica(config: Config) -> Server {
 }
 
 fn breaker(server: &Server) -> Breaker {
-    server.shared().redis.as_ref().unwrap().breaker()
+    server.shared().redis.as_ref().unwrap().link.breaker()
 }
 
 fn ask(server: &Server, user: &str) -> SlateAnswer {
@@ -91,7 +36,7 @@ fn ask(server: &Server, user: &str) -> SlateAnswer {
 }
 
 fn stored(server: &Server, n: f64) {
-    eventually("results are stored", || metric(server, "tastemaker_redis_stored_total") >= n);
+    eventually("results are stored", || metric(server, "tastemaker_redis_stored_total{use=\"results\"}") >= n);
 }
 
 #[test]
@@ -143,7 +88,7 @@ fn what_is_no_value_of_ours_is_computed() {
     let () = redis::cmd("SET").arg(key).arg("a value of another version").query(&mut connection).unwrap();
     let answer = ask(&b, "user-2");
     assert_eq!((answer.cache.as_str(), &answer.items), ("miss", &computed.items));
-    assert_eq!(metric(&b, "tastemaker_redis_unreadable_total"), 1.0);
+    assert_eq!(metric(&b, "tastemaker_redis_unreadable_total{use=\"results\"}"), 1.0);
     a.shut_down().unwrap();
     b.shut_down().unwrap();
 }
@@ -157,38 +102,13 @@ fn a_password_is_used_and_never_shown() {
     stored(&right, 1.0);
     right.shut_down().unwrap();
     let wrong = start(with_redis(url("guess")), Options::default());
-    eventually("it was refused", || metric(&wrong, "tastemaker_redis_failures_total") >= 2.0);
+    eventually("it was refused", || metric(&wrong, "tastemaker_redis_failures_total{use=\"results\"}") >= 2.0);
     assert_eq!((ask(&wrong, "user-3").cache.as_str(), breaker(&wrong) == Breaker::Closed), ("miss", false));
     wrong.shut_down().unwrap();
     let mut bad = config();
     bad.cache.redis.url = "http://user:swordfish@host".into();
     let error = bad.validate().unwrap_err();
     assert!(error.contains("cache.redis.url") && !error.contains("swordfish"), "{error}");
-}
-
-/// Asks without end, for users that are mostly new; counts, and keeps the slowest answer.
-fn load(addr: std::net::SocketAddr, first: u64, stop: &AtomicBool, answered: &AtomicU64, slowest_us: &AtomicU64) {
-    let mut client = Client::connect(addr, PATIENCE).unwrap();
-    let mut n = first;
-    while !stop.load(Relaxed) {
-        n += 1;
-        let user = format!("user-{}", n % 3000);
-        let start = Instant::now();
-        let slate =
-            client.recommend(&RecommendCall { deadline: Some(PATIENCE), ..RecommendCall::new(&user, 10) }).unwrap();
-        assert_eq!(slate.items.len(), 10);
-        slowest_us.fetch_max(start.elapsed().as_micros() as u64, Relaxed);
-        answered.fetch_add(1, Relaxed);
-    }
-}
-
-/// Ends the load, also when the test fails.
-struct Stops<'a>(&'a AtomicBool);
-
-impl Drop for Stops<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Relaxed);
-    }
 }
 
 #[test]
@@ -237,7 +157,7 @@ fn faults_of_redis_fail_no_call() {
         let () = redis::cmd("FLUSHALL").query(&mut connection).unwrap();
         goes_on("flushed");
         let () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg("1mb").query(&mut connection).unwrap();
-        let refused = || metric(&server, "tastemaker_redis_not_stored_total");
+        let refused = || metric(&server, "tastemaker_redis_not_stored_total{use=\"results\"}");
         let before = refused();
         eventually("it refuses what it has no room for", || refused() > before);
         goes_on("full");

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use common::*;
 use tastemaker::api::{Call, RankCall, RecommendCall, SearchBy, SearchCall, SearchFilter};
 use tastemaker::catalog::conditions::{Compare, Demand};
+use tastemaker::config::Config;
 use tastemaker::device::sim::{Faults, Script};
 use tastemaker::index::SearchParams;
 use tastemaker::pipeline::local::LocalPipeline;
-use tastemaker::server::{DeviceKind, Options};
+use tastemaker::server::{DeviceKind, Options, Server};
 use tastemaker::wire::client::{Answer, decode};
 use tastemaker::wire::request::Request;
 
@@ -602,6 +603,54 @@ fn identical_calls_in_flight_are_computed_once() {
     server.shut_down().unwrap();
 }
 
+/// Sends identical calls so that they meet, and counts what became of them, and the computations.
+fn together(server: &Server, user: &str, n: usize) -> (HashMap<String, usize>, f64) {
+    let queued = || metric(server, "recommendation_stage_latency_seconds_count{stage=\"queue\"}");
+    let before = queued();
+    let call = RecommendCall::new(user, 5);
+    // In one piece: the shard takes them in one turn.
+    let frames: Vec<u8> = (0..n as u64).flat_map(|id| frame(id, &call)).collect();
+    let mut stream = connect(server.addrs.binary);
+    stream.write_all(&frames).unwrap();
+    let mut outcomes = HashMap::new();
+    for _ in 0..n {
+        let outcome = match decode(&read_frame(&mut stream).unwrap()).unwrap().1 {
+            Answer::Slate(_) => "ok".to_owned(),
+            Answer::Error { name, .. } => name,
+            other => panic!("{other:?}"),
+        };
+        *outcomes.entry(outcome).or_default() += 1;
+    }
+    (outcomes, queued() - before)
+}
+
+fn on_one_cpu() -> Config {
+    let mut config = config();
+    config.server.cpus = tastemaker::server::signals::allowed_cpus()[..1].to_vec();
+    config.cache.negative_ttl_ms = 60_000;
+    config
+}
+
+#[test]
+fn a_defect_that_a_call_meets_answers_all_who_ask_the_same() {
+    let server = start_sim(on_one_cpu(), Script { panic_every: 1, ..sim(0) });
+    assert_eq!(together(&server, "same", 20), ([("internal".to_owned(), 20)].into(), 1.0));
+    // And those who come a moment later; others meet their own.
+    assert_eq!(together(&server, "same", 3), ([("internal".to_owned(), 3)].into(), 0.0));
+    assert_eq!(together(&server, "other", 3), ([("internal".to_owned(), 3)].into(), 1.0));
+    server.shut_down().unwrap();
+}
+
+#[test]
+fn who_waits_for_a_call_that_has_no_answer_is_computed_by_one_of_them() {
+    // The second batch fails by itself.
+    let server = start_sim(on_one_cpu(), Script { fail_every: 2, ..sim(0) });
+    assert_eq!(together(&server, "first", 1), ([("ok".to_owned(), 1)].into(), 1.0));
+    let outcomes = [("unavailable".to_owned(), 1), ("ok".to_owned(), 19)].into();
+    assert_eq!(together(&server, "same", 20), (outcomes, 2.0));
+    server.shut_down().unwrap();
+}
+
 #[test]
 fn a_result_past_its_time_is_served_while_one_computation_makes_it_anew() {
     let mut config = config();
@@ -640,7 +689,7 @@ fn a_failing_device_fails_calls_and_nothing_else() {
         }
         let failed = outcomes.get("unavailable").or(outcomes.get("internal")).copied().unwrap_or(0);
         assert!(outcomes["ok"] >= 30 && (10..=20).contains(&failed), "{outcomes:?}");
-        // Whoever waits for an identical call that fails computes for itself.
+        // Of those who wait for an identical call that fails one computes, or all have its answer.
         for _ in 0..10 {
             (0..5).for_each(|_| assert!(client.send(&recommend("together", 4)).is_ok()));
             (0..5).for_each(|_| drop(client.receive().unwrap()));

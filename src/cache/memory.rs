@@ -9,14 +9,35 @@ use quick_cache::sync::Cache;
 use super::CacheConfig;
 use super::key::CacheKey;
 use crate::api::Slate;
+use crate::context::Reason;
+use crate::error::Error;
 
 /// Bookkeeping of the cache per entry, bytes, about.
 const OVERHEAD: usize = 96;
 
 #[derive(Clone)]
 struct Entry {
-    slate: Arc<Slate>,
+    /// A slate, or why there is none.
+    result: Result<Arc<Slate>, Error>,
     stored: Instant,
+}
+
+impl Entry {
+    /// Whether it is to be served for a short time only.
+    fn is_negative(&self) -> bool {
+        self.result.as_ref().map_or(true, |slate| !slate.degraded.is_empty())
+    }
+}
+
+/// What the cache has.
+#[derive(Clone, Debug)]
+pub enum Cached {
+    /// A result.
+    Fresh(Arc<Slate>),
+    /// One that is older than the TTL and should be computed anew.
+    Stale(Arc<Slate>),
+    /// It could not be computed just now.
+    Fault(Error),
 }
 
 #[derive(Clone)]
@@ -24,7 +45,7 @@ struct Bytes;
 
 impl Weighter<CacheKey, Entry> for Bytes {
     fn weight(&self, _: &CacheKey, entry: &Entry) -> u64 {
-        (entry.slate.size_bytes() + OVERHEAD) as u64
+        (entry.result.as_ref().map_or(0, |slate| slate.size_bytes()) + OVERHEAD) as u64
     }
 }
 
@@ -33,6 +54,7 @@ pub struct ResultCache {
     entries: Cache<CacheKey, Entry, Bytes>,
     ttl: Duration,
     stale: Duration,
+    negative_ttl: Duration,
 }
 
 impl ResultCache {
@@ -44,25 +66,46 @@ impl ResultCache {
             entries: Cache::with_weighter(estimate, config.capacity_bytes, Bytes),
             ttl: Duration::from_secs(u64::from(config.ttl_seconds)),
             stale: Duration::from_secs(u64::from(config.stale_seconds)),
+            negative_ttl: Duration::from_millis(u64::from(config.negative_ttl_ms)),
         }
     }
 
-    /// The result, and whether it is older than the TTL and should be computed anew; none beyond the time that stale ones are
-    /// served.
-    pub fn get(&self, key: CacheKey, now: Instant) -> Option<(Arc<Slate>, bool)> {
+    /// The result; none beyond the time that stale ones are served, or that negative ones are.
+    pub fn get(&self, key: CacheKey, now: Instant) -> Option<Cached> {
         let entry = self.entries.get(&key)?;
         let age = now.saturating_duration_since(entry.stored);
-        if age < self.ttl + self.stale {
-            return Some((entry.slate, age >= self.ttl));
+        let negative = entry.is_negative();
+        match entry.result {
+            Err(fault) if age < self.negative_ttl => return Some(Cached::Fault(fault)),
+            Ok(slate) if age < if negative { self.negative_ttl } else { self.ttl } => {
+                return Some(Cached::Fresh(slate));
+            }
+            Ok(slate) if !negative && age < self.ttl + self.stale => return Some(Cached::Stale(slate)),
+            _ => {}
         }
         self.entries.remove(&key);
         None
     }
 
-    /// Stores a result. Degraded ones are not stored: a minute later the answer may be whole.
+    /// Stores a result. Degraded ones are stored for the negative TTL: a moment later the answer may be whole, but a key that many ask for is
+    /// not computed again for each of them until then. One that ran out of time is not: others may have more.
     pub fn put(&self, key: CacheKey, slate: &Arc<Slate>, now: Instant) {
-        if slate.degraded.is_empty() {
-            self.entries.insert(key, Entry { slate: slate.clone(), stored: now });
+        match slate.degraded.is_empty() {
+            true => self.entries.insert(key, Entry { result: Ok(slate.clone()), stored: now }),
+            false if slate.degraded.iter().any(|degraded| degraded.reason == Reason::Deadline) => {}
+            false => self.put_negative(key, Ok(slate.clone()), now),
+        }
+    }
+
+    /// Remembers for the negative TTL that a result could not be computed for a defect that the same call would meet again.
+    pub fn put_fault(&self, key: CacheKey, fault: &Error, now: Instant) {
+        self.put_negative(key, Err(fault.clone()), now);
+    }
+
+    fn put_negative(&self, key: CacheKey, result: Result<Arc<Slate>, Error>, now: Instant) {
+        // Whatever there is, stale perhaps, is better.
+        if !self.negative_ttl.is_zero() && self.get(key, now).is_none() {
+            self.entries.insert(key, Entry { result, stored: now });
         }
     }
 
@@ -87,7 +130,8 @@ mod tests {
     use super::*;
     use crate::api::SlateItem;
     use crate::catalog::generation::testing;
-    use crate::context::{Degradation, Reason, Stage};
+    use crate::context::{Degradation, Stage};
+    use crate::error::Code;
 
     fn slate(n: usize) -> Slate {
         let item = SlateItem { row: 0, score: 0.0, sources: Default::default(), explanation: None };
@@ -107,7 +151,7 @@ mod tests {
         let cache = ResultCache::new(&CacheConfig { ttl_seconds: 300, stale_seconds: 20, ..CacheConfig::default() });
         let now = Instant::now();
         cache.put(1, &Arc::new(slate(10)), now);
-        let stale = |seconds| cache.get(1, now + Duration::from_secs(seconds)).map(|(_, stale)| stale);
+        let stale = |seconds| cache.get(1, now + Duration::from_secs(seconds)).map(|c| matches!(c, Cached::Stale(_)));
         assert_eq!([0, 299, 300, 319].map(stale), [Some(false), Some(false), Some(true), Some(true)]);
         assert!(cache.get(2, now).is_none());
         assert_eq!(stale(320), None);
@@ -127,11 +171,34 @@ mod tests {
     }
 
     #[test]
-    fn degraded_results_are_not_stored() {
-        let cache = ResultCache::new(&CacheConfig::default());
-        let mut degraded = slate(1);
-        degraded.degraded.push(Degradation { stage: Stage::Ann, reason: Reason::Failed });
-        cache.put(1, &Arc::new(degraded), Instant::now());
-        assert!(cache.is_empty());
+    fn what_is_less_than_asked_for_is_kept_for_a_moment() {
+        let cache = ResultCache::new(&CacheConfig { negative_ttl_ms: 500, ..CacheConfig::default() });
+        let (now, whole) = (Instant::now(), Arc::new(slate(1)));
+        let degraded = |reason| {
+            let mut slate = slate(1);
+            slate.degraded.push(Degradation { stage: Stage::Ann, reason });
+            Arc::new(slate)
+        };
+        let fault = Error::fixed(Code::Internal, "x");
+        let at = |key, ms| cache.get(key, now + Duration::from_millis(ms));
+        cache.put(1, &degraded(Reason::Failed), now);
+        assert!(matches!(at(1, 499), Some(Cached::Fresh(_))) && at(1, 500).is_none());
+        cache.put_fault(2, &fault, now);
+        assert!(matches!(at(2, 499), Some(Cached::Fault(_))));
+        // It can be computed again.
+        cache.put(2, &whole, now);
+        assert!(matches!(at(2, 499), Some(Cached::Fresh(_))));
+        // Nothing of this takes the place of a result, be it stale.
+        let later = now + Duration::from_secs(310);
+        cache.put(2, &degraded(Reason::Failed), later);
+        cache.put_fault(2, &fault, later);
+        assert!(matches!(at(2, 310_000), Some(Cached::Stale(slate)) if slate.degraded.is_empty()));
+        // Another call may have more time.
+        cache.put(3, &degraded(Reason::Deadline), now);
+        assert!(at(3, 0).is_none());
+        let off = ResultCache::new(&CacheConfig { negative_ttl_ms: 0, ..CacheConfig::default() });
+        off.put(1, &degraded(Reason::Failed), now);
+        off.put_fault(2, &fault, now);
+        assert!(off.is_empty());
     }
 }

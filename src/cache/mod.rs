@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::in_range;
-use redis::RedisConfig;
+use crate::link::RedisConfig;
 
 /// `[cache]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub struct CacheConfig {
     pub ttl_seconds: u32,
     /// How long after that a result is still served while it is computed anew. 0 to 86400, default 30.
     pub stale_seconds: u32,
+    /// How long an answer that did without something is served again, and a defect that a call met answers the same call, milliseconds. 0 to
+    /// 60000, default 1000; 0: neither is.
+    pub negative_ttl_ms: u32,
     /// File of slates made by `tastemaker precompute`, asked where the memory knows nothing. Empty, the default: none.
     pub precomputed: PathBuf,
     /// How long after it was made that file is served, seconds. 1 to 31536000, default 86400.
@@ -41,6 +44,7 @@ impl Default for CacheConfig {
             capacity_bytes: 64 << 20,
             ttl_seconds: 300,
             stale_seconds: 30,
+            negative_ttl_ms: 1000,
             precomputed: PathBuf::new(),
             precomputed_max_age_seconds: 86_400,
             redis: RedisConfig::default(),
@@ -60,9 +64,10 @@ impl CacheConfig {
         let ranges = [
             ("ttl_seconds", self.ttl_seconds, 1, 86_400),
             ("stale_seconds", self.stale_seconds, 0, 86_400),
+            ("negative_ttl_ms", self.negative_ttl_ms, 0, 60_000),
             ("precomputed_max_age_seconds", self.precomputed_max_age_seconds, 1, 31_536_000),
         ];
         in_range("cache", ranges)?;
-        self.redis.validate()
+        self.redis.validate("cache.redis")
     }
 }

@@ -1,6 +1,6 @@
 //! One computation per key across the process: whoever comes first leads, the others wait for its answer.
 //!
-//! Duty of a leader: [`SingleFlight::finish`] exactly once, whatever became of its computation. The shard's service keeps
+//! Duty of a leader: [`SingleFlight::finish`] exactly once or [`SingleFlight::pass_on`], whatever became of its computation. The shard's service keeps
 //! it by finishing when the leader's job comes back, and every job comes back (see `device::worker`).
 
 use std::collections::HashMap;
@@ -80,6 +80,17 @@ impl SingleFlight {
         free
     }
 
+    /// Hands the computation of `key` on to whoever waits for it longest, who must finish it; `None`: nobody waits, and it has ended.
+    pub fn pass_on(&self, key: CacheKey) -> Option<Waiter> {
+        let mut flights = self.shard(key).lock();
+        let waiters = flights.get_mut(&key)?;
+        if waiters.is_empty() {
+            flights.remove(&key);
+            return None;
+        }
+        Some(waiters.remove(0))
+    }
+
     /// Ends the computation of `key`; whoever waited must now be answered.
     pub fn finish(&self, key: CacheKey) -> Waiters {
         self.shard(key).lock().remove(&key).unwrap_or_default()
@@ -113,6 +124,21 @@ mod tests {
         assert_eq!(flights.finish(7).len(), waiting.load(Ordering::Relaxed));
         assert_eq!(flights.join(7, Waiter { shard: 0, ticket: Ticket(0) }), Role::Leader);
         assert!(!flights.lead(7) && flights.lead(8) && !flights.lead(8));
+    }
+
+    #[test]
+    fn a_computation_is_handed_on_to_one_at_a_time() {
+        let flights = SingleFlight::default();
+        let waiter = |n| Waiter { shard: 0, ticket: Ticket(n) };
+        assert_eq!(flights.pass_on(1), None);
+        assert_eq!([0, 1, 2].map(|n| flights.join(1, waiter(n))), [Role::Leader, Role::Follower, Role::Follower]);
+        assert_eq!(flights.pass_on(1), Some(waiter(1)));
+        assert_eq!(flights.join(1, waiter(3)), Role::Follower);
+        assert_eq!(
+            [flights.pass_on(1), flights.pass_on(1), flights.pass_on(1)],
+            [Some(waiter(2)), Some(waiter(3)), None]
+        );
+        assert_eq!(flights.join(1, waiter(4)), Role::Leader);
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod precompute;
 pub mod progress;
 mod recommend;
 mod serve;
+mod store;
 mod tune;
 
 use std::io::Write as _;
@@ -64,6 +65,8 @@ enum Command {
     Precompute(precompute::Precompute),
     /// Say how many replicas a load takes, by a simulation that is fed with measured service times.
     Plan(plan::Plan),
+    /// Write users and items to the feature store that servers share, or show what it has.
+    Store(store::Store),
     /// Export the ranker's feature columns for given users, to train on what serving computes.
     Features(features::Features),
 }
@@ -85,6 +88,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Precompute(command) => command.run(),
         Command::Plan(command) => command.run(),
         Command::Features(command) => command.run(),
+        Command::Store(command) => command.run(),
     };
     // Buffered output may only now find out.
     done.and_then(|()| Ok(std::io::stdout().flush()?)).or_else(|error| match error.downcast_ref::<std::io::Error>() {

@@ -554,11 +554,10 @@ mod tests {
         let conditions = [("category", Demand::Values(&["c0"]))];
         let filter = SearchFilter { conditions: &conditions, exclude: &["4", "?"], exclude_seen: None };
         let params = SearchParams { n_probes: Some(3), ..SearchParams::default() };
-        let config = PipelineConfig::default();
         let mut all: Vec<_> = (0..4).map(|_| Box::new(Job::new(generation.clone()))).collect();
         let by = SearchBy::Vectors { values: &vectors, n: 2 };
         let call = SearchCall { filter, params, ..SearchCall::new(by, 3) };
-        plan::search(&call, generation, None, &config, Instant::now(), &mut all[0]).unwrap();
+        plan::search(&call, generation, Instant::now(), &mut all[0]).unwrap();
         all[1].task = Task::Recommend { top_m: 4, explain: true };
         (all[1].user.vector, all[1].user.seen) = (vec![1.0, 0.5], vec![1, 3]);
         all[2].task = Task::Rank { rows: vec![5, 0, NO_ROW], ranker: 0 };

@@ -22,6 +22,7 @@ use crate::index::SearchParams;
 use crate::rerank::HardFilter;
 use crate::state::trending::LiveTrending;
 use crate::state::users::Profile;
+use crate::store::user::StoredUser;
 
 /// An accelerator or its CPU stand-in, owned by one worker thread: `Send`, never shared.
 ///
@@ -184,12 +185,8 @@ impl Job {
 
     /// Empties the job for another use and keeps its memory, and [`Self::items`].
     pub fn reset(&mut self) {
-        self.user.row = None;
-        self.user.vector.clear();
-        self.user.history.clear();
-        self.user.seen.clear();
-        self.user.profile = None;
-        self.user.fold_in = false;
+        self.user.clear();
+        self.user.id.clear();
         self.query.clear();
         self.search.clear();
         self.trending = None;
@@ -211,7 +208,7 @@ impl Job {
             deadline,
             enqueued,
             task,
-            user: PlannedUser { row, vector, history, seen, fold_in, profile },
+            user: PlannedUser { id, row, vector, history, seen, fold_in, profile, stored, encoded },
             context,
             query,
             search,
@@ -226,7 +223,8 @@ impl Job {
         (self.shard, self.ticket, self.deadline, self.enqueued) = (*shard, *ticket, *deadline, *enqueued);
         self.generation.clone_from(generation);
         self.task.clone_from(task);
-        (self.user.row, self.user.fold_in) = (*row, *fold_in);
+        (self.user.row, self.user.fold_in, self.user.encoded) = (*row, *fold_in, *encoded);
+        self.user.id.clone_from(id);
         self.user.vector.clone_from(vector);
         self.user.history.clone_from(history);
         self.user.seen.clone_from(seen);
@@ -234,6 +232,7 @@ impl Job {
         self.query.clone_from(query);
         self.search.clone_from(search);
         self.user.profile.clone_from(profile);
+        self.user.stored.clone_from(stored);
         self.trending.clone_from(trending);
         self.items.clone_from(items);
         self.filter.clone_from(filter);
@@ -290,7 +289,9 @@ pub enum Task {
 /// The user of a job. Devices read users from here only, so that live state can differ from the generation.
 #[derive(Clone, Debug, Default)]
 pub struct PlannedUser {
-    /// Row in the generation, for its feature columns where the profile has none; `None`: defaults.
+    /// As asked.
+    pub id: String,
+    /// Row in the generation, for its feature columns where nothing else has a value; `None`: defaults.
     pub row: Option<u32>,
     /// f32 `[dim]`; empty when unknown: the ANN source is then silent.
     pub vector: Vec<f32>,
@@ -300,19 +301,47 @@ pub struct PlannedUser {
     pub seen: Vec<u32>,
     /// What was upserted of the user.
     pub profile: Option<Arc<Profile>>,
+    /// What the feature store says of the user.
+    pub stored: Option<Arc<StoredUser>>,
+    /// The vector is an external encoder's.
+    pub encoded: bool,
     /// Events changed the history: the vector is still the trained one, or empty, and to be computed from it.
     pub fold_in: bool,
 }
 
 impl PlannedUser {
-    /// Whether the bundle or an upsert knows the user.
-    pub fn is_known(&self) -> bool {
-        self.row.is_some() || self.profile.as_ref().is_some_and(|profile| profile.is_known())
+    /// Empties it and keeps its memory, and the id.
+    pub fn clear(&mut self) {
+        self.row = None;
+        self.vector.clear();
+        self.history.clear();
+        self.seen.clear();
+        (self.profile, self.stored) = (None, None);
+        (self.encoded, self.fold_in) = (false, false);
     }
 
-    /// What was upserted of the number column at `column`, NaN where it is missing; `None`: nothing.
+    /// Whether the bundle, an upsert or the feature store knows the user.
+    pub fn is_known(&self) -> bool {
+        self.row.is_some()
+            || self.encoded
+            || self.stored.is_some()
+            || self.profile.as_ref().is_some_and(|profile| profile.is_known())
+    }
+
+    /// What the feature store says of the number column at `column`, or else what was upserted of it, NaN where it is missing; `None`:
+    /// nothing.
     pub fn number(&self, column: usize) -> Option<f32> {
-        self.profile.as_ref()?.number(column)
+        let stored = self.stored.as_ref().and_then(|stored| stored.number(column));
+        stored.or_else(|| self.profile.as_ref()?.number(column))
+    }
+
+    /// What the vector knows beside what the bundle's vectors do, where it is another one: of a stored one the history that came with it, of
+    /// an upserted one what events had said when it came.
+    pub fn vector_knows(&self) -> &[Interaction] {
+        if let Some(stored) = self.stored.as_deref().filter(|stored| stored.vector().is_some()) {
+            return stored.interactions();
+        }
+        self.profile.as_deref().filter(|profile| profile.vector().is_some()).map_or(&[], |profile| profile.known())
     }
 }
 
@@ -327,6 +356,10 @@ pub struct PlannedSearch {
     pub exclude: Option<u32>,
     /// Ids of further items not to return; the device finds their rows.
     pub exclude_ids: Strings,
+    /// It starts from the user, whose vector must be known.
+    pub by_user: bool,
+    /// Of a user: what was seen may be returned.
+    pub with_seen: bool,
     /// For the index.
     pub params: SearchParams,
 }
@@ -337,6 +370,7 @@ impl PlannedSearch {
         self.tests.clear();
         self.exclude = None;
         self.exclude_ids.clear();
+        (self.by_user, self.with_seen) = (false, false);
         self.params = SearchParams::default();
     }
 }

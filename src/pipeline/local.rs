@@ -72,6 +72,7 @@ impl LocalPipeline {
     pub fn candidates(&mut self, user_id: &str) -> Result<&Ranked, Error> {
         let call = RecommendCall { explain: true, ..RecommendCall::new(user_id, self.config.default_n_items) };
         plan::recommend(&call, &self.generation, None, &self.reranker, &self.config, Instant::now(), &mut self.job)?;
+        plan::resolve_user(&self.generation, None, None, &self.config, &mut self.job)?;
         self.job.task = crate::device::Task::Recommend { top_m: u32::from(u16::MAX), explain: true };
         let ran = self.device.execute(std::slice::from_mut(&mut self.job));
         ran.map_err(|_| Error::fixed(Code::Unavailable, "the device failed"))?;

@@ -136,6 +136,7 @@ pub fn execute(
     scratch: &mut FinishScratch,
 ) -> Result<Slate, Error> {
     plan::recommend(call, generation, None, reranker, config, Instant::now(), job)?;
+    plan::resolve_user(generation, None, None, config, job)?;
     let ran = device.execute(std::slice::from_mut(job));
     ran.map_err(|_| Error::fixed(Code::Unavailable, "the device failed"))?;
     finish_recommend(job, reranker, None, call.n_items, call.explain, scratch)

@@ -10,13 +10,15 @@ use crate::api::{InferCall, RankCall, RecommendCall, SearchBy, SearchCall, Searc
 use crate::catalog::conditions::{self, Test, UnknownValue};
 use crate::catalog::generation::{Generation, Interaction, NO_ROW};
 use crate::catalog::live;
-use crate::context::{Deadline, Stage};
+use crate::context::{Deadline, Degradation, Stage};
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
 use crate::rerank::Reranker;
 use crate::state::LiveState;
 use crate::state::live::Entry;
 use crate::state::users::Profile;
+use crate::store::Known;
+use crate::store::user::{Embedding, StoredUser};
 use crate::wire::LIMITS;
 
 /// Items that one search or rank may ask for.
@@ -26,7 +28,8 @@ pub const MAX_RESULTS: usize = 32_768;
 /// Time for a call in process that names no deadline.
 const NO_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// Plans a recommendation into a recycled job, whose `items` are set. `job.context` and `job.deadline` are set here too.
+/// Plans a recommendation into a recycled job, whose `items` are set, all but its user: [`resolve_user`] is next. `job.context` and
+/// `job.deadline` are set here too.
 ///
 /// # Errors
 /// A slate length out of range.
@@ -46,8 +49,7 @@ pub fn recommend(
     job.task = Task::Recommend { top_m: config.top_m(call.n_items), explain: call.explain };
     job.filter = reranker.hard_filter(&job.context, job.items.as_ref());
     job.trending = live.and_then(LiveState::trending);
-    resolve_user(call.user_id, generation, live, config, job);
-    job.enqueued = job.timings.lap(Stage::Plan, now);
+    job.user.id.push_str(call.user_id);
     Ok(())
 }
 
@@ -64,19 +66,12 @@ pub fn check_n_items(n_items: u32, config: &PipelineConfig) -> Result<(), Error>
     }
 }
 
-/// Plans a search.
+/// Plans a search, all but its user: [`resolve_user`] is next.
 ///
 /// # Errors
-/// An unknown item, user or item column, a vector of another dimension, a condition that does not fit its column, a number out
+/// An unknown item or item column, a vector of another dimension, a condition that does not fit its column, a number out
 /// of its range, a catalogue without what is asked for.
-pub fn search(
-    call: &SearchCall<'_>,
-    generation: &Arc<Generation>,
-    live: Option<&LiveState>,
-    config: &PipelineConfig,
-    now: Instant,
-    job: &mut Job,
-) -> Result<(), Error> {
+pub fn search(call: &SearchCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) -> Result<(), Error> {
     let wrong = |message: String| Err(Error::new(Code::BadRequest, message));
     if call.k == 0 || call.k as usize > MAX_K {
         return wrong(format!("k is {}, expected 1 to {MAX_K}", call.k));
@@ -97,22 +92,14 @@ pub fn search(
                 return Err(Error::fixed(Code::BadRequest, "the query is empty"));
             }
         }
-        by => start(by, call, generation, live, config, job)?,
+        by => start(by, call, generation, job)?,
     }
-    restrict(&call.filter, matches!(call.by, SearchBy::User(_)), generation, job)?;
-    job.enqueued = job.timings.lap(Stage::Plan, now);
+    restrict(&call.filter, generation, job)?;
     Ok(())
 }
 
 /// The vectors that a search starts from.
-fn start(
-    by: SearchBy<'_>,
-    call: &SearchCall<'_>,
-    generation: &Generation,
-    live: Option<&LiveState>,
-    config: &PipelineConfig,
-    job: &mut Job,
-) -> Result<(), Error> {
+fn start(by: SearchBy<'_>, call: &SearchCall<'_>, generation: &Generation, job: &mut Job) -> Result<(), Error> {
     let Some(items) = &generation.item_embeddings else {
         return Err(Error::fixed(Code::BadRequest, "the catalogue has no embeddings"));
     };
@@ -151,12 +138,8 @@ fn start(
         }
         // The device searches by the user's vector, which events may have moved.
         SearchBy::User(id) => {
-            resolve_user(id, generation, live, config, job);
-            return match job.user.fold_in || !job.user.vector.is_empty() {
-                true => Ok(()),
-                false if !job.user.is_known() => Err(Error::fixed(Code::NotFound, "no such user")),
-                false => Err(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings")),
-            };
+            job.user.id.push_str(id);
+            job.search.by_user = true;
         }
         SearchBy::Text(_) => {}
     }
@@ -167,7 +150,7 @@ fn start(
 }
 
 /// What a search may return.
-fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, job: &mut Job) -> Result<(), Error> {
+fn restrict(filter: &SearchFilter<'_>, generation: &Generation, job: &mut Job) -> Result<(), Error> {
     let items = &generation.items;
     for (name, demand) in filter.conditions {
         let wrong = |reason| Error::new(Code::BadRequest, format!("filter.{name}: {reason}"));
@@ -177,28 +160,18 @@ fn restrict(filter: &SearchFilter<'_>, by_user: bool, generation: &Generation, j
     }
     // Thousands of ids would take a shard too long to look up.
     filter.exclude.iter().for_each(|id| job.search.exclude_ids.push(id));
-    match (filter.exclude_seen, by_user) {
-        (Some(_), false) => {
-            return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
-        }
-        (Some(false), true) => job.user.seen.clear(),
-        _ => {}
+    if filter.exclude_seen.is_some() && !job.search.by_user {
+        return Err(Error::fixed(Code::BadRequest, "exclude_seen goes with user_id only"));
     }
+    job.search.with_seen = filter.exclude_seen == Some(false);
     Ok(())
 }
 
-/// Plans a ranking of given items. Unknown items keep their place and get no score.
+/// Plans a ranking of given items, all but its user: [`resolve_user`] is next. Unknown items keep their place and get no score.
 ///
 /// # Errors
 /// No items or too many, an unknown ranker, a bundle without rankers.
-pub fn rank(
-    call: &RankCall<'_>,
-    generation: &Arc<Generation>,
-    live: Option<&LiveState>,
-    config: &PipelineConfig,
-    now: Instant,
-    job: &mut Job,
-) -> Result<(), Error> {
+pub fn rank(call: &RankCall<'_>, generation: &Arc<Generation>, now: Instant, job: &mut Job) -> Result<(), Error> {
     if call.item_ids.is_empty() || call.item_ids.len() > MAX_K {
         let message = format!("{} items, expected 1 to {MAX_K}", call.item_ids.len());
         return Err(Error::new(Code::BadRequest, message));
@@ -218,8 +191,7 @@ pub fn rank(
     let row = |id: &&str| live::row_of(&generation.items.ids, job.items.as_deref(), id).unwrap_or(NO_ROW);
     let rows = call.item_ids.iter().map(row).collect();
     job.task = Task::Rank { rows, ranker };
-    resolve_user(call.user_id, generation, live, config, job);
-    job.enqueued = job.timings.lap(Stage::Plan, now);
+    job.user.id.push_str(call.user_id);
     Ok(())
 }
 
@@ -246,53 +218,90 @@ fn begin(job: &mut Job, generation: &Arc<Generation>, deadline: Option<Duration>
     job.enqueued = now;
 }
 
-/// The user as trained or upserted, and what events added: an item that came again stands where it came last.
-fn resolve_user(
-    id: &str,
+/// The user of a planned job: as trained, upserted or stored, and what events added. Of what several know, the feature store's word goes before
+/// that of upserts, and theirs before the bundle's; an item that came again stands where it came last, events being the newest. `known`
+/// is what the feature store says, where there is one.
+///
+/// # Errors
+/// A search that starts from a user of whom there is no vector.
+pub fn resolve_user(
     generation: &Generation,
     of_state: Option<&LiveState>,
+    known: Option<&Known>,
     config: &PipelineConfig,
     job: &mut Job,
-) {
+) -> Result<(), Error> {
     let user = &mut job.user;
-    user.row = generation.users.ids.row(id);
+    user.clear();
+    if user.id.is_empty() {
+        job.enqueued = job.timings.lap(Stage::Plan, job.enqueued);
+        return Ok(());
+    }
+    user.row = generation.users.ids.row(&user.id);
     let mut events: SmallVec<[Entry; 128]> = SmallVec::new();
+    // Of items that came after the call's view of them.
+    let n_rows = live::n_rows(generation, job.items.as_deref());
     if let Some(state) = of_state {
-        state.with_user(id, |of_events, profile| {
+        state.with_user(&user.id, |of_events, profile| {
             events.extend_from_slice(of_events.map_or(&[], |user| user.entries()));
             user.profile = profile.cloned();
         });
-        // Of items that came after the call's view of them.
-        let n_rows = live::n_rows(generation, job.items.as_deref());
         events.retain(|entry| (entry.row as usize) < n_rows);
     }
-    let profile = user.profile.as_deref();
+    if let Some(away) = known.and_then(|known| known.away) {
+        job.degraded.push(Degradation { stage: Stage::Features, reason: away });
+    }
+    user.stored = known.and_then(|known| known.user.clone());
+    let stored = user.stored.as_deref();
+    let (profile, encoded) = (user.profile.as_deref(), known.and_then(|known| known.embedding.as_deref()));
     if profile.is_some_and(Profile::is_forgotten) {
         user.row = None;
     }
-    let upserted = profile.and_then(Profile::vector);
-    if let Some(vector) = upserted {
-        user.vector.extend_from_slice(vector);
-    }
-    user.fold_in = !events.is_empty();
+    user.encoded = encoded.is_some();
+    let given = encoded.map(Embedding::values);
+    let given = given.or(stored.and_then(StoredUser::vector)).or(profile.and_then(Profile::vector));
+    user.vector.extend_from_slice(given.unwrap_or_default());
+    let of_store = stored.map_or(&[][..], StoredUser::history);
+    // Of an encoder's vector, and of a stored one without a history, nobody says what it knows: it stays as it is.
+    let as_it_is = encoded.is_some() || stored.is_some_and(|stored| stored.vector().is_some() && !stored.has_history());
+    user.fold_in = !(as_it_is || events.is_empty() && of_store.is_empty());
+    let of_store = of_store.iter().filter(|entry| (entry.interaction.row as usize) < n_rows);
+    // Newest first: events, what the store has beside them, what the bundle has beside both.
+    let most = config.history_length as usize;
     let mut again: SmallVec<[u32; 128]> = events.iter().map(|entry| entry.row).collect();
     again.sort_unstable();
-    let newest = &events[events.len().saturating_sub(config.history_length as usize)..];
+    let newest = events.iter().rev().map(|entry| Interaction { row: entry.row, weight: entry.weight });
+    user.history.extend(newest.take(most));
+    user.seen.extend(events.iter().filter(|entry| entry.seen).map(|entry| entry.row));
+    if stored.is_some() {
+        let beside = of_store.clone().map(|entry| entry.interaction).filter(|i| again.binary_search(&i.row).is_err());
+        user.history.extend(beside.rev().take(most - user.history.len()));
+        user.seen.extend(of_store.clone().filter(|entry| entry.seen).map(|entry| entry.interaction.row));
+        again.extend(of_store.map(|entry| entry.interaction.row));
+        again.sort_unstable();
+    }
     if let Some(row) = user.row {
         if let Some(matrix) = &generation.user_embeddings
             && generation.item_embeddings.is_some()
-            && upserted.is_none()
+            && given.is_none()
         {
             matrix.extend_row(row, &mut user.vector);
         }
         user.seen.extend(generation.histories.of(row).map(|entry| entry.row));
         let trained = generation.histories.of(row).filter(|entry| again.binary_search(&entry.row).is_err());
-        user.history.extend(trained.rev().take(config.history_length as usize - newest.len()));
-        user.history.reverse();
+        user.history.extend(trained.rev().take(most - user.history.len()));
     }
-    user.seen.extend(events.iter().filter(|entry| entry.seen).map(|entry| entry.row));
-    user.history.extend(newest.iter().map(|entry| Interaction { row: entry.row, weight: entry.weight }));
+    user.history.reverse();
     user.seen.sort_unstable();
+    if job.search.with_seen {
+        user.seen.clear();
+    }
+    job.enqueued = job.timings.lap(Stage::Plan, job.enqueued);
+    match job.search.by_user && !user.fold_in && user.vector.is_empty() {
+        false => Ok(()),
+        true if !user.is_known() => Err(Error::fixed(Code::NotFound, "no such user")),
+        true => Err(Error::fixed(Code::BadRequest, "the catalogue has no user embeddings")),
+    }
 }
 
 #[cfg(test)]
@@ -312,7 +321,8 @@ mod tests {
         let resolved = |live: &LiveState, id: &str, history_length| {
             let (mut job, config) =
                 (Job::new(generation.clone()), PipelineConfig { history_length, ..PipelineConfig::default() });
-            resolve_user(id, &generation, Some(live), &config, &mut job);
+            job.user.id.push_str(id);
+            resolve_user(&generation, Some(live), None, &config, &mut job).unwrap();
             (job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>(), job.user.seen)
         };
         let live = LiveState::new(generation.clone(), EventsConfig::default(), StateConfig::default());
@@ -328,5 +338,60 @@ mod tests {
         // Seen is what was seen, however short the history.
         assert_eq!(resolved(&live, "u", 1).1, [0, 1, 2, 2, 3, 4, 7]);
         assert_eq!(resolved(&live, "v", 1), (vec![7], vec![2, 7]));
+    }
+
+    #[test]
+    fn what_the_store_says_lies_between_the_bundle_and_events() {
+        use crate::store::Level;
+        use crate::store::user::tests::stored;
+        use crate::store::value::{FieldValue, StoredItem};
+        let mut generation = crate::store::user::tests::generation();
+        generation.histories =
+            Histories { offsets: vec![0, 3].into(), rows: vec![0, 1, 2].into(), weights: vec![1.0; 3].into() };
+        generation.user_embeddings = generation.item_embeddings.clone();
+        let generation = Arc::new(generation);
+        let live = LiveState::new(generation.clone(), EventsConfig::default(), StateConfig::default());
+        let resolved = |id: &str, known: &Known| {
+            let (mut job, config) =
+                (Job::new(generation.clone()), PipelineConfig { history_length: 4, ..PipelineConfig::default() });
+            job.user.id.push_str(id);
+            resolve_user(&generation, Some(&live), Some(known), &config, &mut job).unwrap();
+            job
+        };
+        let rows = |job: &Job| job.user.history.iter().map(|entry| entry.row).collect::<Vec<_>>();
+        let item = |id, seen| StoredItem { id, weight: 1.0, seen };
+        let schema = "age:number\nv:vector\nh:items\n";
+        let known = |age: FieldValue<'static>, vector: Option<[f32; 2]>| {
+            let vector = vector.map_or(FieldValue::Missing, |vector| FieldValue::Vector(vector.into()));
+            let items = FieldValue::Items(vec![item("1", true), item("7", true), item("8", false)]);
+            let user = stored(&generation, schema, &[age, vector, items]).unwrap();
+            Known { user: Some(Arc::new(user)), levels: [Level::Redis, Level::Off], ..Known::default() }
+        };
+        let with = known(FieldValue::Number(20.0), Some([3.0, 4.0]));
+        let job = resolved("a", &with);
+        assert_eq!((rows(&job), job.user.seen.clone()), (vec![2, 1, 7, 8], vec![0, 1, 1, 2, 7]));
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, job.user.number(0)), (vec![3.0, 4.0], true, Some(20.0)));
+        assert_eq!(job.user.vector_knows().len(), 3);
+        // Without a vector there the trained one is moved by the history; without a number the bundle's counts.
+        let job = resolved("a", &known(FieldValue::Missing, None));
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, job.user.number(0)), (vec![1.0, 1.0], true, None));
+        assert!(job.user.vector_knows().is_empty());
+        // Events come last, and once.
+        live.apply(&Event::new("a", "7", "like"));
+        live.apply(&Event::new("nobody", "9", "like"));
+        assert_eq!(rows(&resolved("a", &with)), [2, 1, 8, 7]);
+        let nobody = resolved("nobody", &with);
+        assert_eq!((rows(&nobody), nobody.user.is_known()), (vec![1, 7, 8, 9], true));
+        assert!(!resolved("nobody", &Known::default()).user.is_known());
+        // Of whose vector nobody says what it knows, it stays as it is.
+        let user = stored(&generation, "v:vector\n", &[FieldValue::Vector(vec![3.0, 4.0])]).unwrap();
+        let job = resolved("a", &Known { user: Some(Arc::new(user)), ..Known::default() });
+        assert_eq!((job.user.vector.clone(), job.user.fold_in), (vec![3.0, 4.0], false));
+        let embedding = Embedding::of(&[5f32.to_le_bytes(), 6f32.to_le_bytes()].concat(), 2).map(Arc::new);
+        let job = resolved("a", &Known { embedding, ..with.clone() });
+        assert_eq!((job.user.vector.clone(), job.user.fold_in, rows(&job)), (vec![5.0, 6.0], false, vec![2, 1, 8, 7]));
+        // What should be known and is not is said.
+        let job = resolved("a", &Known { away: Some(crate::context::Reason::Failed), ..Known::default() });
+        assert_eq!(job.degraded[..], [Degradation { stage: Stage::Features, reason: crate::context::Reason::Failed }]);
     }
 }

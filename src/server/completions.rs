@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use crossbeam_queue::ArrayQueue;
 
 use crate::api::{Slate, Ticket};
+use crate::cache::key::CacheKey;
 use crate::device::Job;
+use crate::error::Error;
+use crate::store::Learned;
 
 /// What comes to a shard from outside.
 pub enum Completion {
@@ -20,13 +23,22 @@ pub enum Completion {
     Shared {
         /// The shard's own name for the call.
         ticket: Ticket,
-        /// The answer.
-        slate: Arc<Slate>,
+        /// The answer; or why there is none, nor would be for this one.
+        result: Result<Arc<Slate>, Error>,
     },
-    /// A call of this shard waited for an identical one, which failed.
-    Retry {
+    /// A call of this shard waited for an identical one, which failed by itself: now it leads.
+    Lead {
         /// The shard's own name for the call.
         ticket: Ticket,
+        /// What it leads.
+        key: CacheKey,
+    },
+    /// The feature store has looked for the user of a call of this shard.
+    Known {
+        /// The shard's own name for the call.
+        ticket: Ticket,
+        /// What it has; `None`: it did not answer.
+        learned: Option<Learned>,
     },
     /// The second level of the cache has looked.
     Found {

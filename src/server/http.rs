@@ -635,8 +635,12 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 live_values: shared.live.n_live_values(),
                 live_profiles: shared.live.n_profiles(),
                 profile_bytes: shared.live.profile_bytes(),
+                trending_ms: shared.live.trending_ms(),
+                precomputed_ms: shared.precomputed.as_ref().map(|file| file.made() as i64 * 1000),
                 events: Some(&shared.events.counters),
-                redis: shared.redis.as_deref(),
+                links: &shared.links,
+                store: shared.store.as_ref(),
+                followed: shared.items.as_ref().map(|items| &items.counters),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

@@ -31,10 +31,11 @@ use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
 use crate::device::{Device, cpu, sim};
 use crate::index::Searchers;
+use crate::link::Link;
 use crate::state::sinks::Sinks;
 use crate::state::{self, writer::ReceiptSink};
 use completions::Completions;
-use service::Shared;
+use service::{Shared, UserSink};
 
 /// Threads for partitions where the configuration names no number.
 const MOST_SEARCHERS: usize = 16;
@@ -238,7 +239,7 @@ pub struct Server {
     workers: Vec<JoinHandle<()>>,
     events: JoinHandle<()>,
     sinks: Sinks,
-    redis: Option<JoinHandle<()>>,
+    links: Vec<(Arc<Link>, JoinHandle<()>)>,
     watchdog: JoinHandle<()>,
     watched: Arc<AtomicBool>,
 }
@@ -267,12 +268,18 @@ impl Server {
         let addrs = Addrs { binary: binary.local_addr()?, http: http.local_addr()?, admin: admin.local_addr()? };
         let stop = Stop { flag: Arc::new(AtomicBool::new(false)), shared: shared.clone() };
         let sink: Arc<dyn ReceiptSink> = shared.clone();
-        let redis = match &shared.redis {
-            Some(redis) => Some(redis.clone().spawn(shared.clone())?),
-            None => None,
-        };
+        let mut links = Vec::new();
+        if let Some(redis) = &shared.redis {
+            links.push((redis.link.clone(), redis.link.clone().spawn(shared.clone())?));
+        }
+        if let Some(store) = &shared.store {
+            links.push((store.link.clone(), store.link.clone().spawn(Arc::new(UserSink(shared.clone())))?));
+        }
         let events = state::writer::spawn(shared.live.clone(), log, shared.events.clone(), sink)?;
         let sinks = Sinks::start(&shared.config.events, &shared.events)?;
+        if let Some(items) = &shared.items {
+            links.extend(items.clone().spawn()?.map(|thread| (items.link.clone(), thread)));
+        }
         let (mut binary, mut http, mut admin) = (Some(binary), Some(http), Some(admin));
         let mut shards = Vec::new();
         let (ready, started) = std::sync::mpsc::channel();
@@ -299,7 +306,7 @@ impl Server {
             move || watchdog::run(&shared, &watched)
         })?;
         drop(ready);
-        let server = Server { addrs, stop, shared, shards, workers, events, sinks, redis, watchdog, watched };
+        let server = Server { addrs, stop, shared, shards, workers, events, sinks, links, watchdog, watched };
         let failed = started.iter().take(server.shards.len()).find_map(Result::err);
         match failed {
             Some(error) => {
@@ -407,11 +414,11 @@ impl Server {
             failed = failed.or(Some(anyhow::anyhow!("the event log's thread panicked")));
         }
         self.sinks.close();
-        if let Some(redis) = &self.shared.redis {
-            redis.close();
-        }
-        if self.redis.is_some_and(|thread| thread.join().is_err()) {
-            failed = failed.or(Some(anyhow::anyhow!("the thread of Redis panicked")));
+        for (link, thread) in self.links {
+            link.close();
+            if thread.join().is_err() {
+                failed = failed.or(Some(anyhow::anyhow!("the thread of Redis ({}) panicked", link.name)));
+            }
         }
         self.watched.store(true, Ordering::Release);
         for worker in self.workers {

@@ -12,22 +12,25 @@ use smallvec::SmallVec;
 
 use super::completions::{Completion, Completions};
 use super::index::IndexAdmin;
-use crate::api::{CacheStatus, Call, InferCall, Outcome, RecommendCall, Slate, SlateItem, Ticket};
+use crate::api::{
+    CacheStatus, Call, InferCall, Outcome, RankCall, RecommendCall, SearchBy, SearchCall, Slate, SlateItem, Ticket,
+};
 use crate::cache::CacheConfig;
 use crate::cache::key::{self, CacheKey};
-use crate::cache::memory::ResultCache;
+use crate::cache::memory::{Cached, ResultCache};
 use crate::cache::precomputed::Precomputed;
-use crate::cache::redis::{FoundSink, RedisCache};
+use crate::cache::redis::RedisCache;
 use crate::cache::singleflight::{Role, SingleFlight, Waiter};
 use crate::cache::value;
 use crate::catalog::generation::Generation;
-use crate::catalog::live::any_gone;
+use crate::catalog::live::{LiveItems, any_gone};
 use crate::config::Config;
 use crate::context::{Deadline, now_ms};
 use crate::device::ring::JobQueue;
 use crate::device::worker::JobSink;
 use crate::device::{Job, Task};
 use crate::error::{Code, Error};
+use crate::link::{FoundSink, Link, Lookup, Values};
 use crate::pipeline::models::Model;
 use crate::pipeline::{self, FinishScratch, plan};
 use crate::rerank::Reranker;
@@ -35,6 +38,8 @@ use crate::state::change::Record;
 use crate::state::exposure::{self, Exposed, Exposure};
 use crate::state::writer::{self, EventQueue, ReceiptSink, Submission};
 use crate::state::{LiveState, schema};
+use crate::store::items::ItemFollower;
+use crate::store::{Asked, FeatureStore, Known, Learned};
 use crate::telemetry::metrics::{Endpoint, Metrics, ShardMetrics};
 
 /// What all shards share.
@@ -55,6 +60,12 @@ pub struct Shared {
     pub cache: Option<ResultCache>,
     /// Results of all replicas; `None` when off.
     pub redis: Option<Arc<RedisCache>>,
+    /// What other processes know of users; `None` when off.
+    pub store: Option<FeatureStore>,
+    /// What follows other processes' changes of items; `None` when off.
+    pub items: Option<Arc<ItemFollower>>,
+    /// All uses of Redis.
+    pub links: Vec<Arc<Link>>,
     /// Of the configuration that shapes answers; replicas of another one must not share results.
     scope: String,
     /// Keys being computed.
@@ -84,20 +95,30 @@ impl Shared {
         let live = LiveState::new(generation.clone(), config.events.clone(), config.state.clone());
         let models = Model::all(&generation).map_err(anyhow::Error::msg)?;
         let scope = key::scope(&generation.version, &config)?;
+        let redis = RedisCache::new(&config.cache).map(Arc::new);
+        let store = FeatureStore::new(&config.features, &generation);
+        let live = Arc::new(live);
+        let events = Arc::new(EventQueue::new(&live));
+        let items = ItemFollower::new(&config.features, &live, &events).map(Arc::new);
+        let of_results = redis.iter().map(|redis| redis.link.clone());
+        let of_store = store.iter().map(|store| store.link.clone());
         Ok(Shared {
+            links: of_results.chain(of_store).chain(items.iter().map(|items| items.link.clone())).collect(),
+            store,
+            items,
             precomputed: precomputed(&config.cache, &scope)?,
             models: models.into_iter().map(|model| (model, AtomicBool::new(false))).collect(),
             reranker: Reranker::compile(&config.rerank, &generation)?,
             jobs: JobQueue::new(per_shard * n_shards, n_shards),
             completions: completions.context("making an eventfd")?,
             cache: config.cache.enabled.then(|| ResultCache::new(&config.cache)),
-            redis: RedisCache::new(&config.cache).map(Arc::new),
+            redis,
             scope,
             flights: SingleFlight::default(),
             index: Arc::new(IndexAdmin::new(generation.clone())),
             metrics: Metrics::new(n_shards, rankers),
-            events: Arc::new(EventQueue::new(&live)),
-            live: Arc::new(live),
+            events,
+            live,
             generation,
             config,
         })
@@ -124,11 +145,49 @@ impl Shared {
         file.get(key, &self.generation)
     }
 
+    /// What names the result of a recommendation.
+    fn key(&self, user_id: &str, version: u64, job: &Job, query: &str, n_items: u32) -> CacheKey {
+        let items = job.items.as_ref().map_or(0, |items| items.digest());
+        key::recommend(&self.scope, user_id, version, items, &job.context, query, n_items)
+    }
+
+    /// Looks a result up in this process.
+    fn consult(&self, cache: &ResultCache, key: CacheKey, items: Option<&LiveItems>, now: Instant) -> Consulted {
+        let shown = |slate: &Slate| !any_gone(items, slate.items.iter().map(|item| item.row));
+        match cache.get(key, now) {
+            Some(Cached::Fault(fault)) => return Consulted::Hit(Outcome::Failed(fault)),
+            Some(Cached::Fresh(slate)) if shown(&slate) => {
+                return Consulted::Hit(Outcome::Slate(slate, CacheStatus::L1));
+            }
+            // Whoever meets it first computes it anew; the others have their answer.
+            Some(Cached::Stale(slate)) if shown(&slate) => {
+                return match self.flights.lead(key) {
+                    true => Consulted::Refresh(slate),
+                    false => Consulted::Hit(Outcome::Slate(slate, CacheStatus::Stale)),
+                };
+            }
+            _ => {}
+        }
+        match self.made_ahead(key).filter(shown) {
+            Some(slate) => Consulted::Hit(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed)),
+            None => Consulted::Miss,
+        }
+    }
+
     fn complete(&self, shard: u16, completion: Completion) {
         if let Some(completions) = self.completions.get(usize::from(shard)) {
             completions.push(completion);
         }
     }
+}
+
+/// What this process has of a result.
+enum Consulted {
+    /// The answer.
+    Hit(Outcome),
+    /// The answer, and the duty to compute it anew, as the leader of its key.
+    Refresh(Arc<Slate>),
+    Miss,
 }
 
 /// Opens the file of slates, where one is configured.
@@ -145,8 +204,21 @@ fn precomputed(config: &CacheConfig, scope: &str) -> anyhow::Result<Option<Preco
     Ok(Some(file))
 }
 
+/// Takes what the feature store has to the shards.
+pub struct UserSink(pub Arc<Shared>);
+
+impl FoundSink for UserSink {
+    fn found(&self, lookup: Lookup, values: Option<Values>) {
+        let learned = self.0.store.as_ref().and_then(|store| store.learn(lookup, values));
+        if let Some((shard, ticket, learned)) = learned {
+            self.0.complete(shard, Completion::Known { ticket, learned });
+        }
+    }
+}
+
 impl FoundSink for Shared {
-    fn found(&self, shard: u16, ticket: Ticket, value: Option<Vec<u8>>) {
+    fn found(&self, Lookup { shard, ticket, .. }: Lookup, values: Option<Values>) {
+        let value = values.and_then(|values| values.into_iter().next().flatten());
         self.complete(shard, Completion::Found { ticket, value });
     }
 }
@@ -161,6 +233,12 @@ impl ReceiptSink for Shared {
     fn deliver(&self, shard: u16, ticket: Ticket, result: writer::Result) {
         self.complete(shard, Completion::Received { ticket, result });
     }
+
+    fn applied(&self, record: &[u8]) {
+        if let Some(store) = &self.store {
+            store.write_through(&self.live, record);
+        }
+    }
 }
 
 /// A call in flight.
@@ -174,8 +252,10 @@ struct Flight {
     key: Option<CacheKey>,
     /// Whether the end of this call ends a single flight.
     leader: bool,
-    /// Its planned job, while it waits for an identical call.
+    /// Its planned job, while it waits for Redis or for an identical call.
     waiting: Option<Box<Job>>,
+    /// Whether the result may come from the cache, and go there.
+    cacheable: bool,
     deadline: Deadline,
     started: Instant,
     /// It ran out of time and was answered; its job is still out.
@@ -191,8 +271,9 @@ struct Shown {
 }
 
 impl Flight {
-    fn new(plan: &mut Plan, ticket: Ticket, deadline: Deadline, started: Instant) -> Self {
+    fn new(plan: &mut Plan, ticket: Ticket, deadline: Deadline) -> Self {
         Flight {
+            cacheable: plan.cacheable,
             ticket,
             endpoint: plan.endpoint,
             n_items: plan.n_items,
@@ -201,9 +282,22 @@ impl Flight {
             leader: false,
             waiting: None,
             deadline,
-            started,
+            started: plan.started,
             answered: false,
             shown: plan.shown.take(),
+        }
+    }
+
+    /// What it was made of.
+    fn plan(&mut self) -> Plan {
+        Plan {
+            endpoint: self.endpoint,
+            started: self.started,
+            key: self.key,
+            cacheable: self.cacheable,
+            n_items: self.n_items,
+            explain: self.explain,
+            shown: self.shown.take(),
         }
     }
 }
@@ -211,19 +305,24 @@ impl Flight {
 /// What becomes of a planned job's answer.
 struct Plan {
     endpoint: Endpoint,
+    started: Instant,
     key: Option<CacheKey>,
+    cacheable: bool,
     n_items: u32,
     explain: bool,
     shown: Option<Box<Shown>>,
 }
 
 impl Plan {
-    fn of(endpoint: Endpoint) -> Self {
-        Plan { endpoint, key: None, n_items: 0, explain: false, shown: None }
+    fn of(endpoint: Endpoint, started: Instant) -> Self {
+        Plan { endpoint, started, key: None, cacheable: false, n_items: 0, explain: false, shown: None }
     }
 }
 
 const DRAINING: Error = Error::fixed(Code::Unavailable, "the server is shutting down");
+
+const FULL: Error = Error::fixed(Code::Overloaded, "too many calls in flight");
+const LATE: Error = Error::fixed(Code::DeadlineExceeded, "the deadline passed");
 
 /// Jobs for another use. They keep their buffers and let go of what would be old by then.
 #[derive(Default)]
@@ -233,6 +332,7 @@ struct Pool(Vec<Box<Job>>);
 impl Pool {
     fn push(&mut self, mut job: Box<Job>) {
         (job.items, job.trending, job.filter) = Default::default();
+        (job.user.profile, job.user.stored) = Default::default();
         self.0.push(job);
     }
 
@@ -385,7 +485,7 @@ impl Service {
                 let mut job = self.job();
                 let call = InferCall { deadline: self.shared.budget(call.deadline), ..*call };
                 plan::infer(&call, &self.shared.generation, now, &mut job);
-                self.launch(job, Plan::of(Endpoint::Infer), ticket, now)
+                self.launch(job, &mut Plan::of(Endpoint::Infer, now), ticket, now)
             }
         };
         if let Some(outcome) = &outcome {
@@ -403,12 +503,29 @@ impl Service {
     fn begin(&mut self, call: &Call<'_>, endpoint: Endpoint, ticket: Ticket, now: Instant) -> Option<Outcome> {
         let shown = matches!(call, Call::Recommend(_)) && self.shown();
         let mut job = self.job();
-        let Service { shared, pool, .. } = self;
+        let Service { shared, pool, shard, .. } = self;
+        let metrics = &shared.metrics.shards[usize::from(*shard)];
         let live = Some(&*shared.live);
         let budget = |asked| shared.budget(asked);
         let (generation, config) = (&shared.generation, &shared.config.pipeline);
-        let mut plan = Plan::of(endpoint);
-        let mut stale = None;
+        let mut plan = Plan::of(endpoint, now);
+        let (mut version, mut wait, mut known, mut stale) = (0, None, None, None);
+        let user = match call {
+            Call::Recommend(RecommendCall { user_id, .. }) | Call::Rank(RankCall { user_id, .. }) => user_id,
+            Call::Search(SearchCall { by: SearchBy::User(user_id), .. }) => user_id,
+            _ => "",
+        };
+        if let Some(store) = shared.store.as_ref().filter(|_| !user.is_empty()) {
+            let now_ms = now_ms();
+            version = shared.live.version_of(user);
+            match store.user(user, version, now, now_ms) {
+                Asked::Wait(keys) => wait = Some(keys),
+                Asked::Ready(of_user) => {
+                    metrics.record_known(&of_user, now_ms);
+                    known = Some(of_user);
+                }
+            }
+        }
         let planned = match call {
             Call::Recommend(call) => {
                 let mut call = RecommendCall { deadline: budget(call.deadline), ..*call };
@@ -416,42 +533,24 @@ impl Service {
                     call.n_items = config.default_n_items;
                 }
                 (plan.n_items, plan.explain) = (call.n_items, call.explain);
-                if let Some(cache) = &shared.cache
-                    && !call.no_cache
-                    && !call.explain
-                {
+                plan.cacheable = !call.no_cache && !call.explain;
+                if let Some(cache) = shared.cache.as_ref().filter(|_| plan.cacheable && wait.is_none()) {
                     job.context.assign(call.context);
+                    let version = match &known {
+                        Some(known) => known.version(version),
+                        None => shared.live.version_of(user),
+                    };
                     let query = call.query.unwrap_or_default().trim();
-                    let of = key::recommend(
-                        &shared.scope,
-                        call.user_id,
-                        shared.live.version_of(call.user_id),
-                        job.items.as_ref().map_or(0, |items| items.digest()),
-                        &job.context,
-                        query,
-                        call.n_items,
-                    );
-                    let shown =
-                        |slate: &Slate| !any_gone(job.items.as_deref(), slate.items.iter().map(|item| item.row));
-                    match cache.get(of, now).filter(|(slate, _)| shown(slate)) {
-                        Some((slate, false)) => {
+                    let key = shared.key(user, version, &job, query, call.n_items);
+                    match shared.consult(cache, key, job.items.as_deref(), now) {
+                        Consulted::Hit(outcome) => {
                             pool.push(job);
-                            return Some(Outcome::Slate(slate, CacheStatus::L1));
+                            return Some(outcome);
                         }
-                        // Whoever meets it first computes it anew; the others have their answer.
-                        Some((slate, true)) if !shared.flights.lead(of) => {
-                            pool.push(job);
-                            return Some(Outcome::Slate(slate, CacheStatus::Stale));
-                        }
-                        past => stale = past.map(|(slate, _)| slate),
+                        Consulted::Refresh(slate) => stale = Some(slate),
+                        Consulted::Miss => {}
                     }
-                    if stale.is_none()
-                        && let Some(slate) = shared.made_ahead(of).filter(shown)
-                    {
-                        pool.push(job);
-                        return Some(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed));
-                    }
-                    plan.key = Some(of);
+                    plan.key = Some(key);
                 }
                 if shown {
                     let owned = |&(key, value): &(&str, &str)| (key.to_owned(), value.to_owned());
@@ -461,37 +560,50 @@ impl Service {
                 plan::recommend(&call, generation, live, &shared.reranker, config, now, &mut job)
             }
             Call::Search(call) => {
-                let call = crate::api::SearchCall { deadline: budget(call.deadline), ..*call };
-                plan::search(&call, generation, live, config, now, &mut job)
+                let call = SearchCall { deadline: budget(call.deadline), ..*call };
+                plan::search(&call, generation, now, &mut job)
             }
             Call::Rank(call) => {
-                let call = crate::api::RankCall { deadline: budget(call.deadline), ..*call };
-                plan::rank(&call, generation, live, config, now, &mut job)
+                let call = RankCall { deadline: budget(call.deadline), ..*call };
+                plan::rank(&call, generation, now, &mut job)
             }
             Call::Events(_) | Call::Change(_) => Err(Error::fixed(Code::Internal, "this is no job")),
         };
         if let Err(error) = planned {
-            pool.push(job);
+            self.pool.push(job);
             if stale.is_some() {
-                self.release_followers(plan.key, None);
+                self.pass_on(plan.key);
             }
             return Some(Outcome::Failed(error));
         }
-        if let Some(slate) = stale {
-            self.refresh(job, plan, now);
-            return Some(Outcome::Slate(slate, CacheStatus::Stale));
+        let (Some(keys), Some(store)) = (wait, &self.shared.store) else {
+            return self.depart(job, &mut plan, known.as_ref(), stale, ticket, now);
+        };
+        let Some(slot) = self.free.pop() else {
+            self.pool.push(job);
+            return Some(Outcome::Failed(FULL));
+        };
+        if store.ask(keys, self.shard, self.internal(slot), version, now) {
+            let mut flight = Flight::new(&mut plan, ticket, job.deadline);
+            flight.waiting = Some(job);
+            self.fly(slot, flight);
+            return None;
         }
-        self.launch(job, plan, ticket, now)
+        self.free.push(slot);
+        let now_ms = now_ms();
+        let known = store.after(user, version, None, now, now_ms);
+        self.metrics().record_known(&known, now_ms);
+        self.proceed(job, &mut plan, Some(&known), version, ticket, now)
     }
 
     /// Computes a result for the cache, as the leader of its key: nobody waits for it here.
-    fn refresh(&mut self, mut job: Box<Job>, mut plan: Plan, now: Instant) {
+    fn refresh(&mut self, mut job: Box<Job>, plan: &mut Plan) {
         let Some(slot) = self.free.pop() else {
             self.pool.push(job);
-            return self.release_followers(plan.key, None);
+            return self.pass_on(plan.key);
         };
         (job.shard, job.ticket) = (self.shard, self.internal(slot));
-        let mut flight = Flight::new(&mut plan, Ticket(0), job.deadline, now);
+        let mut flight = Flight::new(plan, Ticket(0), job.deadline);
         (flight.leader, flight.answered) = (true, true);
         match self.shared.jobs.push(job) {
             Ok(()) => {
@@ -501,22 +613,22 @@ impl Service {
             Err(job) => {
                 self.pool.push(job);
                 self.free.push(slot);
-                self.release_followers(plan.key, None);
+                self.pass_on(plan.key);
             }
         }
     }
 
     /// Takes a slot for a planned job and sends it on its way, or lets it wait for an identical one.
-    fn launch(&mut self, mut job: Box<Job>, mut plan: Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
+    fn launch(&mut self, mut job: Box<Job>, plan: &mut Plan, ticket: Ticket, now: Instant) -> Option<Outcome> {
         let key = plan.key;
         let Some(slot) = self.free.pop() else {
             self.pool.push(job);
-            return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
+            return Some(Outcome::Failed(FULL));
         };
         let internal = self.internal(slot);
         let Service { shared, pool, .. } = self;
         (job.shard, job.ticket) = (self.shard, internal);
-        let mut flight = Flight::new(&mut plan, ticket, job.deadline, now);
+        let mut flight = Flight::new(plan, ticket, job.deadline);
         let role = key.map(|key| shared.flights.join(key, Waiter { shard: self.shard, ticket: internal }));
         if role == Some(Role::Follower) {
             flight.waiting = Some(job);
@@ -533,7 +645,7 @@ impl Service {
                 pool.push(job);
                 self.free.push(slot);
                 if flight.leader {
-                    self.release_followers(key, None);
+                    self.pass_on(key);
                 }
                 return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "the queue to the workers is full")));
             }
@@ -554,7 +666,7 @@ impl Service {
         now: Instant,
     ) -> Option<Outcome> {
         let Some(slot) = self.free.pop() else {
-            return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "too many calls in flight")));
+            return Some(Outcome::Failed(FULL));
         };
         let internal = self.internal(slot);
         let submission = Submission { record: record.to_vec(), durable, shard: self.shard, ticket: internal };
@@ -563,7 +675,7 @@ impl Service {
             return Some(Outcome::Failed(error));
         }
         let budget = self.shared.budget(deadline).unwrap_or_default();
-        self.fly(slot, Flight::new(&mut Plan::of(endpoint), ticket, Deadline(now + budget), now));
+        self.fly(slot, Flight::new(&mut Plan::of(endpoint, now), ticket, Deadline(now + budget)));
         None
     }
 
@@ -604,15 +716,19 @@ impl Service {
             match completion {
                 Completion::Job(job) => self.job_back(job, now, deliver),
                 // What went since the slate was made must not come out of it.
-                Completion::Shared { ticket, slate } if self.any_gone(&slate) => self.retry(ticket, deliver),
-                Completion::Shared { ticket, slate } => {
+                Completion::Shared { ticket, result: Ok(slate) } if self.any_gone(&slate) => {
+                    self.retry(ticket, deliver)
+                }
+                Completion::Shared { ticket, result } => {
                     if let Some(mut flight) = self.take(ticket) {
                         flight.waiting.take().into_iter().for_each(|job| self.pool.push(job));
                         self.metrics().record_shared();
-                        self.answer(&flight, Outcome::Slate(slate, CacheStatus::Miss), deliver);
+                        let slate = |slate| Outcome::Slate(slate, CacheStatus::Miss);
+                        self.answer(&flight, result.map_or_else(Outcome::Failed, slate), deliver);
                     }
                 }
-                Completion::Retry { ticket } => self.retry(ticket, deliver),
+                Completion::Lead { ticket, key } => self.lead(ticket, key, now, deliver),
+                Completion::Known { ticket, learned } => self.user_known(ticket, learned, now, deliver),
                 Completion::Found { ticket, value } => self.found(ticket, value, now, deliver),
                 Completion::Received { ticket, result } => {
                     if let Some(flight) = self.take(ticket) {
@@ -700,15 +816,27 @@ impl Service {
             Outcome::Slate(slate, _) => Some(slate),
             _ => None,
         };
+        let fault = match &outcome {
+            Outcome::Failed(error) if error.code == Code::Internal => Some(error),
+            _ => None,
+        };
+        if let (Some(cache), Some(key), Some(fault)) = (&self.shared.cache, flight.key, fault) {
+            cache.put_fault(key, fault, now);
+        }
         if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.key, slate) {
             // Before the followers are let go: whoever comes after them finds it.
             cache.put(key, slate, now);
             if let Some(redis) = self.shared.redis.as_ref().filter(|_| self.can_share(slate)) {
-                redis.set(key, value::encode(slate));
+                redis.set(key, &value::encode(slate));
             }
         }
         if flight.leader {
-            self.release_followers(flight.key, slate);
+            match (slate, fault) {
+                (Some(slate), _) => self.release_followers(flight.key, Ok(slate)),
+                // Each of those that waited would meet it, too.
+                (None, Some(fault)) => self.release_followers(flight.key, Err(fault)),
+                (None, None) => self.pass_on(flight.key),
+            }
         }
         self.answer(&flight, outcome, deliver);
         self.pool.push(job);
@@ -725,7 +853,7 @@ impl Service {
         let slate = value.and_then(|bytes| {
             let slate = value::decode(&bytes, &self.shared.generation);
             if let (None, Some(redis)) = (&slate, &self.shared.redis) {
-                redis.counters.unreadable.fetch_add(1, Relaxed);
+                redis.link.counters.unreadable.fetch_add(1, Relaxed);
             }
             slate.filter(|slate| !self.any_gone(slate))
         });
@@ -736,21 +864,131 @@ impl Service {
             cache.put(key, &slate, now);
         }
         if flight.leader {
-            self.release_followers(flight.key, Some(&slate));
+            self.release_followers(flight.key, Ok(&slate));
         }
         self.answer(&flight, Outcome::Slate(slate, CacheStatus::L2), deliver);
     }
 
-    /// Ends a single flight: hands the slate to whoever waited, or lets them compute for themselves.
-    fn release_followers(&self, key: Option<CacheKey>, slate: Option<&Arc<Slate>>) {
+    /// Ends a single flight: hands its end to whoever waited.
+    fn release_followers(&self, key: Option<CacheKey>, result: Result<&Arc<Slate>, &Error>) {
         let Some(key) = key else { return };
         for Waiter { shard, ticket } in self.shared.flights.finish(key) {
-            let completion = match slate {
-                Some(slate) => Completion::Shared { ticket, slate: slate.clone() },
-                None => Completion::Retry { ticket },
-            };
-            self.shared.complete(shard, completion);
+            let result = result.map(Arc::clone).map_err(Error::clone);
+            self.shared.complete(shard, Completion::Shared { ticket, result });
         }
+    }
+
+    /// A single flight's leader has no answer for the others, as when its own time was up: one of them leads from now on, and the rest go on
+    /// waiting.
+    fn pass_on(&self, key: Option<CacheKey>) {
+        let Some(key) = key else { return };
+        if let Some(Waiter { shard, ticket }) = self.shared.flights.pass_on(key) {
+            self.shared.complete(shard, Completion::Lead { ticket, key });
+        }
+    }
+
+    /// A call that waited leads.
+    fn lead(&mut self, ticket: Ticket, key: CacheKey, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        let slot = (ticket.0 & 0xffff_ffff) as usize;
+        let entry = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32);
+        match entry.and_then(|entry| entry.flight.as_mut()) {
+            Some(flight) if !flight.answered && !flight.deadline.passed(now) => {
+                flight.leader = true;
+                self.retry(ticket, deliver);
+            }
+            // It needs no answer, or will get its own in time.
+            _ => {
+                self.pass_on(Some(key));
+                self.abandon(ticket, deliver);
+            }
+        }
+    }
+
+    /// Ends a call that waited and has no time left.
+    fn abandon(&mut self, ticket: Ticket, deliver: &mut dyn FnMut(Ticket, Outcome)) {
+        if let Some(mut flight) = self.take(ticket) {
+            flight.waiting.take().into_iter().for_each(|job| self.pool.push(job));
+            self.answer(&flight, Outcome::Failed(LATE), deliver);
+        }
+    }
+
+    /// The feature store has looked for the user of a call, which goes on.
+    fn user_known(
+        &mut self,
+        ticket: Ticket,
+        learned: Option<Learned>,
+        now: Instant,
+        deliver: &mut dyn FnMut(Ticket, Outcome),
+    ) {
+        let Some(mut flight) = self.take(ticket) else { return };
+        let (Some(job), Some(store)) = (flight.waiting.take(), &self.shared.store) else { return };
+        if flight.answered || flight.deadline.passed(now) {
+            self.pool.push(job);
+            return self.answer(&flight, Outcome::Failed(LATE), deliver);
+        }
+        let version = self.shared.live.version_of(&job.user.id);
+        let now_ms = now_ms();
+        let known = store.after(&job.user.id, version, learned, now, now_ms);
+        self.metrics().record_known(&known, now_ms);
+        let mut plan = flight.plan();
+        if let Some(outcome) = self.proceed(job, &mut plan, Some(&known), version, flight.ticket, now) {
+            flight.shown = plan.shown.take();
+            self.answer(&flight, outcome, deliver);
+        }
+    }
+
+    /// A planned call goes on, of whose user all is known.
+    fn proceed(
+        &mut self,
+        job: Box<Job>,
+        plan: &mut Plan,
+        known: Option<&Known>,
+        version: u64,
+        ticket: Ticket,
+        now: Instant,
+    ) -> Option<Outcome> {
+        let Service { shared, pool, .. } = self;
+        let mut stale = None;
+        // Else the cache was asked before it was planned.
+        if let (true, None, Some(cache)) = (plan.cacheable, plan.key, &shared.cache) {
+            let version = known.map_or(version, |known| known.version(version));
+            let key = shared.key(&job.user.id, version, &job, &job.query, plan.n_items);
+            match shared.consult(cache, key, job.items.as_deref(), now) {
+                Consulted::Hit(outcome) => {
+                    pool.push(job);
+                    return Some(outcome);
+                }
+                Consulted::Refresh(slate) => stale = Some(slate),
+                Consulted::Miss => {}
+            }
+            plan.key = Some(key);
+        }
+        self.depart(job, plan, known, stale, ticket, now)
+    }
+
+    /// A planned call of which the cache has no answer, or one that is stale, as the leader of its key.
+    fn depart(
+        &mut self,
+        mut job: Box<Job>,
+        plan: &mut Plan,
+        known: Option<&Known>,
+        stale: Option<Arc<Slate>>,
+        ticket: Ticket,
+        now: Instant,
+    ) -> Option<Outcome> {
+        let Shared { generation, live, config, .. } = &*self.shared;
+        if let Err(error) = plan::resolve_user(generation, Some(live), known, &config.pipeline, &mut job) {
+            self.pool.push(job);
+            if stale.is_some() {
+                self.pass_on(plan.key);
+            }
+            return Some(Outcome::Failed(error));
+        }
+        if let Some(slate) = stale {
+            self.refresh(job, plan);
+            return Some(Outcome::Slate(slate, CacheStatus::Stale));
+        }
+        self.launch(job, plan, ticket, now)
     }
 
     /// Sends a job that waited to the workers.
@@ -764,7 +1002,7 @@ impl Service {
                 self.pool.push(job);
                 if let Some(flight) = self.take(ticket) {
                     if flight.leader {
-                        self.release_followers(flight.key, None);
+                        self.pass_on(flight.key);
                     }
                     let error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
                     self.answer(&flight, Outcome::Failed(error), deliver);
@@ -780,7 +1018,7 @@ impl Service {
             if flight.answered || !flight.deadline.passed(now) {
                 continue;
             }
-            let outcome = Outcome::Failed(Error::fixed(Code::DeadlineExceeded, "the deadline passed"));
+            let outcome = Outcome::Failed(LATE);
             let latency = now.saturating_duration_since(flight.started);
             let (ticket, endpoint) = (flight.ticket, flight.endpoint);
             flight.answered = true;

@@ -5,9 +5,9 @@ use std::sync::{Arc, OnceLock};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::change::{Change, Encoder, Kind, OwnedValue};
+use super::change::{Change, Encoder, Kind, OwnedValue, Value};
 use crate::catalog::generation::{ColumnData, Generation, Matrix, MatrixData};
-use crate::catalog::live::{Cell, LiveItem, LiveItems};
+use crate::catalog::live::{Cell, LiveItem, LiveItems, extend_vector};
 use crate::catalog::live_text::LiveText;
 use crate::index::live::{self, LiveIndex, Policy};
 use crate::index::{BruteForce, IndexOptions, Kernel, SearchParams};
@@ -96,6 +96,25 @@ impl Catalogue {
     /// Whether `row` is an item's, deleted or not.
     pub fn knows(&self, generation: &Generation, row: u32) -> bool {
         (row as usize) < generation.items.len() || self.now.get(row).is_some()
+    }
+
+    /// Whether an upsert would change nothing. Of columns of which the bundle keeps no more than the words it can't be told before they were
+    /// upserted once.
+    pub fn holds(&self, generation: &Generation, change: &Change<'_>) -> bool {
+        let row = generation.items.ids.row(change.id).filter(|&row| self.knows(generation, row));
+        let Some(row) = row.filter(|&row| self.now.is_deleted(row) == (change.available == Some(false))) else {
+            return false;
+        };
+        let (given, in_bundle) = (self.given.get(&row), (row as usize) < generation.items.len());
+        let same = |(name, value): &(&str, Value<'_>)| match given.and_then(|given| given.columns.get(*name)) {
+            Some(held) => *held == OwnedValue::of(value),
+            None => in_bundle && generation.items.column(name).is_some_and(|column| says(&column.data, row, value)),
+        };
+        let mut own = Vec::new();
+        change.columns.iter().all(same)
+            && change
+                .vector
+                .is_none_or(|vector| extend_vector(generation, Some(&self.now), row, &mut own) && own == vector)
     }
 
     /// Takes an item away.
@@ -269,6 +288,22 @@ fn cell(column: &ColumnData, value: &OwnedValue) -> Option<Cell> {
         }
         _ => return None,
     })
+}
+
+/// Whether the bundle's column has that value.
+fn says(column: &ColumnData, row: u32, value: &Value<'_>) -> bool {
+    let is = |codes: &[u32], texts: &[&str]| {
+        let id = |code: &u32| column.vocabulary().map(|vocabulary| vocabulary.id(*code));
+        codes.iter().map(id).eq(texts.iter().map(|text| Some(*text)))
+    };
+    match (column, value) {
+        (ColumnData::Number { values, .. }, Value::Number(number)) => values[row as usize] == *number as f32,
+        (ColumnData::Number { values, .. }, Value::Missing) => values[row as usize].is_nan(),
+        (ColumnData::Category { .. } | ColumnData::Tags { .. }, Value::Missing) => column.codes(row).is_empty(),
+        (ColumnData::Category { .. }, Value::Text(text)) => is(column.codes(row), &[text]),
+        (ColumnData::Tags { .. }, Value::List(list)) => is(column.codes(row), list),
+        _ => false,
+    }
 }
 
 /// What the bundle's column has; nothing for an item that the bundle does not have.

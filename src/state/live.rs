@@ -5,7 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
@@ -37,6 +37,8 @@ pub struct LiveState {
     pub(super) profile_bytes: AtomicUsize,
     changes: AtomicU64,
     trending: RwLock<Option<Arc<LiveTrending>>>,
+    /// When it was made, milliseconds since 1970; 0: never.
+    trending_ms: AtomicI64,
     counts: Mutex<Counts>,
     pub(super) catalogue: Mutex<Catalogue>,
     /// See [`LiveState::items`].
@@ -58,7 +60,7 @@ pub(super) struct Stripe {
     order: VecDeque<(Arc<str>, u64)>,
 }
 
-/// One user's events, reduced to what serving needs: 16 bytes an item, and 8 bytes for every id.
+/// One user's events, reduced to what serving needs: 12 bytes an item, and 8 bytes for every id.
 #[derive(Debug, Default)]
 pub struct LiveUser {
     /// Oldest first; an item once.
@@ -138,6 +140,7 @@ impl LiveState {
             profile_bytes: AtomicUsize::new(0),
             changes: AtomicU64::new(0),
             trending: RwLock::new(None),
+            trending_ms: AtomicI64::new(0),
             items: RwLock::new(None),
             has_items: AtomicBool::new(false),
         }
@@ -226,7 +229,13 @@ impl LiveState {
         let items = self.items();
         if let Some(fresh) = self.counts.lock().refresh(&self.generation, items.as_deref(), now_ms) {
             *self.trending.write() = Some(Arc::new(fresh));
+            self.trending_ms.store(now_ms, Relaxed);
         }
+    }
+
+    /// When [`Self::trending`] was made, milliseconds since 1970; `None`: never.
+    pub fn trending_ms(&self) -> Option<i64> {
+        Some(self.trending_ms.load(Relaxed)).filter(|&ms| ms > 0)
     }
 
     /// Makes what computes users' vectors from their histories, where the generation has embeddings.
@@ -248,6 +257,11 @@ impl LiveState {
     /// Items that came or changed; for the thread that applies changes.
     pub(super) fn n_live_items(&self) -> usize {
         self.catalogue.lock().len()
+    }
+
+    /// Whether an upsert would change nothing.
+    pub fn holds_item(&self, change: &Change<'_>) -> bool {
+        self.catalogue.lock().holds(&self.generation, change)
     }
 
     /// Values of categories and lists that the bundle does not have.

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::change::{Change, Encoder, Kind, OwnedValue};
+use super::change::{Change, Encoder, Kind, OwnedValue, Value};
 use super::items::Changed;
 use super::live::{Entry, LiveState};
 use crate::catalog::generation::{ColumnData, Generation, Interaction};
@@ -32,6 +32,11 @@ impl Profile {
     pub fn number(&self, column: usize) -> Option<f32> {
         let at = self.numbers.binary_search_by_key(&(column as u32), |number| number.0).ok()?;
         Some(self.numbers[at].1)
+    }
+
+    /// The value of the column of that name, where one was upserted.
+    pub fn value(&self, name: &str) -> Option<Value<'_>> {
+        self.columns.get(name).map(OwnedValue::value)
     }
 
     /// The vector, f32 `[dim]`, where one was upserted.
@@ -185,7 +190,6 @@ impl LiveState {
 
 #[cfg(test)]
 mod tests {
-    use super::super::change::Value;
     use super::super::change::tests::record;
     use super::super::event::Event;
     use super::super::{EventsConfig, StateConfig};

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::Release};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -51,6 +51,9 @@ pub type Result = std::result::Result<Receipt, Error>;
 pub trait ReceiptSink: Send + Sync {
     /// Hands an answer over; does not block.
     fn deliver(&self, shard: u16, ticket: Ticket, result: Result);
+
+    /// A record took effect, which nobody was told yet; does not block.
+    fn applied(&self, record: &[u8]);
 }
 
 /// Counters, for metrics.
@@ -70,6 +73,8 @@ pub struct EventCounters {
     pub exposures_dropped: AtomicU64,
     /// Entries of changes applied, by [`Kind`].
     pub changes: [AtomicU64; 6],
+    /// When the last record took effect, milliseconds since 1970; 0: none did since the start.
+    pub applied_ms: AtomicI64,
     /// Bytes of the log.
     pub log_bytes: AtomicU64,
     /// Bytes of the file of what is in force of items and users.
@@ -412,6 +417,7 @@ impl Writer<'_> {
             return Err(Error::fixed(Code::Internal, "the events could not be applied"));
         };
         let counters = &self.queue.counters;
+        counters.applied_ms.store(now_ms(), Relaxed);
         let accepted = u64::from(receipt.accepted);
         match Record::of(record) {
             Ok(Record::Events(_)) => {
@@ -419,7 +425,10 @@ impl Writer<'_> {
                 counters.duplicates.fetch_add(u64::from(receipt.duplicates), Relaxed);
                 counters.unknown_items.fetch_add(u64::from(receipt.unknown), Relaxed);
             }
-            Ok(Record::Change(kind, _)) => drop(counters.changes[kind as usize].fetch_add(accepted, Relaxed)),
+            Ok(Record::Change(kind, _)) => {
+                counters.changes[kind as usize].fetch_add(accepted, Relaxed);
+                self.sink.applied(record);
+            }
             Ok(Record::Exposure(_)) | Err(_) => {}
         }
         Ok(receipt)

@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::api::{CacheStatus, Outcome, Slate};
-use crate::cache::redis::RedisCache;
 use crate::candidates::Source;
 use crate::catalog::live::LiveItems;
 use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
 use crate::device::{Job, Task};
 use crate::error::Code;
+use crate::link::{Link, LinkCounters};
 use crate::state::change::Kind;
 use crate::state::sinks::SinkCounters;
 use crate::state::writer::EventCounters;
+use crate::store::items::ItemCounters;
+use crate::store::{self, FeatureStore, Known, Level};
 
 /// Which call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +71,9 @@ const CANDIDATE_BUCKETS: [f64; 6] = [10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
 
 /// Jobs.
 const BATCH_BUCKETS: [f64; 7] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0];
+
+/// Seconds, from one to a week.
+const AGE_BUCKETS: [f64; 9] = [1.0, 10.0, 60.0, 300.0, 900.0, 3600.0, 21_600.0, 86_400.0, 604_800.0];
 
 /// A histogram with fixed buckets.
 struct Histogram<const N: usize> {
@@ -152,6 +157,9 @@ pub struct ShardMetrics {
     inference: Vec<Histogram<14>>,
     infer: Vec<InferCounters>,
     degraded: [[AtomicU64; REASONS.len()]; Stage::COUNT],
+    features: [[AtomicU64; Level::COUNT]; store::Kind::COUNT],
+    feature_age: Histogram<9>,
+    negative_hits: AtomicU64,
     unknown_users: AtomicU64,
     nan_scores: AtomicU64,
     /// Calls in flight now.
@@ -182,6 +190,9 @@ impl ShardMetrics {
             inference: (0..n_rankers).map(|_| Histogram::default()).collect(),
             infer: (0..n_rankers).map(|_| InferCounters::default()).collect(),
             degraded: Default::default(),
+            features: Default::default(),
+            feature_age: Histogram::default(),
+            negative_hits: AtomicU64::new(0),
             unknown_users: AtomicU64::new(0),
             nan_scores: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
@@ -211,6 +222,7 @@ impl ShardMetrics {
 
     fn record_slate(&self, slate: &Slate, cache: CacheStatus) {
         match cache {
+            CacheStatus::L1 if !slate.degraded.is_empty() => self.negative_hits.fetch_add(1, Relaxed),
             CacheStatus::L1 => self.cache_hits.fetch_add(1, Relaxed),
             CacheStatus::Precomputed => self.precomputed_hits.fetch_add(1, Relaxed),
             CacheStatus::L2 => self.l2_hits.fetch_add(1, Relaxed),
@@ -280,6 +292,16 @@ impl ShardMetrics {
         counters.last_ms.store(now_ms() as u64, Relaxed);
     }
 
+    /// What the feature store said of a call's user.
+    pub fn record_known(&self, known: &Known, now_ms: i64) {
+        for (counters, &level) in self.features.iter().zip(&known.levels).filter(|(_, level)| **level != Level::Off) {
+            counters[level as usize].fetch_add(1, Relaxed);
+        }
+        if let Some(age) = known.age_seconds(now_ms) {
+            self.feature_age.observe(&AGE_BUCKETS, age, age as u64);
+        }
+    }
+
     fn record_stages(&self, timings: &StageTimings) {
         for stage in Stage::ALL {
             let time = timings.get(stage);
@@ -329,10 +351,18 @@ pub struct Gauges<'a> {
     pub live_profiles: usize,
     /// Memory of that.
     pub profile_bytes: usize,
+    /// When live trending was last made, milliseconds since 1970.
+    pub trending_ms: Option<i64>,
+    /// When the file of slates was made, milliseconds since 1970.
+    pub precomputed_ms: Option<i64>,
     /// Events and changes, and their log.
     pub events: Option<&'a EventCounters>,
-    /// The second level of the cache, where there is one.
-    pub redis: Option<&'a RedisCache>,
+    /// The feature store, where there is one.
+    pub store: Option<&'a FeatureStore>,
+    /// Items that the feature store said had changed, where they are followed.
+    pub followed: Option<&'a ItemCounters>,
+    /// Uses of Redis, where there are some.
+    pub links: &'a [Arc<Link>],
     /// The bundle.
     pub generation: &'a str,
     /// Partitions of the index: all, and those that did not answer when they were last asked.
@@ -415,6 +445,7 @@ impl Metrics {
         let precomputed = self.sum(|m| &m.precomputed_hits);
         line(o, "recommendation_cache_hits_total", "cache_level=\"precomputed\"", precomputed);
         line(o, "recommendation_cache_hits_total", "cache_level=\"stale\"", self.sum(|m| &m.stale_hits));
+        line(o, "recommendation_cache_hits_total", "cache_level=\"negative\"", self.sum(|m| &m.negative_hits));
         head(o, "model_inference_latency_seconds", "histogram", "Model inference latency");
         for (at, ranker) in self.rankers.iter().enumerate() {
             let labels = format!("model_name=\"{}\"", escaped(ranker));
@@ -540,6 +571,19 @@ impl Metrics {
         }
         head(o, "tastemaker_event_log_sync_seconds_total", "counter", "Time spent in these");
         let _ = writeln!(o, "tastemaker_event_log_sync_seconds_total {}", event(|c| &c.sync_ns) as f64 * 1e-9);
+        let age = |ms: i64| now_ms().saturating_sub(ms).max(0) as f64 / 1000.0;
+        let applied = gauges.events.map_or(0, |counters| counters.applied_ms.load(Relaxed));
+        let ages = [
+            ("tastemaker_live_state_age_seconds", "Since events or changes took effect last", Some(applied)),
+            ("tastemaker_live_trending_age_seconds", "Since what trends was last counted", gauges.trending_ms),
+            ("tastemaker_precomputed_age_seconds", "Since slates were made ahead of time", gauges.precomputed_ms),
+        ];
+        for (name, help, ms) in ages {
+            if let Some(ms) = ms.filter(|ms| *ms > 0) {
+                head(o, name, "gauge", help);
+                let _ = writeln!(o, "{name} {}", age(ms));
+            }
+        }
         if !gauges.sinks.is_empty() {
             type Counted = fn(&SinkCounters) -> &AtomicU64;
             let families: [(_, _, _, Counted); 4] = [
@@ -562,21 +606,60 @@ impl Metrics {
                 }
             }
         }
-        if let Some(redis) = gauges.redis {
-            head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
-            line(o, "tastemaker_redis_breaker", "", redis.breaker() as u64);
-            let counters = &redis.counters;
-            let counted: [(&str, &str, &AtomicU64); 6] = [
-                ("tastemaker_redis_misses_total", "Lookups that found nothing", &counters.misses),
-                ("tastemaker_redis_unanswered_total", "Lookups beyond their budget", &counters.unanswered),
-                ("tastemaker_redis_unreadable_total", "Values that could not be read", &counters.unreadable),
-                ("tastemaker_redis_stored_total", "Results stored", &counters.stored),
-                ("tastemaker_redis_not_stored_total", "Results that could not be stored", &counters.not_stored),
-                ("tastemaker_redis_failures_total", "Connections lost or not made", &counters.failures),
+        if let Some(store) = gauges.store {
+            head(o, "tastemaker_feature_lookups_total", "counter", "Users looked up in the feature store");
+            for kind in store::Kind::ALL {
+                for level in Level::ALL {
+                    let labels = format!("kind=\"{}\",level=\"{}\"", kind.name(), level.name());
+                    let n = self.sum(|m| &m.features[kind as usize][level as usize]);
+                    line(o, "tastemaker_feature_lookups_total", &labels, n);
+                }
+            }
+            head(o, "tastemaker_feature_age_seconds", "histogram", "Age of the users' values that were used");
+            let labels = "kind=\"user\"";
+            self.histogram(o, "tastemaker_feature_age_seconds", labels, &AGE_BUCKETS, 1.0, |m| &m.feature_age);
+            head(o, "tastemaker_feature_memory_bytes", "gauge", "Memory of what was read of users");
+            for (kind, bytes) in store::Kind::ALL.into_iter().zip(store.memory_bytes()) {
+                line(o, "tastemaker_feature_memory_bytes", &format!("kind=\"{}\"", kind.name()), bytes);
+            }
+        }
+        if let Some(counters) = gauges.followed {
+            head(o, "tastemaker_followed_items_total", "counter", "Items that the feature store said had changed");
+            let each = [
+                ("upserted", &counters.upserted),
+                ("unchanged", &counters.unchanged),
+                ("too_old", &counters.too_old),
+                ("missing", &counters.missing),
+                ("unreadable", &counters.unreadable),
             ];
-            for (name, help, value) in counted {
+            for (result, value) in each {
+                line(o, "tastemaker_followed_items_total", &format!("result=\"{result}\""), value.load(Relaxed));
+            }
+            let lag = "tastemaker_followed_items_lag_seconds";
+            head(o, lag, "gauge", "From the making of the newest value to its upsert, when that was last");
+            let _ = writeln!(o, "{lag} {}", counters.lag_ms.load(Relaxed) as f64 / 1000.0);
+        }
+        if !gauges.links.is_empty() {
+            head(o, "tastemaker_redis_breaker", "gauge", "0 closed: it works, 1 open, 2 half open");
+            for link in gauges.links {
+                line(o, "tastemaker_redis_breaker", &format!("use=\"{}\"", link.name), link.breaker() as u64);
+            }
+            type Counted = fn(&LinkCounters) -> &AtomicU64;
+            let families: [(_, _, Counted); 8] = [
+                ("tastemaker_redis_round_trips_total", "Batches sent", |c| &c.round_trips),
+                ("tastemaker_redis_found_total", "Keys that were there", |c| &c.found),
+                ("tastemaker_redis_misses_total", "Keys that were not there", |c| &c.misses),
+                ("tastemaker_redis_unanswered_total", "Lookups beyond their budget", |c| &c.unanswered),
+                ("tastemaker_redis_unreadable_total", "Values that could not be read", |c| &c.unreadable),
+                ("tastemaker_redis_stored_total", "Values stored", |c| &c.stored),
+                ("tastemaker_redis_not_stored_total", "Values that could not be stored", |c| &c.not_stored),
+                ("tastemaker_redis_failures_total", "Connections lost or not made", |c| &c.failures),
+            ];
+            for (name, help, of) in families {
                 head(o, name, "counter", help);
-                line(o, name, "", value.load(Relaxed));
+                for link in gauges.links {
+                    line(o, name, &format!("use=\"{}\"", link.name), of(&link.counters).load(Relaxed));
+                }
             }
         }
         head(o, "tastemaker_info", "gauge", "Version and bundle");

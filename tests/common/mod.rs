@@ -1,6 +1,8 @@
 //! A small catalogue, a server on free ports, and clients that misbehave.
 #![allow(dead_code)] // Every test binary uses its part.
 
+pub mod redis_server;
+
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};

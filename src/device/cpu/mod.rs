@@ -198,9 +198,8 @@ fn fold_in(generation: &Generation, config: &PipelineConfig, scratch: &mut Scrat
     {
         let clock = Instant::now();
         trained.clear();
-        // What the vector knows: what it was trained on, and, if it was upserted, what events had said by then.
-        let upserted = user.profile.as_deref().filter(|profile| profile.vector().is_some());
-        let known = upserted.map_or(&[][..], |profile| profile.known());
+        // What it was trained on, and what else it is taken to know.
+        let known = user.vector_knows();
         if let Some(row) = user.row {
             let history = generation.histories.of(row);
             let skip = history.len().saturating_sub(config.history_length as usize);
@@ -830,7 +829,7 @@ mod search_tests {
         let mut job = [Box::new(Job::new(generation.clone()))];
         let mut ask = |by, filter, params| {
             let call = SearchCall { filter, params, ..SearchCall::new(by, 4) };
-            plan::search(&call, &generation, None, &PipelineConfig::default(), Instant::now(), &mut job[0]).unwrap();
+            plan::search(&call, &generation, Instant::now(), &mut job[0]).unwrap();
             device.execute(&mut job).unwrap();
             assert_eq!(job[0].failure, None);
             let rows: Vec<u32> = job[0].ranked.items.iter().map(|item| item.row).collect();
