@@ -60,6 +60,9 @@ struct Pack {
     /// Cargo profile of the tests.
     #[arg(long, default_value = "gpu-carry")]
     profile: String,
+    /// Further tests to carry beside the library's own, by the name of their file in tests/; they must not need the repository.
+    #[arg(long)]
+    test: Vec<String>,
 }
 
 #[derive(Args)]

@@ -43,12 +43,14 @@ export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"
 exec "$here/gpu_check" run --tests "$into/tests" "$@"
 "#;
 
-/// The programs that Cargo makes of the tests, and this one, under `profile`.
-fn programs(profile: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// This program and those that Cargo makes of the library's tests and of `tests`, under `profile`.
+fn programs(profile: &str, tests: &[String]) -> Result<(PathBuf, Vec<PathBuf>)> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = |arguments: &[&str]| -> Result<Vec<PathBuf>> {
         let ran = Command::new(&cargo)
             .args(arguments)
+            // The same packages each time: features are those of all of them together, and others would build everything anew.
+            .args(["-p", "tastemaker", "-p", "gpu_check"])
             .args(["--profile", profile, "--message-format", "json-render-diagnostics"])
             .stderr(Stdio::inherit())
             .output()
@@ -56,11 +58,11 @@ fn programs(profile: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
         ensure!(ran.status.success(), "cargo {}: {}", arguments.join(" "), ran.status);
         Ok(executables(&String::from_utf8_lossy(&ran.stdout)))
     };
-    // The same packages in both, for features are those of all of them together, and others would build everything anew.
-    let own = built(&["build", "-p", "tastemaker", "-p", "gpu_check", "--bin", "gpu_check"])?;
+    let own = built(&["build", "--bin", "gpu_check"])?;
     let own = own.into_iter().find(|path| path.file_name().is_some_and(|name| name == "gpu_check"));
-    // Whatever is of the GPU lies in the library's tests, and in those of its own that are named so.
-    let mut tests = built(&["test", "--no-run", "-p", "tastemaker", "-p", "gpu_check", "--lib", "--test", "gpu*"])?;
+    let named = tests.iter().flat_map(|test| ["--test", test]);
+    let mut tests = built(&["test", "--no-run", "--lib"].into_iter().chain(named).collect::<Vec<_>>())?;
+    tests.retain(|path| path.parent().is_some_and(|folder| folder.ends_with("deps")));
     tests.sort();
     Ok((own.context("Cargo made no gpu_check")?, tests))
 }
@@ -99,7 +101,7 @@ fn libraries(site: &Path, arch: u32) -> Result<Vec<Entry>> {
 /// # Errors
 /// A file that is not there, a build that fails, or a disk that does.
 pub fn pack(options: &Pack) -> Result<()> {
-    let (own, tests) = programs(&options.profile)?;
+    let (own, tests) = programs(&options.profile, &options.test)?;
     let mut entries = Vec::new();
     for path in tests {
         // Without Cargo's hash, which tells nothing on the other machine.
@@ -182,8 +184,15 @@ mod tests {
             })
             .collect();
         let entries = [Entry { name: "tests/x".into(), bytes: noise, is_executable: true }];
-        let options =
-            Pack { out: out.path().to_owned(), cuvs: None, arch: 90, limit_mib: 1, level: 1, profile: String::new() };
+        let options = Pack {
+            out: out.path().to_owned(),
+            cuvs: None,
+            arch: 90,
+            limit_mib: 1,
+            level: 1,
+            profile: String::new(),
+            test: Vec::new(),
+        };
         // It stands for this program.
         write(&entries, b"#!/bin/sh\necho \"$@\"\n", &options).unwrap();
         let folders: Vec<PathBuf> = (0..3).map(|at| out.path().join(at.to_string())).collect();

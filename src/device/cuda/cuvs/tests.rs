@@ -28,11 +28,14 @@ fn skipped(why: &str) {
 /// A folder with a library of cuVS's name; `None`, visibly, where there is no C compiler.
 fn fake(macros: &[&str]) -> Option<TempDir> {
     let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("fake.c");
+    // Part of this program, which may run where its sources are not.
+    std::fs::write(&source, include_str!("fake.c")).unwrap();
     let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
     let ran = Command::new(&cc)
         .args(["-shared", "-fPIC", "-w", "-O1"])
         .args(macros)
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/device/cuda/cuvs/fake.c"))
+        .arg(source)
         .arg("-o")
         .arg(folder.path().join("libcuvs_c.so"))
         .arg("-lm")
