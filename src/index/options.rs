@@ -112,6 +112,19 @@ pub struct IvfOptions {
     pub pq_dim: Option<u32>,
 }
 
+impl IvfOptions {
+    /// Number of lists for `n` vectors, as asked for or about `4 √n`.
+    pub fn n_lists_of(&self, n: usize) -> usize {
+        let usual = || ((4.0 * (n as f64).sqrt()).round() as usize).clamp(n.min(1), n.div_ceil(8));
+        self.n_lists.map_or_else(usual, |wanted| wanted as usize)
+    }
+
+    /// Iterations of k-means, as asked for or 10.
+    pub fn kmeans_n_iters_or_usual(&self) -> u32 {
+        self.kmeans_n_iters.unwrap_or(10)
+    }
+}
+
 /// How full vectors are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -163,6 +176,33 @@ impl SearchParams {
             refine_ratio: self.refine_ratio.or(others.refine_ratio),
             ef_search: self.ef_search.or(others.ef_search),
         }
+    }
+
+    /// Lists that are scanned without a filter, of `n_lists` with `n` vectors.
+    pub fn n_probes_of(&self, k: usize, n: usize, n_lists: usize) -> usize {
+        let wanted = self.n_probes.map_or_else(
+            || {
+                // As many as hold some dozens of vectors for each that is wanted, and never so few that neighbours just
+                // across a border are missed.
+                let average = (n as f64 / n_lists.max(1) as f64).max(1.0);
+                let enough = 48.0 * (k as f64).max(20.0) / average;
+                enough.max((n_lists as f64).sqrt() * 0.5).ceil() as usize
+            },
+            |n| n as usize,
+        );
+        wanted.clamp(1, n_lists.max(1))
+    }
+
+    /// Candidates that an index of codes refines.
+    pub fn n_refined_of(&self, k: usize, kind: IndexKind) -> usize {
+        let usual = if kind == IndexKind::IvfPq { 2.0 } else { 4.0 };
+        let wanted = (k as f64 * f64::from(self.refine_ratio.unwrap_or(usual).clamp(1.0, 100.0))).ceil() as usize;
+        if self.refine_ratio.is_some() { wanted } else { wanted.max(k + 100) }
+    }
+
+    /// Length of a walk's list of candidates.
+    pub fn ef_search_of(&self, k: usize) -> usize {
+        self.ef_search.map_or((2 * k).max(64), |ef| ef as usize).max(k)
     }
 
     /// Checks ranges, whatever the kind; what an index has less of it uses all of.

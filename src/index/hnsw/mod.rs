@@ -267,11 +267,6 @@ impl HnswParts {
     }
 }
 
-/// Length of the list of candidates where the request does not say.
-fn default_ef(k: usize) -> usize {
-    (2 * k).max(64)
-}
-
 impl VectorIndex for Hnsw {
     fn kind(&self) -> IndexKind {
         IndexKind::Hnsw
@@ -301,7 +296,7 @@ impl VectorIndex for Hnsw {
         let SearchScratch { block: converted, best, rows, exact, hnsw: walk, .. } = scratch;
         self.codes.prepare(query, &mut walk.query);
         let k = k.min(n);
-        let ef = params.or(&self.defaults).ef_search.map_or(default_ef(k), |ef| ef as usize).clamp(k, n);
+        let ef = params.or(&self.defaults).ef_search_of(k).clamp(k, n);
         let share = filter.share(n);
         // A walk has to come across `ef` rows that are admitted, and looks at about half the neighbours of each row on its way.
         let walked = ef as f64 / share * f64::from(self.parts.graph_degree) / 2.0;

@@ -70,10 +70,9 @@ impl Plan {
             Some(wanted) if wanted as usize > n || wanted == 0 => {
                 return Err(format!("n_lists = {wanted}: must be 1 to the number of vectors, {n}"));
             }
-            Some(wanted) => wanted as usize,
-            None => ((4.0 * (n as f64).sqrt()).round() as usize).clamp(n.min(1), n.div_ceil(8)),
+            _ => options.n_lists_of(n),
         };
-        let n_iters = options.kmeans_n_iters.unwrap_or(10);
+        let n_iters = options.kmeans_n_iters_or_usual();
         if !(1..=100).contains(&n_iters) {
             return Err(format!("kmeans_n_iters = {n_iters}: must be 1 to 100"));
         }

@@ -12,7 +12,7 @@ use crate::catalog::generation::{Metric, NO_ROW};
 use crate::index::fastscan::{self, BLOCK, Tables, Terms};
 use crate::index::refine::{self, WideQuery};
 use crate::index::select::Select;
-use crate::index::{Filter, IndexKind, Kernel, SearchParams, SearchScratch};
+use crate::index::{Filter, Kernel, SearchParams, SearchScratch};
 use crate::memory::{prefetch, prefetch_range};
 
 /// Blocks whose scores are computed before they are looked at: they stay in the L1 cache.
@@ -57,28 +57,12 @@ pub(super) struct Asked<'a> {
 impl Ivf {
     /// How many lists are scanned without a filter.
     pub(super) fn n_probes(&self, k: usize, params: &SearchParams) -> usize {
-        let n_lists = self.parts.n_lists();
-        let wanted = params.n_probes.map_or_else(
-            || {
-                // As many as hold some dozens of vectors for each that is wanted, and never so few that neighbours just
-                // across a border are missed.
-                let average = (self.exact.rows().n_rows() as f64 / n_lists.max(1) as f64).max(1.0);
-                let enough = 48.0 * (k as f64).max(20.0) / average;
-                enough.max((n_lists as f64).sqrt() * 0.5).ceil() as usize
-            },
-            |n| n as usize,
-        );
-        wanted.clamp(1, n_lists.max(1))
+        params.n_probes_of(k, self.exact.rows().n_rows(), self.parts.n_lists())
     }
 
     /// How many candidates are refined.
     fn n_refined(&self, k: usize, params: &SearchParams) -> usize {
-        let ratio = params.refine_ratio.unwrap_or(match self.parts.kind {
-            IndexKind::IvfPq => 2.0,
-            _ => 4.0,
-        });
-        let wanted = (k as f64 * f64::from(ratio.clamp(1.0, 100.0))).ceil() as usize;
-        if params.refine_ratio.is_some() { wanted } else { wanted.max(k + 100) }
+        params.n_refined_of(k, self.parts.kind)
     }
 
     pub(super) fn run(

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
 use flatbuffers::FlatBufferBuilder;
@@ -55,6 +55,42 @@ pub struct Report {
     /// HdrHistogram's percentile format, milliseconds.
     #[serde(skip)]
     pub hgrm: String,
+    /// What was answered in each second of the measured time.
+    #[serde(skip)]
+    pub timeline: Vec<Second>,
+}
+
+/// One second of a measurement.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Second {
+    /// Its end, seconds since 1970 began.
+    pub unix: f64,
+    /// Answers without error.
+    pub ok: u64,
+    /// Median latency, milliseconds; 0 without answers.
+    pub p50_ms: f64,
+    /// 99 %.
+    pub p99_ms: f64,
+}
+
+/// Makes [`Report::timeline`].
+struct Timeline {
+    histogram: Histogram<u64>,
+    next: Instant,
+    seconds: Vec<Second>,
+}
+
+impl Timeline {
+    fn tick(&mut self, now: Instant, end: Instant) {
+        while now >= self.next && self.next <= end {
+            let ms = |quantile: f64| self.histogram.value_at_quantile(quantile) as f64 / 1e6;
+            let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let unix = unix.as_secs_f64() - now.saturating_duration_since(self.next).as_secs_f64();
+            self.seconds.push(Second { unix, ok: self.histogram.len(), p50_ms: ms(0.5), p99_ms: ms(0.99) });
+            self.histogram.reset();
+            self.next += Duration::from_secs(1);
+        }
+    }
 }
 
 impl Report {
@@ -132,6 +168,7 @@ struct Recorder {
     histogram: Histogram<u64>,
     report: Report,
     stages: BTreeMap<String, (f64, u64)>,
+    timeline: Timeline,
 }
 
 impl Recorder {
@@ -143,6 +180,7 @@ impl Recorder {
         }
         self.report.ok += 1;
         self.histogram.saturating_record(latency.as_nanos() as u64);
+        self.timeline.histogram.saturating_record(latency.as_nanos() as u64);
         self.report.short += u64::from(seen.items < options.n_items as usize);
         *self.report.cache.entry(seen.cache).or_default() += 1;
         for degraded in seen.degraded {
@@ -183,6 +221,11 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
         histogram: Histogram::new_with_bounds(1_000, 60_000_000_000, 3)?,
         report: Report { offered_rps: options.rate, ..Report::default() },
         stages: BTreeMap::new(),
+        timeline: Timeline {
+            histogram: Histogram::new_with_bounds(1_000, 60_000_000_000, 2)?,
+            next: from + Duration::from_secs(1),
+            seconds: Vec::new(),
+        },
     };
     let mut due: VecDeque<Instant> = VecDeque::new();
     let mut next_due = start;
@@ -273,6 +316,7 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
             break;
         }
         progress.tick(now, &recorder.report);
+        recorder.timeline.tick(now, end);
     }
     progress.finish();
     let never: u64 = in_flight as u64 + due.len() as u64;
@@ -285,7 +329,8 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
 }
 
 fn finish(options: &Options, recorder: Recorder, cpu: Option<Duration>) -> anyhow::Result<Report> {
-    let Recorder { histogram, mut report, stages } = recorder;
+    let Recorder { histogram, mut report, stages, timeline } = recorder;
+    report.timeline = timeline.seconds;
     let ms = |quantile: f64| histogram.value_at_quantile(quantile) as f64 / 1e6;
     report.rps = report.ok as f64 / options.seconds;
     (report.p50_ms, report.p90_ms, report.p99_ms, report.p999_ms) = (ms(0.5), ms(0.9), ms(0.99), ms(0.999));
