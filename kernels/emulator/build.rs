@@ -16,7 +16,11 @@ fn unit(name: &str, pieces: &[(&str, String)]) -> String {
     writeln!(text, "extern const emu::Kernel emu_kernels_{name}[] = {{").unwrap();
     let kernels: Vec<&str> = pieces.iter().flat_map(|(_, source)| kernels_of(source)).collect();
     for kernel in &kernels {
-        writeln!(text, "{{\"{kernel}\", emu::Caller<{kernel}>::n, emu::Caller<{kernel}>::run}},").unwrap();
+        writeln!(
+            text,
+            "{{\"{kernel}\", emu::Caller<{kernel}>::n, emu::Caller<{kernel}>::sizes, emu::Caller<{kernel}>::run}},"
+        )
+        .unwrap();
     }
     writeln!(text, "}};\nextern const size_t emu_n_{name} = {};", kernels.len()).unwrap();
     text
