@@ -637,6 +637,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 profile_bytes: shared.live.profile_bytes(),
                 events: Some(&shared.events.counters),
                 redis: shared.redis.as_deref(),
+                device: shared.device.get().map(|counters| &**counters),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

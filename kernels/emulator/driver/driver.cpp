@@ -216,6 +216,8 @@ void* allocate(size_t bytes, bool host) {
     return got;
 }
 
+bool is_lost();
+
 // Frees; what is no allocation of the kind is misuse.
 bool release(uintptr_t at, bool host) {
     size_t bytes;
@@ -229,7 +231,7 @@ bool release(uintptr_t at, bool host) {
         }
         bytes = found->second.bytes;
         for (const auto& [start, length] : needed()) {
-            if (host && start < at + bytes && at < start + length) {
+            if (host && !is_lost() && start < at + bytes && at < start + length) {
                 held.unlock();
                 misuse("pinned memory is freed while a copy still needs it");
                 held.lock();
@@ -373,6 +375,8 @@ struct Executable {
     Graph graph;
 };
 
+// Then copies that were given are not done any more.
+bool is_lost() { return !device().context || device().context->lost; }
 bool known(Context* context) { return context && context == device().context.get(); }
 int ready() {
     if (!known(current)) {
@@ -550,6 +554,7 @@ API int cuDevicePrimaryCtxRelease_v2(int) {
     {
         Lock memory(memory_lock());
         left = memories().size();
+        needed().clear();
     }
     if (left > 0) misuse("left over: %zu allocations", left);
     device().context.reset();

@@ -1,6 +1,13 @@
 //! NVIDIA GPUs. Everything of CUDA is opened at run time; a machine without it builds, tests and serves all the same.
 //!
-//! So far: what is there ([`probe`]), and the kernels' machine code for it ([`kernels`]). The engine itself is not there yet.
+//! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
+//! safe calls, and [`engine`] is the device.
 
+pub mod context;
+#[cfg(test)]
+mod emulated;
+pub mod engine;
 pub mod kernels;
+pub mod ops;
 pub mod probe;
+pub mod stream;
