@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cache::CacheConfig;
 use crate::context::nearest;
+use crate::device::DeviceConfig;
 use crate::pipeline::PipelineConfig;
 use crate::rerank::RerankConfig;
 use crate::server::ServerConfig;
@@ -24,6 +25,8 @@ pub struct Config {
     pub server: ServerConfig,
     /// Sources, features, ranking.
     pub pipeline: PipelineConfig,
+    /// How a GPU is used.
+    pub device: DeviceConfig,
     /// Diversity and business rules.
     pub rerank: RerankConfig,
     /// Result cache.
@@ -117,6 +120,7 @@ impl Config {
     pub fn validate(&self) -> Result<(), String> {
         self.server.validate()?;
         self.pipeline.validate()?;
+        self.device.validate()?;
         self.rerank.validate()?;
         self.cache.validate()?;
         self.events.validate()?;

@@ -500,6 +500,97 @@ impl Gather {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Scoring {
+    n_queries: usize,
+    n_rows: usize,
+    units: usize,
+    spare: usize,
+    by: kernels::ScoreBy,
+    narrow: bool,
+    with_available: bool,
+    n_masked: usize,
+}
+
+impl Scoring {
+    fn any() -> impl Strategy<Value = Scoring> {
+        use kernels::ScoreBy::{InnerProduct, Times, TwiceLess};
+        let by = prop::sample::select(vec![InnerProduct, Times, TwiceLess]);
+        (1usize..70, 1usize..400, 0usize..20, 0usize..9, by, any::<bool>(), any::<bool>(), 0usize..300).prop_map(
+            |(n_queries, n_rows, units, spare, by, narrow, with_available, n_masked)| Scoring {
+                n_queries,
+                n_rows,
+                units,
+                spare,
+                by,
+                narrow,
+                with_available,
+                n_masked,
+            },
+        )
+    }
+
+    fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
+        let &Scoring { n_queries, n_rows, spare, by, .. } = self;
+        let (random, width, stride) = (&mut SmallRng::seed_from_u64(seed), 4 * self.units, n_rows + spare);
+        let mut values = |n: usize| -> Vec<f32> { (0..n).map(|_| random.random_range(-1.0f32..1.0)).collect() };
+        let (queries, mut table, terms) = (values(n_queries * width), values(n_rows * width), values(n_rows));
+        let narrow: Vec<u16> = table.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+        if self.narrow {
+            table = narrow.iter().map(|&bits| bf16::from_bits(bits).to_f32()).collect();
+        }
+        let words: Vec<u32> = (0..n_rows.div_ceil(32)).map(|_| random.random()).collect();
+        let words = self.with_available.then_some(&words[..]);
+        let mut pair = |_| [random.random_range(0..n_queries as u32 + 2), random.random_range(0..stride as u32 + 2)];
+        let pairs: Vec<[u32; 2]> = (0..self.n_masked).map(&mut pair).collect();
+        let want = match width {
+            // Rows of nothing.
+            0 => twins::scores(&vec![0.0; n_queries], &vec![0.0; n_rows], 1, (by, &terms), words),
+            _ => twins::scores(&queries, &table, width, (by, &terms), words),
+        };
+        let mut padded = vec![f32::from_bits(UNTOUCHED); n_queries * stride];
+        for (to, from) in padded.chunks_exact_mut(stride).zip(want.chunks_exact(n_rows)) {
+            to[..n_rows].copy_from_slice(from);
+        }
+        twins::mask_scores(&mut padded, &pairs, [n_queries, n_rows, stride]);
+
+        let (queries, terms) = (Buffer::new_16(&queries), Buffer::new(&terms));
+        let (wide, narrow, words) = (Buffer::new_16(&table), Buffer::new_16(&narrow), words.map(Buffer::new));
+        let scores = Buffer::new(&vec![f32::from_bits(UNTOUCHED); n_queries * stride]);
+        let shape = kernels::Scores {
+            queries: queries.address(),
+            n_queries: n_queries as u32,
+            table: if self.narrow { narrow.address() } else { wide.address() },
+            n_rows: n_rows as u32,
+            width: width as u32,
+            terms: terms.address(),
+            by,
+            available: words.as_ref().map(Buffer::address),
+            scores: scores.address(),
+            stride: stride as u32,
+        };
+        match self.narrow {
+            true => run(variant, kernels::ScoresBf16(shape).launch(), seed)?,
+            false => run(variant, kernels::ScoresF32(shape).launch(), seed)?,
+        }
+        if !pairs.is_empty() {
+            let flat = Buffer::new_16(&pairs.concat());
+            let mask = kernels::MaskScores {
+                pairs: flat.address(),
+                n: pairs.len() as u32,
+                scores: scores.address(),
+                n_queries: n_queries as u32,
+                n_rows: n_rows as u32,
+                stride: stride as u32,
+            };
+            run(variant, mask.launch(), seed)?;
+        }
+        // Every NaN of ours is the same one; -0 is what it is.
+        same("scores", &bits(&scores), &bits(&padded))?;
+        intact("scores", &scores)
+    }
+}
+
 fn held(result: Result<(), String>) -> Result<(), TestCaseError> {
     result.map_err(TestCaseError::fail)
 }
@@ -538,6 +629,11 @@ proptest! {
     fn gather_equals_its_twin(shape in Gather::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
     }
+
+    #[test]
+    fn scores_equal_their_twin(shape in Scoring::any(), seed in any::<u64>()) {
+        held(shape.check("plain", seed))?;
+    }
 }
 
 /// Shapes that reach every part of a kernel.
@@ -565,13 +661,31 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
         "gather_rows" => {
             Gather { n: 200, n_rows: 100, chunks: 5, table_spare: 0, out_spare: 1, widen: odd }.check(variant, seed)
         }
+        "scores_f32" | "mask_scores" => {
+            let by = [kernels::ScoreBy::InnerProduct, kernels::ScoreBy::Times, kernels::ScoreBy::TwiceLess];
+            // A planted bug has the kernel's own piece alone, and both kernels are of one.
+            let by = by[seed as usize % 3];
+            Scoring {
+                n_queries: 37,
+                n_rows: 261,
+                units: 9,
+                spare: 3,
+                by,
+                narrow: odd,
+                with_available: true,
+                n_masked: 300,
+            }
+            .check(variant, seed)
+        }
         _ => Err(format!("no shapes for {kernel}")),
     }
 }
 
 #[test]
 fn planted_bugs_are_noticed() {
-    for kernel in ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows"] {
+    for kernel in
+        ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows", "scores_f32"]
+    {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");
         }

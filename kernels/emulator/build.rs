@@ -1,11 +1,14 @@
 //! Compiles the kernels, as they are and with each planted bug, for the CPU.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tastemaker_kernels::{PIECES, kernels_of};
 
 include!("src/planted.rs");
+
+/// Kernels read memory as other types of the same size, as CUDA lets them; what is undefined in C++ ends in a trap.
+const CHECKED: [&str; 3] = ["-fno-strict-aliasing", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"];
 
 /// C++ of a variant: `pieces`, and a table of the kernels in them.
 fn unit(name: &str, pieces: &[(&str, String)]) -> String {
@@ -16,10 +19,44 @@ fn unit(name: &str, pieces: &[(&str, String)]) -> String {
     writeln!(text, "extern const emu::Kernel emu_kernels_{name}[] = {{").unwrap();
     let kernels: Vec<&str> = pieces.iter().flat_map(|(_, source)| kernels_of(source)).collect();
     for kernel in &kernels {
-        writeln!(text, "{{\"{kernel}\", emu::Caller<{kernel}>::n, emu::Caller<{kernel}>::run}},").unwrap();
+        writeln!(
+            text,
+            "{{\"{kernel}\", emu::Caller<{kernel}>::n, emu::Caller<{kernel}>::sizes, emu::Caller<{kernel}>::run}},"
+        )
+        .unwrap();
     }
     writeln!(text, "}};\nextern const size_t emu_n_{name} = {};", kernels.len()).unwrap();
     text
+}
+
+/// A folder with the emulated driver and NVRTC, under the names by which both are looked for; `None`, with a warning, where the
+/// compiler can't make them. They name themselves as they are first asked for, so that one that is open already is found again.
+fn libraries(out: &Path, plain: &str) -> Option<PathBuf> {
+    let folder = out.join("cuda");
+    std::fs::create_dir_all(&folder).expect("OUT_DIR is writable");
+    let unit = out.join("driver_kernels.cpp");
+    let table = "\nstruct emu_variant { const char* name; const emu::Kernel* kernels; size_t n; };\n\
+        extern const emu_variant emu_variants[] = {{\"plain\", emu_kernels_plain, emu_n_plain}};\n\
+        extern const size_t emu_n_variants = 1;\n";
+    std::fs::write(&unit, format!("{plain}{table}")).expect("OUT_DIR is writable");
+    let kernels = unit.to_str().expect("OUT_DIR is UTF-8");
+    for (name, sources) in [
+        ("libcuda.so", &["driver/driver.cpp", "src/scheduler.cpp", kernels][..]),
+        ("libnvrtc.so", &["driver/nvrtc.cpp"]),
+    ] {
+        let mut command =
+            cc::Build::new().cpp(true).warnings(false).opt_level(1).debug(false).get_compiler().to_command();
+        command.args(["-std=c++17", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-Isrc"]);
+        command.args(CHECKED).arg(format!("-Wl,-soname,{name}")).args(sources).arg("-o").arg(folder.join(name));
+        let why = match command.output() {
+            Ok(ran) if ran.status.success() => continue,
+            Ok(ran) => String::from_utf8_lossy(&ran.stderr).lines().next().unwrap_or("it said nothing").to_owned(),
+            Err(error) => error.to_string(),
+        };
+        println!("cargo::warning=no emulated {name}: {why}");
+        return None;
+    }
+    Some(folder)
 }
 
 fn main() {
@@ -40,6 +77,11 @@ fn main() {
     // What the emulator itself is tested by.
     let own = ("selftest.cu", include_str!("src/selftest.cu").to_owned());
     variants.push(("selftest", unit("selftest", &[(prelude.0, prelude.1.to_owned()), own])));
+    let libraries = libraries(&out, &variants[0].1);
+    println!(
+        "cargo::rustc-env=EMULATED_CUDA={}",
+        libraries.map_or(String::new(), |folder| folder.display().to_string())
+    );
     let mut table = String::from(
         "#include \"emulator.h\"\nstruct emu_variant { const char* name; const emu::Kernel* kernels; size_t n; };\n",
     );
@@ -54,8 +96,7 @@ fn main() {
 
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").include("src").warnings(false).opt_level(1).debug(false);
-    // Kernels read memory as other types of the same size, as CUDA lets them; what is undefined in C++ ends in a trap.
-    for flag in ["-fno-strict-aliasing", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"] {
+    for flag in CHECKED {
         build.flag(flag);
     }
     build.file("src/scheduler.cpp");
@@ -65,7 +106,7 @@ fn main() {
         build.file(path);
     }
     build.compile("tastemaker_emulator");
-    for file in ["src/emulator.h", "src/scheduler.cpp", "src/planted.rs"] {
+    for file in ["src/emulator.h", "src/scheduler.cpp", "src/planted.rs", "driver/driver.cpp", "driver/nvrtc.cpp"] {
         println!("cargo::rerun-if-changed={file}");
     }
 }

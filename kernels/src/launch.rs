@@ -14,6 +14,9 @@ pub const MAX_MERGED: u32 = 2048;
 const MAX_GRID_Y: u32 = 65_535;
 /// The most blocks in the first direction of a grid; also the most columns of a row, so that sums of two stay below 2^32.
 const MAX_GRID_X: u32 = i32::MAX as u32;
+/// Rows and queries of a block; `SCORED_ROWS` and `SCORED_QUERIES` in kernels/scores.cu.
+const SCORED_ROWS: u32 = 128;
+const SCORED_QUERIES: u32 = 32;
 const MOST_ARGUMENTS: usize = 12;
 
 /// A launch can't be made of these shapes.
@@ -377,6 +380,135 @@ impl Gather {
                 self.out,
                 self.out_stride.into(),
             ],
+        ))
+    }
+}
+
+/// How an inner product becomes a score; [`Scores::terms`] are of the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ScoreBy {
+    /// As it is.
+    InnerProduct = 0,
+    /// Times the row's term: cosine by `1 / |x|`, but for the query's length.
+    Times = 1,
+    /// Twice it less the row's term: squared distance by `|x|²`, but for sign and the query's square.
+    TwiceLess = 2,
+}
+
+/// What both scoring kernels of kernels/scores.cu take.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores {
+    /// f32 `[n_queries, width]`, at a 16-byte boundary.
+    pub queries: DevicePtr,
+    /// 1 to 2,097,120.
+    pub n_queries: u32,
+    /// `[n_rows, width]`, at a 16-byte boundary.
+    pub table: DevicePtr,
+    /// 1 to 2^31 - 1.
+    pub n_rows: u32,
+    /// Values of a row, zeros at its end among them: a multiple of 4, at most 65,536.
+    pub width: u32,
+    /// f32 `[n_rows]`; not read where the score is the inner product.
+    pub terms: DevicePtr,
+    /// What the score is.
+    pub by: ScoreBy,
+    /// `n_rows` bits; `None`: all are available.
+    pub available: Option<DevicePtr>,
+    /// f32 `[n_queries, stride]`
+    pub scores: DevicePtr,
+    /// At least `n_rows`, at most 2^31 - 1.
+    pub stride: u32,
+}
+
+/// A table of f32.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoresF32(pub Scores);
+
+/// A table of bf16.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoresBf16(pub Scores);
+
+impl ScoresF32 {
+    /// The launch.
+    ///
+    /// # Errors
+    /// A number out of its range.
+    pub fn launch(&self) -> Result<Launch, ShapeError> {
+        self.0.launch("scores_f32")
+    }
+}
+
+impl ScoresBf16 {
+    /// The launch.
+    ///
+    /// # Errors
+    /// A number out of its range.
+    pub fn launch(&self) -> Result<Launch, ShapeError> {
+        self.0.launch("scores_bf16")
+    }
+}
+
+impl Scores {
+    fn launch(&self, kernel: &'static str) -> Result<Launch, ShapeError> {
+        within(kernel, "n_queries", self.n_queries, 1, MAX_GRID_Y * SCORED_QUERIES)?;
+        within(kernel, "n_rows", self.n_rows, 1, MAX_GRID_X)?;
+        within(kernel, "stride", self.stride, self.n_rows, MAX_GRID_X)?;
+        within(kernel, "width", self.width, 0, 1 << 16)?;
+        within(kernel, "width modulo 4", self.width % 4, 0, 0)?;
+        within(kernel, "the queries' address modulo 16", self.queries % 16, 0, 0)?;
+        within(kernel, "the table's address modulo 16", self.table % 16, 0, 0)?;
+        Ok(Launch::new(
+            kernel,
+            [self.n_rows.div_ceil(SCORED_ROWS), self.n_queries.div_ceil(SCORED_QUERIES), 1],
+            [
+                self.queries,
+                self.n_queries.into(),
+                self.table,
+                self.n_rows.into(),
+                (self.width / 4).into(),
+                if self.by == ScoreBy::InnerProduct { 0 } else { self.terms },
+                self.by as u64,
+                self.available.unwrap_or(0),
+                self.scores,
+                self.stride.into(),
+            ],
+        ))
+    }
+}
+
+/// The third kernel of kernels/scores.cu.
+#[derive(Clone, Copy, Debug)]
+pub struct MaskScores {
+    /// u32 `[n, 2]`, at an 8-byte boundary.
+    pub pairs: DevicePtr,
+    /// 1 to 2^31 - 1.
+    pub n: u32,
+    /// f32 `[n_queries, stride]`
+    pub scores: DevicePtr,
+    /// Queries that there are.
+    pub n_queries: u32,
+    /// Rows that there are, at most `stride`.
+    pub n_rows: u32,
+    /// At most 2^31 - 1.
+    pub stride: u32,
+}
+
+impl MaskScores {
+    /// The launch.
+    ///
+    /// # Errors
+    /// A number out of its range.
+    pub fn launch(&self) -> Result<Launch, ShapeError> {
+        let kernel = "mask_scores";
+        within(kernel, "n", self.n, 1, MAX_GRID_X)?;
+        within(kernel, "stride", self.stride, 0, MAX_GRID_X)?;
+        within(kernel, "n_rows", self.n_rows, 0, self.stride)?;
+        within(kernel, "the pairs' address modulo 8", self.pairs % 8, 0, 0)?;
+        Ok(Launch::new(
+            kernel,
+            [self.n.div_ceil(THREADS), 1, 1],
+            [self.pairs, self.n.into(), self.scores, self.n_queries.into(), self.n_rows.into(), self.stride.into()],
         ))
     }
 }

@@ -6,8 +6,8 @@ mod launch;
 mod source;
 
 pub use launch::{
-    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MergeCandidates,
-    PartitionMerge, ShapeError, THREADS, TopkSelect,
+    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MaskScores,
+    MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS, TopkSelect,
 };
 pub use source::{ARCHITECTURES, OPTIONS, PIECES, SOURCE};
 

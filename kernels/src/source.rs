@@ -16,7 +16,8 @@ pieces!(
     "partition_merge.cu",
     "merge_candidates.cu",
     "filter_candidates.cu",
-    "gather_rows.cu"
+    "gather_rows.cu",
+    "scores.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

@@ -29,10 +29,10 @@ impl Check {
                 .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
             cpu::try_rankers(config.pipeline.clone(), &generation)?;
         }
-        let reason = select(self.device)?;
+        let selected = select(self.device)?;
         say!("{}: ok", self.config.display());
         if self.device != Choice::Cpu {
-            say!("device: cpu: {reason}");
+            say!("device: {}: {}", selected.name, selected.reason);
         }
         Ok(())
     }

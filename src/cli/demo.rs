@@ -61,10 +61,11 @@ impl Demo {
                 addr.set_port(0);
             }
         }
-        crate::device::select(self.overrides.device)?;
+        let selected = crate::device::select(self.overrides.device)?;
         self.overrides.apply(&mut config);
         config.validate().map_err(anyhow::Error::msg)?;
-        let server = Server::start(generation.clone(), config, Options::default())?;
+        let options = Options { device: (&selected).into(), ..Options::default() };
+        let server = Server::start(generation.clone(), config, options)?;
         let shown = show(&server, &generation);
         if shown.is_err() || self.once {
             server.shut_down()?;

@@ -7,11 +7,11 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::{Duration, Instant};
 
-use super::{Device, DeviceError, Job};
+use super::{Counters, Device, DeviceError, Job};
 use crate::catalog::generation::Generation;
 use crate::context::{Degradation, Reason, Stage};
 
@@ -95,13 +95,15 @@ pub struct Guard<'a> {
     threads: Arc<AtomicUsize>,
     /// For the next copies.
     spare: Vec<Box<Job>>,
+    counters: Arc<Counters>,
 }
 
 impl<'a> Guard<'a> {
-    /// A guard whose device is made when a generation is loaded.
-    pub fn new(name: &str, make: Make, fallback: &'a mut dyn Device, options: Options) -> Self {
+    /// A guard whose device is made when a generation is loaded. `counters`, which several may share, say what becomes of the jobs, and
+    /// have the device's name.
+    pub fn new(counters: &Arc<Counters>, make: Make, fallback: &'a mut dyn Device, options: Options) -> Self {
         Guard {
-            name: name.to_owned(),
+            name: counters.device.clone(),
             options,
             make,
             fallback,
@@ -109,7 +111,16 @@ impl<'a> Guard<'a> {
             generation: None,
             threads: Arc::default(),
             spare: Vec::new(),
+            counters: counters.clone(),
         }
+    }
+
+    fn set(&mut self, state: State) {
+        let works = |state: &State| u64::from(matches!(state, State::Up(_) | State::Busy(..)));
+        // Up and down by one each; together the number of those that work.
+        self.counters.up.fetch_add(works(&state), Ordering::Relaxed);
+        self.counters.up.fetch_sub(works(&self.state), Ordering::Relaxed);
+        self.state = state;
     }
 
     /// Whether the next batch is the device's.
@@ -155,7 +166,8 @@ impl<'a> Guard<'a> {
             "device fenced: the CPU computes"
         );
         let next = (2 * pause).min(self.options.longest_pause);
-        self.state = State::Down(Instant::now() + pause, next);
+        self.counters.fenced.fetch_add(1, Ordering::Relaxed);
+        self.set(State::Down(Instant::now() + pause, next));
     }
 
     /// What can be known without waiting.
@@ -177,7 +189,7 @@ impl<'a> Guard<'a> {
             State::Coming(coming, since, pause) => match coming.try_recv() {
                 Ok(Ok(side)) => {
                     tracing::info!(device = side.name, "device is back");
-                    self.state = State::Up(side);
+                    self.set(State::Up(side));
                 }
                 Ok(Err(error)) => {
                     let pause = *pause;
@@ -194,7 +206,7 @@ impl<'a> Guard<'a> {
                 if due && self.threads.load(Ordering::Acquire) >= self.options.most_hung {
                     self.fence("too many of its threads hang", pause);
                 } else if due {
-                    self.state = State::Coming(self.begin(), now, pause);
+                    self.set(State::Coming(self.begin(), now, pause));
                 }
             }
         }
@@ -266,6 +278,12 @@ impl<'a> Guard<'a> {
     }
 }
 
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        self.set(State::Down(Instant::now(), self.options.pause));
+    }
+}
+
 impl Device for Guard<'_> {
     fn name(&self) -> &str {
         &self.name
@@ -279,7 +297,7 @@ impl Device for Guard<'_> {
         if first && let State::Coming(coming, ..) = &self.state {
             let made = coming.recv_timeout(self.options.load_patience);
             let made = made.unwrap_or_else(|_| Err(DeviceError::Failed("it does not load".into())));
-            self.state = State::Up(made?);
+            self.set(State::Up(made?));
         } else if let State::Up(side) = &self.state {
             let sent = side.orders.send(Order::Load(generation.clone())).is_ok();
             let answer = sent.then(|| side.answers.recv_timeout(self.options.load_patience));
@@ -293,9 +311,14 @@ impl Device for Guard<'_> {
     }
 
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
+        let count = |counter: &AtomicU64, n: usize| _ = counter.fetch_add(n as u64, Ordering::Relaxed);
         match self.ask(batch) {
-            Outcome::Done => Ok(()),
+            Outcome::Done => {
+                count(&self.counters.computed, batch.len());
+                Ok(())
+            }
             Outcome::OutOfMemory if batch.len() > 1 => {
+                count(&self.counters.out_of_memory, 1);
                 // Less at a time, before the CPU has to do it.
                 let (first, second) = batch.split_at_mut(batch.len() / 2);
                 self.execute(first)?;
@@ -303,6 +326,10 @@ impl Device for Guard<'_> {
             }
             outcome => {
                 let reason = if let Outcome::Moved(reason) = outcome { reason } else { Reason::Failed };
+                count(
+                    if reason == Reason::Deadline { &self.counters.late } else { &self.counters.failed },
+                    batch.len(),
+                );
                 let moved = Degradation { stage: Stage::Queue, reason };
                 batch.iter_mut().for_each(|job| job.degraded.push(moved));
                 self.fallback.execute(batch)
@@ -441,7 +468,7 @@ mod tests {
             scripts.push(Ok(Script::default()));
             let (make, made) = sims(scripts);
             let mut fallback = SimDevice::new(Script::default());
-            let mut guard = Guard::new("sim", make, &mut fallback, OPTIONS);
+            let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, OPTIONS);
             guard.load(&generation).unwrap();
             assert!(guard.is_up());
             let (mut flagged, mut batches) = (0, 0);
@@ -469,7 +496,7 @@ mod tests {
         let hangs = Faults { hang: 1000, hang_for: 10 * PATIENCE, ..Faults::default() };
         let (make, made) = sims(vec![Ok(Script { faults: hangs, ..Script::default() }), Ok(Script::default())]);
         let mut fallback = SimDevice::new(Script::default());
-        let mut guard = Guard::new("sim", make, &mut fallback, OPTIONS);
+        let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, OPTIONS);
         guard.load(&generation).unwrap();
         let mut batch = jobs(3, &generation, Duration::from_secs(60));
         assert_eq!(run(&mut guard, &mut batch), Some(Reason::Failed));
@@ -495,7 +522,7 @@ mod tests {
         let (make, made) = sims(vec![Ok(Script { latency: Duration::from_millis(300), ..Script::default() })]);
         let mut fallback = SimDevice::new(Script::default());
         let options = Options { patience: Duration::from_secs(30), ..OPTIONS };
-        let mut guard = Guard::new("sim", make, &mut fallback, options);
+        let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, options);
         guard.load(&generation).unwrap();
         let mut batch = jobs(1, &generation, Duration::from_millis(200));
         assert_eq!(run(&mut guard, &mut batch), Some(Reason::Deadline));
@@ -512,7 +539,7 @@ mod tests {
             let faults = Faults { most_jobs, ..Faults::default() };
             let (make, made) = sims(vec![Ok(Script { faults, ..Script::default() })]);
             let mut fallback = SimDevice::new(Script::default());
-            let mut guard = Guard::new("sim", make, &mut fallback, OPTIONS);
+            let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, OPTIONS);
             guard.load(&generation).unwrap();
             assert_eq!(run(&mut guard, &mut jobs(7, &generation, Duration::from_secs(60))), reason);
             assert!(guard.is_up() && made.load(Ordering::Relaxed) == 1);
@@ -520,7 +547,7 @@ mod tests {
         let faults = Faults { out_of_memory: 1000, ..Faults::default() };
         let (make, made) = sims(vec![Ok(Script { faults, ..Script::default() })]);
         let mut fallback = SimDevice::new(Script::default());
-        let mut guard = Guard::new("sim", make, &mut fallback, OPTIONS);
+        let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, OPTIONS);
         guard.load(&generation).unwrap();
         assert_eq!(run(&mut guard, &mut jobs(4, &generation, Duration::from_secs(60))), Some(Reason::Failed));
         assert!(guard.is_up() && made.load(Ordering::Relaxed) == 1);
@@ -539,7 +566,7 @@ mod tests {
             most_hung: 3,
             ..OPTIONS
         };
-        let mut guard = Guard::new("sim", make, &mut fallback, options);
+        let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, options);
         guard.load(&generation).unwrap();
         for _ in 0..200 {
             assert!(run(&mut guard, &mut jobs(1, &generation, Duration::from_secs(60))).is_some());
@@ -580,7 +607,7 @@ mod tests {
         let (mut by_itself, mut fallback) = (cpu(), SimDevice::new(Script::default()));
         by_itself.load(&generation).unwrap();
         let options = Options { patience: Duration::from_secs(30), ..OPTIONS };
-        let mut guard = Guard::new("cpu", make, &mut fallback, options);
+        let mut guard = Guard::new(&Arc::new(Counters::new("cpu")), make, &mut fallback, options);
         guard.load(&generation).unwrap();
         // More than once, so that copies are made of used jobs.
         for round in 0..3 {
@@ -607,7 +634,7 @@ mod tests {
         let generation = Arc::new(testing::plain(3));
         let (make, _) = sims(vec![Err("no such device")]);
         let mut fallback = SimDevice::new(Script::default());
-        let mut guard = Guard::new("sim", make, &mut fallback, OPTIONS);
+        let mut guard = Guard::new(&Arc::new(Counters::new("sim")), make, &mut fallback, OPTIONS);
         assert_eq!(guard.load(&generation).unwrap_err().to_string(), "device failed: no such device");
     }
 }

@@ -9,16 +9,21 @@ pub mod sim;
 pub mod worker;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 use crate::api::Ticket;
 use crate::candidates::{Candidates, Scored, Source};
 use crate::catalog::conditions::Test;
 use crate::catalog::generation::{Generation, Interaction};
 use crate::catalog::live::LiveItems;
+use crate::config::in_range;
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
-use crate::index::SearchParams;
+use crate::index::{SearchParams, Settled};
+use crate::pipeline::PipelineConfig;
 use crate::rerank::HardFilter;
 use crate::state::trending::LiveTrending;
 use crate::state::users::Profile;
@@ -65,6 +70,113 @@ pub enum DeviceError {
     Failed(String),
 }
 
+/// `[device]`: how a GPU is used, where one is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// Workers that use the GPU, each with a stream of its own; the others compute on their CPUs alone. 0 to 1024; 0, the default: all.
+    pub workers: u32,
+    /// Jobs of a batch. 1 to 64, default 16.
+    pub max_batch_size: u32,
+    /// How long the first job of a batch may wait for others, microseconds. 0 to 10000; 0, the default: only what waits already is taken
+    /// along.
+    pub max_wait_us: u32,
+    /// A GPU that has not answered a batch for so long is fenced, milliseconds. 10 to 60000, default 500.
+    pub patience_ms: u32,
+    /// GPU memory that may be used, bytes. 0, the default: nine tenths of what is free when a bundle is loaded.
+    pub memory_bytes: u64,
+    /// Of that, for the scores of the queries that one worker searches by at a time, bytes; at least one query's are. 1 MiB to 1 TiB,
+    /// default 256 MiB.
+    pub workspace_bytes: u64,
+    /// How item vectors lie in GPU memory. The answers are the same; bf16 takes half of the memory and settles fewer of them there.
+    pub vectors: Storage,
+    /// Directory for kernels that NVRTC has compiled. Empty, the default: they are compiled at each start, in about a second.
+    pub kernel_cache: String,
+}
+
+impl Default for DeviceConfig {
+    fn default() -> Self {
+        DeviceConfig {
+            workers: 0,
+            max_batch_size: 16,
+            max_wait_us: 0,
+            patience_ms: 500,
+            memory_bytes: 0,
+            workspace_bytes: 256 << 20,
+            vectors: Storage::F32,
+            kernel_cache: String::new(),
+        }
+    }
+}
+
+impl DeviceConfig {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The key, its value and its range.
+    pub fn validate(&self) -> Result<(), String> {
+        let ranges = [
+            ("workers", u64::from(self.workers), 0, 1024),
+            ("max_batch_size", u64::from(self.max_batch_size), 1, 64),
+            ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
+            ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
+            ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
+        ];
+        in_range("device", ranges)
+    }
+}
+
+/// How numbers lie in a GPU's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Storage {
+    /// 4 bytes.
+    #[default]
+    F32,
+    /// 2 bytes, of which 8 bits are the number's.
+    Bf16,
+}
+
+/// What became of the jobs of a device that may fail.
+#[derive(Debug)]
+pub struct Counters {
+    /// The device's name.
+    pub device: String,
+    /// Workers whose device works.
+    pub up: AtomicU64,
+    /// Times that one was fenced.
+    pub fenced: AtomicU64,
+    /// Jobs that it computed.
+    pub computed: AtomicU64,
+    /// Jobs that the CPU computed because it had failed, and was away.
+    pub failed: AtomicU64,
+    /// Jobs that the CPU computed because it was late.
+    pub late: AtomicU64,
+    /// Batches that were too large for its memory.
+    pub out_of_memory: AtomicU64,
+    /// Whether what it found settled searches.
+    pub settled: Settled,
+    /// Memory that it was given.
+    pub memory_bytes: AtomicU64,
+}
+
+impl Counters {
+    /// Of the device of that name.
+    pub fn new(device: &str) -> Self {
+        Counters {
+            device: device.to_owned(),
+            up: AtomicU64::new(0),
+            fenced: AtomicU64::new(0),
+            computed: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+            late: AtomicU64::new(0),
+            out_of_memory: AtomicU64::new(0),
+            settled: Settled::default(),
+            memory_bytes: AtomicU64::new(0),
+        }
+    }
+}
+
 /// Where requests shall be computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
@@ -104,19 +216,97 @@ pub struct ChoiceError {
     pub reason: String,
 }
 
-/// Says in a line why the CPU engine computes, the only engine so far: what there is of a GPU is said, and not used.
+/// What computes, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selected {
+    /// `cpu`, `cuda:0`.
+    pub name: String,
+    /// For the log: why, or what it is.
+    pub reason: String,
+    /// The GPU's number, where it is one.
+    pub gpu: Option<u32>,
+    /// Whether nothing else will do.
+    pub required: bool,
+}
+
+/// Looks for what computes best here.
 ///
 /// # Errors
-/// A GPU was asked for.
-pub fn select(choice: Choice) -> Result<String, ChoiceError> {
-    let found = |ordinal| match cuda::probe::probe(ordinal) {
-        Ok(gpu) => format!("this version has no engine yet for {gpu}"),
-        Err(unfit) => unfit.to_string(),
+/// A GPU was asked for that can't be used.
+pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
+    let cpu = |reason| Selected { name: "cpu".to_owned(), reason, gpu: None, required: false };
+    let found = |gpu: cuda::probe::Gpu, required| Selected {
+        name: format!("cuda:{}", gpu.ordinal),
+        reason: gpu.to_string(),
+        gpu: Some(gpu.ordinal),
+        required,
     };
     match choice {
-        Choice::Cpu => Ok("as asked".to_owned()),
-        Choice::Auto => Ok(found(None)),
-        Choice::Cuda(ordinal) => Err(ChoiceError { ordinal, reason: found(Some(ordinal)) }),
+        Choice::Cpu => Ok(cpu("as asked".to_owned())),
+        Choice::Auto => Ok(match cuda::probe::probe(None) {
+            Ok(gpu) => found(gpu, false),
+            Err(unfit) => cpu(unfit.to_string()),
+        }),
+        Choice::Cuda(ordinal) => match cuda::probe::probe(Some(ordinal)) {
+            Ok(gpu) => Ok(found(gpu, true)),
+            Err(unfit) => Err(ChoiceError { ordinal, reason: unfit.to_string() }),
+        },
+    }
+}
+
+/// An accelerator that workers use together.
+pub struct Accelerator {
+    cuda: Arc<cuda::engine::Cuda>,
+    config: DeviceConfig,
+    /// Keeps the tables there until the first worker has them.
+    held: Arc<cuda::engine::Shared>,
+}
+
+impl Accelerator {
+    /// Opens the GPU of that number for `n_workers` workers, and loads a generation's tables into its memory.
+    ///
+    /// # Errors
+    /// Whatever is in the way: for the operator.
+    pub fn open(
+        ordinal: u32,
+        config: &DeviceConfig,
+        n_workers: usize,
+        generation: &Arc<Generation>,
+    ) -> Result<Self, DeviceError> {
+        let gpu = cuda::probe::probe(Some(ordinal)).map_err(|unfit| DeviceError::Failed(unfit.to_string()))?;
+        let cuda = cuda::engine::Cuda::new(gpu, config, n_workers)?;
+        let held = cuda.load(generation)?;
+        Ok(Accelerator { cuda, config: config.clone(), held })
+    }
+
+    /// What becomes of the jobs.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.cuda.counters
+    }
+
+    /// Makes a worker's device. The tables stay for it until it drops what this returns.
+    pub fn make(&self, pipeline: &Arc<PipelineConfig>) -> (guard::Make, impl Sized + use<>) {
+        let (cuda, pipeline) = (self.cuda.clone(), pipeline.clone());
+        let make = move || {
+            let rest = cpu::CpuDevice::new(pipeline.clone(), Arc::new(rten::ThreadPool::with_num_threads(1)));
+            Ok(Box::new(cuda.device(rest, &pipeline)?) as Box<dyn Device>)
+        };
+        (Arc::new(make), self.held.clone())
+    }
+
+    /// How jobs are put together for it.
+    pub fn limits(&self) -> batcher::BatchLimits {
+        batcher::BatchLimits {
+            max_batch_size: self.config.max_batch_size as usize,
+            max_wait: Duration::from_micros(u64::from(self.config.max_wait_us)),
+            company: batcher::Company::Any,
+        }
+    }
+
+    /// How long it is waited for.
+    pub fn patience(&self) -> guard::Options {
+        let patience = Duration::from_millis(u64::from(self.config.patience_ms));
+        guard::Options { patience, ..guard::Options::default() }
     }
 }
 
@@ -478,7 +668,7 @@ pub struct Ranked {
     /// Share of the items that the index did not search: partitions that did not answer.
     pub uncovered: f32,
     /// Time spent inside each ranker, by position in [`Generation::rankers`].
-    pub inference: smallvec::SmallVec<[std::time::Duration; 2]>,
+    pub inference: smallvec::SmallVec<[Duration; 2]>,
 }
 
 impl Ranked {

@@ -12,6 +12,7 @@ pub mod live;
 mod options;
 mod overlay;
 pub mod partitions;
+mod prefetched;
 mod refine;
 mod rotation;
 mod select;
@@ -27,6 +28,7 @@ pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
 pub use overlay::Overlay;
 pub use partitions::{Coverage, Partitioned, Searchers};
+pub use prefetched::{Found, Prefetched, Settled};
 pub use simd::Simd;
 
 use std::sync::Arc;

@@ -29,7 +29,7 @@ use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
 use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
-use crate::device::{Device, cpu, sim};
+use crate::device::{Accelerator, Counters, Device, Selected, cpu, sim};
 use crate::index::Searchers;
 use crate::link::Link;
 use crate::state::sinks::Sinks;
@@ -123,11 +123,12 @@ impl ServerConfig {
     }
 }
 
-/// Opens a bundle and serves it until SIGTERM or SIGINT; then drains. `why_cpu`: why the CPU engine computes, for the log.
+/// Opens a bundle and serves it on what was selected until SIGTERM or SIGINT; then drains.
 ///
 /// # Errors
-/// A bundle, ranker or rule that can't be used; an address that is taken; a machine without io_uring.
-pub fn run(bundle: &Path, config: Config, why_cpu: &str) -> anyhow::Result<()> {
+/// A bundle, ranker or rule that can't be used; an address that is taken; a machine without io_uring; a device that was asked for and can't
+/// be used.
+pub fn run(bundle: &Path, config: Config, selected: &Selected) -> anyhow::Result<()> {
     signals::block().context("blocking signals")?;
     signals::keep_freed_memory();
     let start = Instant::now();
@@ -155,15 +156,16 @@ pub fn run(bundle: &Path, config: Config, why_cpu: &str) -> anyhow::Result<()> {
         users = generation.users.len(),
         "bundle verified"
     );
-    tracing::info!(device = "cpu", reason = why_cpu, "device chosen");
-    let server = Server::start(generation, config, Options::default())?;
+    tracing::info!(device = selected.name, reason = selected.reason, "device chosen");
+    let options = Options { device: DeviceKind::from(selected), ..Options::default() };
+    let server = Server::start(generation, config, options)?;
     let _ = stop.set(server.stopper());
     tracing::info!(
         binary = %server.addrs.binary,
         http = %server.addrs.http,
         admin = %server.addrs.admin,
         shards = server.n_shards(),
-        device = "cpu",
+        device = server.device(),
         ready_ms = start.elapsed().as_millis() as u64,
         "serving"
     );
@@ -171,6 +173,9 @@ pub fn run(bundle: &Path, config: Config, why_cpu: &str) -> anyhow::Result<()> {
     tracing::info!("drained");
     Ok(())
 }
+
+/// Keeps an accelerator's tables where they are.
+type Tables = Box<dyn Send>;
 
 /// What computes.
 #[derive(Clone, Copy, Debug)]
@@ -181,6 +186,20 @@ pub enum DeviceKind {
     Sim(sim::Script),
     /// A simulated device that is guarded, with the CPU engine behind it.
     Guarded(sim::Script),
+    /// The accelerator of that number, likewise.
+    Accelerator {
+        /// See [`Selected::gpu`].
+        ordinal: u32,
+        /// Whether the server is not to start without it.
+        required: bool,
+    },
+}
+
+impl From<&Selected> for DeviceKind {
+    fn from(selected: &Selected) -> Self {
+        let required = selected.required;
+        selected.gpu.map_or(DeviceKind::Cpu, |ordinal| DeviceKind::Accelerator { ordinal, required })
+    }
 }
 
 /// What tests and measurements change; the default is what serves.
@@ -331,29 +350,44 @@ impl Server {
 
     fn start_workers(shared: &Arc<Shared>, cpus: &[usize], kind: DeviceKind) -> anyhow::Result<Vec<JoinHandle<()>>> {
         let (ready, loaded) = std::sync::mpsc::channel();
+        let accelerator = match kind {
+            DeviceKind::Accelerator { ordinal, required } => {
+                Self::open_accelerator(shared, ordinal, required, cpus.len())?
+            }
+            _ => None,
+        };
+        if let DeviceKind::Guarded(_) = kind {
+            let _ = shared.device.set(Arc::new(Counters::new("sim")));
+        }
+        let n_accelerated = match shared.config.device.workers {
+            0 => cpus.len(),
+            n => n as usize,
+        };
         let mut workers = Vec::new();
         for (id, &cpu) in cpus.iter().enumerate() {
             let (shared, ready) = (shared.clone(), ready.clone());
+            let accelerator = accelerator.clone().filter(|_| id < n_accelerated);
             let thread = std::thread::Builder::new().name(format!("worker-{id}"));
             workers.push(thread.spawn(move || {
                 let sink: Arc<dyn JobSink> = shared.clone();
-                let work = |device: &mut dyn Device| {
+                let limits = accelerator.as_ref().map_or(BatchLimits::CPU, |accelerator| accelerator.limits());
+                let work = |device: &mut dyn Device, tables: Option<Tables>| {
                     signals::pin(cpu);
                     signals::take_turns();
                     let result = device.load(&shared.generation);
                     let usable = result.is_ok();
+                    // The device has them by now; a broken one must be able to give them up.
+                    drop(tables);
                     // The receiver is gone only if another worker failed, and then nothing starts.
                     let _ = ready.send(result);
                     if usable {
-                        worker::run(device, &shared.jobs, id, BatchLimits::CPU, &sink);
+                        worker::run(device, &shared.jobs, id, limits, &sink);
                     }
                 };
-                match kind {
-                    DeviceKind::Cpu => {
-                        cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| work(device));
-                    }
-                    DeviceKind::Sim(script) => work(&mut sim::SimDevice::new(script)),
-                    DeviceKind::Guarded(script) => {
+                let config = Arc::new(shared.config.pipeline.clone());
+                match (kind, accelerator, shared.device.get()) {
+                    (DeviceKind::Sim(script), ..) => work(&mut sim::SimDevice::new(script), None),
+                    (DeviceKind::Guarded(script), _, Some(counters)) => {
                         // Each has faults of its own.
                         let next = AtomicU64::new(script.faults.seed + ((id as u64) << 32));
                         let make: guard::Make = Arc::new(move || {
@@ -361,13 +395,23 @@ impl Server {
                             script.faults.seed = next.fetch_add(1, Ordering::Relaxed);
                             Ok(Box::new(sim::SimDevice::new(script)) as _)
                         });
-                        cpu::with_device(Arc::new(shared.config.pipeline.clone()), |device| {
-                            work(&mut Guard::new("sim", make, device, guard::Options::default()));
+                        cpu::with_device(config, |device| {
+                            work(&mut Guard::new(counters, make, device, guard::Options::default()), None);
                         });
                     }
+                    (_, Some(accelerator), _) => {
+                        let (make, tables) = accelerator.make(&config);
+                        let (patience, counters) = (accelerator.patience(), accelerator.counters().clone());
+                        drop(accelerator);
+                        cpu::with_device(config, |device| {
+                            work(&mut Guard::new(&counters, make, device, patience), Some(Box::new(tables)));
+                        });
+                    }
+                    _ => cpu::with_device(config, |device| work(device, None)),
                 }
             })?);
         }
+        drop(accelerator);
         drop(ready);
         let results: Vec<_> = loaded.iter().take(cpus.len()).collect();
         if results.len() < cpus.len() || results.iter().any(Result::is_err) {
@@ -378,6 +422,33 @@ impl Server {
             result?;
         }
         Ok(workers)
+    }
+
+    /// The accelerator; `None`, with a warning, where it can't be used and need not be.
+    fn open_accelerator(
+        shared: &Arc<Shared>,
+        ordinal: u32,
+        required: bool,
+        n_cpus: usize,
+    ) -> anyhow::Result<Option<Arc<Accelerator>>> {
+        let config = &shared.config.device;
+        let n_workers = if config.workers == 0 { n_cpus } else { n_cpus.min(config.workers as usize) };
+        match Accelerator::open(ordinal, config, n_workers, &shared.generation) {
+            Ok(accelerator) => {
+                let _ = shared.device.set(accelerator.counters().clone());
+                Ok(Some(Arc::new(accelerator)))
+            }
+            Err(error) if required => Err(anyhow::Error::new(error).context(format!("device cuda:{ordinal}"))),
+            Err(error) => {
+                tracing::warn!(ordinal, %error, "the device can't be used: the CPU computes");
+                Ok(None)
+            }
+        }
+    }
+
+    /// What computes.
+    pub fn device(&self) -> &str {
+        self.shared.device.get().map_or("cpu", |counters| &counters.device)
     }
 
     /// What ends this server.

@@ -1,8 +1,8 @@
 //! One shard's side of every call: cache, single flight, admission, plan, queue, finish. Both protocols come through here.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -28,7 +28,7 @@ use crate::config::Config;
 use crate::context::{Deadline, now_ms};
 use crate::device::ring::JobQueue;
 use crate::device::worker::JobSink;
-use crate::device::{Job, Task};
+use crate::device::{Counters, Job, Task};
 use crate::error::{Code, Error};
 use crate::link::{FoundSink, Link, Lookup, Values};
 use crate::pipeline::models::Model;
@@ -80,6 +80,8 @@ pub struct Shared {
     pub precomputed: Option<Precomputed>,
     /// To the event log.
     pub events: Arc<EventQueue>,
+    /// What became of the jobs of a device that may fail, where there is one.
+    pub device: OnceLock<Arc<Counters>>,
 }
 
 impl Shared {
@@ -119,6 +121,7 @@ impl Shared {
             metrics: Metrics::new(n_shards, rankers),
             events,
             live,
+            device: OnceLock::new(),
             generation,
             config,
         })

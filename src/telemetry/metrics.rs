@@ -12,7 +12,7 @@ use crate::api::{CacheStatus, Outcome, Slate};
 use crate::candidates::Source;
 use crate::catalog::live::LiveItems;
 use crate::context::{Degradation, Reason, Stage, StageTimings, now_ms};
-use crate::device::{Job, Task};
+use crate::device::{Counters, Job, Task};
 use crate::error::Code;
 use crate::link::{Link, LinkCounters};
 use crate::state::change::Kind;
@@ -363,6 +363,8 @@ pub struct Gauges<'a> {
     pub followed: Option<&'a ItemCounters>,
     /// Uses of Redis, where there are some.
     pub links: &'a [Arc<Link>],
+    /// A device that may fail, where there is one.
+    pub device: Option<&'a Counters>,
     /// The bundle.
     pub generation: &'a str,
     /// Partitions of the index: all, and those that did not answer when they were last asked.
@@ -659,6 +661,42 @@ impl Metrics {
                 head(o, name, "counter", help);
                 for link in gauges.links {
                     line(o, name, &format!("use=\"{}\"", link.name), of(&link.counters).load(Relaxed));
+                }
+            }
+        }
+        if let Some(device) = gauges.device {
+            type Counted = fn(&Counters) -> &AtomicU64;
+            let families: [(_, _, _, &[(&str, Counted)]); 6] = [
+                ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
+                ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
+                ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
+                (
+                    "tastemaker_device_out_of_memory_total",
+                    "counter",
+                    "Batches that were too large for a device",
+                    &[("", |d| &d.out_of_memory)],
+                ),
+                (
+                    "tastemaker_device_jobs_total",
+                    "counter",
+                    "Jobs that a device computed, or the CPU because the device was away or late",
+                    &[
+                        (",by=\"device\"", |d| &d.computed),
+                        (",by=\"cpu\",reason=\"failed\"", |d| &d.failed),
+                        (",by=\"cpu\",reason=\"deadline\"", |d| &d.late),
+                    ],
+                ),
+                (
+                    "tastemaker_device_searches_total",
+                    "counter",
+                    "Searches that what a device found settled, or that the CPU did again",
+                    &[(",settled=\"yes\"", |d| &d.settled.yes), (",settled=\"no\"", |d| &d.settled.no)],
+                ),
+            ];
+            for (name, kind, help, lines) in families {
+                head(o, name, kind, help);
+                for (labels, of) in lines {
+                    line(o, name, &format!("device=\"{}\"{labels}", device.device), of(device).load(Relaxed));
                 }
             }
         }

@@ -126,6 +126,7 @@ Shared<T> dynamic_shared(const char* name) {
 struct Kernel {
     const char* name;
     unsigned n_arguments;
+    const size_t* sizes; // of the arguments, bytes
     void (*call)(void* const* arguments);
 };
 
@@ -140,6 +141,7 @@ template <class... A, void (*F)(A...)>
 struct Caller<F> {
     static void run(void* const* arguments) { call(F, arguments, std::index_sequence_for<A...>{}); }
     static constexpr unsigned n = sizeof...(A);
+    static constexpr size_t sizes[] = {sizeof(A)...};
 };
 
 template <class T>
@@ -297,4 +299,6 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz((unsigned)x); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll((unsigned long long)x); }
 inline unsigned __float_as_uint(float x) { return (unsigned)emu::bits_of(x); }
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned x) { return emu::from_bits<float>(x); }

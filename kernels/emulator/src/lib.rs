@@ -4,11 +4,17 @@
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 use std::ptr::NonNull;
 
 use tastemaker_kernels::{DevicePtr, Launch};
 
 include!("planted.rs");
+
+/// A folder with an emulated `libcuda.so` and `libnvrtc.so` (driver/ says what they are); `None` where they could not be made.
+pub fn emulated_cuda() -> Option<&'static Path> {
+    Some(env!("EMULATED_CUDA")).filter(|folder| !folder.is_empty()).map(Path::new)
+}
 
 unsafe extern "C" {
     fn emu_launch(

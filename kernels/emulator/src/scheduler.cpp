@@ -191,6 +191,7 @@ thread_local Stacks stacks;
 struct Guarded {
     char *mapping, *data;
     size_t mapped, bytes;
+    bool retired;
 };
 std::mutex guarded_lock;
 std::vector<Guarded> guarded;
@@ -390,7 +391,8 @@ void on_fault(int signal, siginfo_t* info, void*) {
         std::lock_guard<std::mutex> lock(guarded_lock);
         for (const Guarded& g : guarded) {
             if (at < g.mapping || at >= g.mapping + g.mapped) continue;
-            if (at < g.data) note("%td bytes before a buffer of %zu bytes", g.data - at, g.bytes);
+            if (g.retired) note("byte %td of a buffer of %zu bytes that was freed", at - g.data, g.bytes);
+            else if (at < g.data) note("%td bytes before a buffer of %zu bytes", g.data - at, g.bytes);
             else note("byte %td of a buffer of %zu bytes", at - g.data, g.bytes);
         }
         note("a fault at %p, outside of every buffer (or a misaligned access)", static_cast<const void*>(at));
@@ -566,7 +568,7 @@ void* emu_allocate(size_t bytes, size_t align) {
     memset(mapping + page, emu::CANARY, inner);
     char* data = mapping + page + inner - room;
     std::lock_guard<std::mutex> lock(emu::guarded_lock);
-    emu::guarded.push_back({mapping, data, mapped, bytes});
+    emu::guarded.push_back({mapping, data, mapped, bytes, false});
     return data;
 }
 
@@ -581,6 +583,16 @@ int emu_intact(const void* data) {
                std::all_of(g.data + g.bytes, g.mapping + g.mapped - page, canary);
     }
     return 0;
+}
+
+// Lets every access to the memory fault from now on, until it is freed.
+void emu_retire(void* data) {
+    std::lock_guard<std::mutex> lock(emu::guarded_lock);
+    for (emu::Guarded& g : emu::guarded) {
+        if (g.data != data) continue;
+        mprotect(g.mapping, g.mapped, PROT_NONE);
+        g.retired = true;
+    }
 }
 
 void emu_free(void* data) {

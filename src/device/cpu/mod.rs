@@ -7,6 +7,7 @@ pub mod twins;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use rten::ThreadPool;
@@ -20,7 +21,7 @@ use crate::catalog::live::{extend_vector, n_rows};
 use crate::context::{Deadline, Degradation, Degradations, Reason, Stage};
 use crate::error::{Code, Error};
 use crate::features::assemble::{CooccurrenceSignal, FeatureError, FeatureScratch, Inputs, Layout};
-use crate::index::{Coverage, Filter, SearchScratch, VectorIndex};
+use crate::index::{Coverage, Filter, Found, Prefetched, SearchScratch, Settled, VectorIndex};
 use crate::pipeline::PipelineConfig;
 use crate::ranking::ensemble::WeightedMean;
 use crate::retrieval::collaborative::Signals;
@@ -37,6 +38,35 @@ const KEPT: usize = 2;
 
 /// Share of each source in rank fusion: what everybody likes only decides where nothing personal does.
 const FUSION_WEIGHTS: [f32; Source::COUNT] = [1.0, 1.0, 0.02, 1.0];
+
+/// Neighbours that another device looked for ahead, for the jobs of one batch.
+pub trait Ahead {
+    /// A list for each vector that the `job`-th job searches by; empty: it is searched here.
+    fn of(&self, job: usize) -> &[Found<'_>];
+    /// Counts what became of the lists.
+    fn settled(&self) -> &Settled;
+}
+
+/// What nobody counts.
+static UNCOUNTED: Settled = Settled { yes: AtomicU64::new(0), no: AtomicU64::new(0) };
+
+/// What there is for one job.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    found: &'a [Found<'a>],
+    settled: &'a Settled,
+}
+
+impl<'a> Asked<'a> {
+    /// Nothing was looked for.
+    const NONE: Asked<'static> = Asked { found: &[], settled: &UNCOUNTED };
+
+    /// The index that has been asked already, where it was.
+    fn over(self, index: Option<&'a dyn VectorIndex>) -> Option<Prefetched<'a>> {
+        let index = index.filter(|_| !self.found.is_empty())?;
+        Some(Prefetched::new(index, self.found, self.settled))
+    }
+}
 
 /// The CPU engine of one worker.
 pub struct CpuDevice {
@@ -110,6 +140,68 @@ impl CpuDevice {
         CpuDevice { config, pool, loaded: VecDeque::new(), scratch: Scratch::default() }
     }
 
+    /// Moves the users' vectors to where events took their histories: what a search begins from. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Device::load`].
+    pub fn prepare(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
+        for job in batch.iter_mut().filter(|job| job.user.fold_in) {
+            self.load(&job.generation)?;
+            let (config, scratch) = (&self.config, &mut self.scratch);
+            let generation = job.generation.clone();
+            let done = catch_unwind(AssertUnwindSafe(|| fold_in(&generation, config, scratch, job)));
+            if done.is_err() {
+                // It is tried again when the job's turn comes, and is that job's failure then.
+                *scratch = Scratch::default();
+                job.user.fold_in = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Device::execute`], with what was found ahead.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn execute_after(&mut self, batch: &mut [Box<Job>], ahead: Option<&dyn Ahead>) -> Result<(), DeviceError> {
+        if let [first, others @ ..] = &*batch
+            && !others.is_empty()
+            && others.iter().all(|job| alike(first, job))
+        {
+            self.load(&first.generation)?;
+            let loaded = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &first.generation));
+            if let Some(loaded) = loaded.filter(|l| l.shareable(first)) {
+                loaded.renew_index();
+                let scratch = &mut self.scratch;
+                if catch_unwind(AssertUnwindSafe(|| loaded.together(&self.config, scratch, batch))).is_err() {
+                    *scratch = Scratch::default();
+                    for job in batch {
+                        job.ranked.clear();
+                        job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
+                    }
+                }
+                return Ok(());
+            }
+        }
+        for (at, job) in batch.iter_mut().enumerate() {
+            self.load(&job.generation)?;
+            let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
+                return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
+            };
+            loaded.renew_index();
+            let (config, scratch) = (&self.config, &mut self.scratch);
+            let lists = ahead.map_or(Asked::NONE, |ahead| Asked { found: ahead.of(at), settled: ahead.settled() });
+            // A defect that one request finds must not take the others' worker with it.
+            let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job, lists)));
+            if done.is_err() {
+                *scratch = Scratch::default();
+                job.ranked.clear();
+                job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
+            }
+        }
+        Ok(())
+    }
+
     /// The feature matrix of the candidates that the last job on this device had, for training data.
     ///
     /// # Errors
@@ -151,41 +243,7 @@ impl Device for CpuDevice {
     }
 
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
-        if let [first, others @ ..] = &*batch
-            && !others.is_empty()
-            && others.iter().all(|job| alike(first, job))
-        {
-            self.load(&first.generation)?;
-            let loaded = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &first.generation));
-            if let Some(loaded) = loaded.filter(|l| l.shareable(first)) {
-                loaded.renew_index();
-                let scratch = &mut self.scratch;
-                if catch_unwind(AssertUnwindSafe(|| loaded.together(&self.config, scratch, batch))).is_err() {
-                    *scratch = Scratch::default();
-                    for job in batch {
-                        job.ranked.clear();
-                        job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
-                    }
-                }
-                return Ok(());
-            }
-        }
-        for job in batch {
-            self.load(&job.generation)?;
-            let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
-                return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
-            };
-            loaded.renew_index();
-            let (config, scratch) = (&self.config, &mut self.scratch);
-            // A defect that one request finds must not take the others' worker with it.
-            let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job)));
-            if done.is_err() {
-                *scratch = Scratch::default();
-                job.ranked.clear();
-                job.failure = Some(Error::fixed(Code::Internal, "the request could not be computed"));
-            }
-        }
-        Ok(())
+        self.execute_after(batch, None)
     }
 }
 
@@ -223,15 +281,15 @@ impl Loaded {
         }
     }
 
-    fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+    fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, lists: Asked<'_>) {
         fold_in(&self.generation, config, scratch, job);
         scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
         for &row in &job.user.seen {
             scratch.seen.insert(row);
         }
         match job.task {
-            Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain),
-            Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries),
+            Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain, lists),
+            Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries, lists),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
         }
@@ -245,9 +303,10 @@ impl Loaded {
         job: &mut Job,
         top_m: usize,
         explain: bool,
+        lists: Asked<'_>,
     ) {
         let mut clock = Instant::now();
-        self.retrieve(config, scratch, job);
+        self.retrieve(config, scratch, job, lists);
 
         clock = clock.max(Instant::now());
         let n = n_rows(&self.generation, job.items.as_deref());
@@ -282,7 +341,7 @@ impl Loaded {
     }
 
     /// Asks every source; one that fails, or that time does not allow, is skipped and reported.
-    fn retrieve(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job) {
+    fn retrieve(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, ahead: Asked<'_>) {
         let Scratch { seen, taken, signals, lists, search, .. } = scratch;
         let generation = &*self.generation;
         lists.iter_mut().for_each(Vec::clear);
@@ -309,8 +368,10 @@ impl Loaded {
             }
             clock = timings.lap(stage, clock);
         };
-        let overlay = live::overlay(self.index.as_deref(), generation, items);
-        let index = live::index(self.index.as_deref(), &overlay);
+        let asked = ahead.over(self.index.as_deref());
+        let index = asked.as_ref().map_or(self.index.as_deref(), |asked| Some(asked as &dyn VectorIndex));
+        let overlay = live::overlay(index, generation, items);
+        let index = live::index(index, &overlay);
         let mut coverage = None;
         source(Source::Ann, Stage::Ann, &mut |list| {
             begin_search(search, config, *deadline);
@@ -429,14 +490,24 @@ impl Loaded {
         job.ranked.backfill.extend(fresh.take(want).map(|row| Scored { row, score: 0.0 }));
     }
 
-    fn search(&self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, k: usize, n_queries: Option<u32>) {
+    fn search(
+        &self,
+        config: &PipelineConfig,
+        scratch: &mut Scratch,
+        job: &mut Job,
+        k: usize,
+        n_queries: Option<u32>,
+        lists: Asked<'_>,
+    ) {
         let Scratch { seen, search, filter, words, results, .. } = scratch;
         let items = &self.generation.items;
         let Job { user, query, search: plan, ranked, failure, timings, deadline, degraded, items: live, .. } = job;
         let items_now = live.as_deref();
         let live = items_now.filter(|live| live.n_gone() > 0);
-        let overlay = live::overlay(self.index.as_deref(), &self.generation, items_now);
-        let index = live::index(self.index.as_deref(), &overlay);
+        let asked = lists.over(self.index.as_deref());
+        let index = asked.as_ref().map_or(self.index.as_deref(), |asked| Some(asked as &dyn VectorIndex));
+        let overlay = live::overlay(index, &self.generation, items_now);
+        let index = live::index(index, &overlay);
         let mut clock = Instant::now();
         for row in plan.exclude_ids.iter().filter_map(|id| items.ids.row(id)).chain(plan.exclude) {
             seen.insert(row);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use rten::ThreadPool;
 
-use super::Loaded;
 use super::Scratch;
+use super::{Asked, Loaded};
 use crate::candidates::{Candidates, Dependence};
 use crate::catalog::generation::{Generation, Interaction, RankerModel};
 use crate::device::{DeviceError, Job, Task};
@@ -274,7 +274,7 @@ pub fn requests(config: &PipelineConfig, loaded: &mut Loaded) -> Vec<Request> {
             for &row in &job.user.seen {
                 scratch.seen.insert(row);
             }
-            loaded.retrieve(config, &mut scratch, &mut job);
+            loaded.retrieve(config, &mut scratch, &mut job, Asked::NONE);
             let mut candidates = Candidates::default();
             merge(&scratch.lists, generation.items.len(), &mut scratch.merge, &mut candidates);
             Request { job, candidates, signals: scratch.signals, index: loaded.index.clone() }
@@ -332,7 +332,7 @@ fn jobs<'a>(
 pub fn warm_up(config: &PipelineConfig, loaded: &mut Loaded, scratch: &mut Scratch) {
     let generation = loaded.generation.clone();
     for mut job in jobs(config, &generation, WARM_UPS) {
-        loaded.execute(config, scratch, &mut job);
+        loaded.execute(config, scratch, &mut job, Asked::NONE);
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
 use crate::catalog::generation::NO_ROW;
 use crate::retrieval::merge::{MergeScratch, merge};
+use tastemaker_kernels::ScoreBy;
 
 /// A row that is none, and its score.
 const HOLE: Scored = Scored { row: NO_ROW, score: f32::NAN };
@@ -143,4 +144,37 @@ pub fn gather_bf16_as_f32(rows: &[u32], table: &[half::bf16], stride: usize, wid
     // Not `f32::from`: that makes every NaN a quiet one.
     let widen = |value: half::bf16| f32::from_bits(u32::from(value.to_bits()) << 16);
     gather_rows(rows, table, stride, width).into_iter().map(widen).collect()
+}
+
+/// How near every row of `table` (`[n_rows, width]`) is to every query (`[n_queries, width]`): `[n_queries, n_rows]`, NaN for rows that are
+/// not `available`. `terms` are of the rows.
+pub fn scores(
+    queries: &[f32],
+    table: &[f32],
+    width: usize,
+    (by, terms): (ScoreBy, &[f32]),
+    available: Option<&[u32]>,
+) -> Vec<f32> {
+    let score = |query: &[f32], (row, values): (usize, &[f32])| {
+        if available.is_some_and(|words| !bit(words, row as u32)) {
+            return f32::NAN;
+        }
+        let dot = query.iter().zip(values).fold(0f32, |sum, (q, x)| q.mul_add(*x, sum));
+        match by {
+            ScoreBy::InnerProduct => dot,
+            ScoreBy::Times => dot * terms[row],
+            ScoreBy::TwiceLess => 2f32.mul_add(dot, -terms[row]),
+        }
+    };
+    let rows = || table.chunks_exact(width).enumerate();
+    queries.chunks_exact(width).flat_map(|query| rows().map(move |row| score(query, row))).collect()
+}
+
+/// Takes the scores (`[n_queries, stride]`) of `pairs` of query and row away.
+pub fn mask_scores(scores: &mut [f32], pairs: &[[u32; 2]], [n_queries, n_rows, stride]: [usize; 3]) {
+    for [query, row] in pairs.iter().map(|pair| pair.map(|at| at as usize)) {
+        if query < n_queries && row < n_rows {
+            scores[query * stride + row] = f32::NAN;
+        }
+    }
 }

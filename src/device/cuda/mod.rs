@@ -1,8 +1,14 @@
 //! NVIDIA GPUs. Everything of CUDA is opened at run time; a machine without it builds, tests and serves all the same.
 //!
-//! So far: what is there ([`probe`]), the kernels' machine code for it ([`kernels`]), and vector search
-//! by cuVS ([`cuvs`]). The engine itself is not there yet.
+//! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
+//! safe calls, and [`engine`] is the device. [`cuvs`] is vector search by cuVS, which the engine does not use yet.
 
+pub mod context;
 pub mod cuvs;
+#[cfg(test)]
+mod emulated;
+pub mod engine;
 pub mod kernels;
+pub mod ops;
 pub mod probe;
+pub mod stream;

@@ -52,9 +52,9 @@ pub struct Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Gpu { ordinal, name, capability, memory_bytes, cuda } = self;
+        let Gpu { name, capability, memory_bytes, cuda, .. } = self;
         let gib = *memory_bytes as f64 / (1u64 << 30) as f64;
-        write!(f, "cuda:{ordinal}, {name}, {gib:.1} GiB, compute capability {capability}, driver for CUDA {cuda}")
+        write!(f, "{name}, {gib:.1} GiB, compute capability {capability}, driver for CUDA {cuda}")
     }
 }
 

@@ -1,0 +1,208 @@
+//! Kernels as calls that check the shapes of what they are given.
+#![allow(unsafe_code)] // Launches of kernels whose arguments are checked here.
+
+use half::bf16;
+use tastemaker_kernels as kernels;
+use tastemaker_kernels::{Launch, ScoreBy, ShapeError};
+
+use super::stream::{Part, PartMut, Stream};
+use crate::device::DeviceError;
+
+/// A table of vectors, of either type.
+#[derive(Clone, Copy, Debug)]
+pub enum Vectors<'a> {
+    /// f32 `[n_rows, width]`
+    F32(Part<'a, f32>),
+    /// bf16 `[n_rows, width]`
+    Bf16(Part<'a, bf16>),
+}
+
+/// What [`Stream::scores`] computes, but for where.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoring<'a> {
+    /// f32 `[n_queries, width]`
+    pub queries: Part<'a, f32>,
+    /// Queries.
+    pub n_queries: usize,
+    /// `[n_rows, width]`
+    pub vectors: Vectors<'a>,
+    /// Rows.
+    pub n_rows: usize,
+    /// Values of a vector, zeros at its end among them; a multiple of 4.
+    pub width: usize,
+    /// What a score is.
+    pub by: ScoreBy,
+    /// f32 `[n_rows]`, unless the score is the inner product.
+    pub terms: Option<Part<'a, f32>>,
+    /// Bits of `n_rows` rows; those without get NaN.
+    pub available: Option<Part<'a, u32>>,
+}
+
+/// Where lists of scored rows are.
+#[derive(Debug)]
+pub struct ListsMut<'a> {
+    /// u32
+    pub rows: PartMut<'a, u32>,
+    /// f32
+    pub scores: PartMut<'a, f32>,
+}
+
+/// Lists of scored rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Lists<'a> {
+    /// u32
+    pub rows: Part<'a, u32>,
+    /// f32
+    pub scores: Part<'a, f32>,
+}
+
+/// A number for a launch; what does not fit is out of every range.
+fn count(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+fn shaped(launch: Result<Launch, ShapeError>) -> Result<Launch, DeviceError> {
+    launch.map_err(|error| DeviceError::Failed(error.to_string()))
+}
+
+/// Whether a part is long enough.
+#[track_caller]
+fn holds(len: usize, rows: usize, columns: usize) {
+    assert!(rows.checked_mul(columns).is_some_and(|n| n <= len), "{rows} x {columns} in {len}");
+}
+
+impl Stream {
+    /// How near every row is to every query: f32 `[n_queries, n_rows]`.
+    ///
+    /// # Errors
+    /// A number that the kernel does not take, or what the driver says.
+    ///
+    /// # Panics
+    /// If something is too short for the shapes, or another stream's.
+    pub fn scores(&self, scoring: Scoring<'_>, out: PartMut<'_, f32>) -> Result<(), DeviceError> {
+        let Scoring { queries, n_queries, vectors, n_rows, width, by, terms, available } = scoring;
+        holds(queries.len(), n_queries, width);
+        holds(out.0.len(), n_queries, n_rows);
+        if by != ScoreBy::InnerProduct {
+            holds(terms.map_or(0, |terms| terms.len()), n_rows, 1);
+        }
+        if let Some(available) = available {
+            holds(available.len(), n_rows.div_ceil(32), 1);
+        }
+        let table = match vectors {
+            Vectors::F32(table) => self.of(&table),
+            Vectors::Bf16(table) => self.of(&table),
+        };
+        holds(table.1, n_rows, width);
+        let shape = kernels::Scores {
+            queries: self.of(&queries).0,
+            n_queries: count(n_queries),
+            table: table.0,
+            n_rows: count(n_rows),
+            width: count(width),
+            terms: terms.map_or(0, |terms| self.of(&terms).0),
+            by,
+            available: available.map(|available| self.of(&available).0),
+            scores: self.of(&out.0).0,
+            stride: count(n_rows),
+        };
+        let launch = match vectors {
+            Vectors::F32(_) => kernels::ScoresF32(shape).launch(),
+            Vectors::Bf16(_) => kernels::ScoresBf16(shape).launch(),
+        };
+        // SAFETY: the parts are this stream's or tables, and as long as the kernel reads and writes: checked above.
+        unsafe { self.launch(&shaped(launch)?) }
+    }
+
+    /// Takes the scores (f32 `[n_queries, n_rows]`) of `n` pairs of query and row away.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn mask_scores(
+        &self,
+        pairs: Part<'_, u32>,
+        n: usize,
+        scores: PartMut<'_, f32>,
+        [n_queries, n_rows]: [usize; 2],
+    ) -> Result<(), DeviceError> {
+        holds(pairs.len(), n, 2);
+        holds(scores.0.len(), n_queries, n_rows);
+        let shape = kernels::MaskScores {
+            pairs: self.of(&pairs).0,
+            n: count(n),
+            scores: self.of(&scores.0).0,
+            n_queries: count(n_queries),
+            n_rows: count(n_rows),
+            stride: count(n_rows),
+        };
+        // SAFETY: as in `scores`; pairs beyond the scores are skipped by the kernel.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// The `k` best of each of `n_parts` parts of every row of `scores` (f32 `[n_rows, n_cols]`): `[n_rows, n_parts, k]`.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn topk(
+        &self,
+        scores: Part<'_, f32>,
+        [n_rows, n_cols, n_parts, k]: [usize; 4],
+        out: ListsMut<'_>,
+    ) -> Result<(), DeviceError> {
+        holds(scores.len(), n_rows, n_cols);
+        holds(out.rows.0.len(), n_rows.saturating_mul(n_parts), k);
+        holds(out.scores.0.len(), n_rows.saturating_mul(n_parts), k);
+        let shape = kernels::TopkSelect {
+            scores: self.of(&scores).0,
+            ids: None,
+            lengths: None,
+            n_rows: count(n_rows),
+            n_cols: count(n_cols),
+            stride: count(n_cols),
+            n_parts: count(n_parts),
+            k: count(k),
+            out_rows: self.of(&out.rows.0).0,
+            out_scores: self.of(&out.scores.0).0,
+        };
+        // SAFETY: as in `scores`.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// The `k` best of all of a query's lists (`[n_queries, n_parts, width]`): `[n_queries, k]`.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn partition_merge(
+        &self,
+        lists: Lists<'_>,
+        [n_queries, n_parts, width, k]: [usize; 4],
+        out: ListsMut<'_>,
+    ) -> Result<(), DeviceError> {
+        holds(lists.rows.len(), n_queries.saturating_mul(n_parts), width);
+        holds(lists.scores.len(), n_queries.saturating_mul(n_parts), width);
+        holds(out.rows.0.len(), n_queries, k);
+        holds(out.scores.0.len(), n_queries, k);
+        let shape = kernels::PartitionMerge {
+            rows: self.of(&lists.rows).0,
+            scores: self.of(&lists.scores).0,
+            offsets: None,
+            n_queries: count(n_queries),
+            n_parts: count(n_parts),
+            width: count(width),
+            k: count(k),
+            out_rows: self.of(&out.rows.0).0,
+            out_scores: self.of(&out.scores.0).0,
+        };
+        // SAFETY: as in `scores`.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+}

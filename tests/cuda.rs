@@ -1,0 +1,264 @@
+//! A server whose GPU is an emulated one (kernels/emulator/driver): the driver's library is made by the build, and found in front of any
+//! other. The process is the one that serves on a real GPU. Nothing here says anything of a GPU's speed or of its memory model.
+
+mod common;
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use common::*;
+use serde_json::{Value, json};
+use tastemaker::server::Options;
+
+/// How long a server may take to start: kernels are emulated.
+const START: Duration = Duration::from_secs(60);
+
+/// A server process.
+struct Served {
+    child: Child,
+    http: SocketAddr,
+    admin: SocketAddr,
+    /// Fields of the lines of its log up to the one that says that it serves.
+    log: Vec<Value>,
+    folder: tempfile::TempDir,
+}
+
+impl Served {
+    fn command(folder: &Path, device: &str, script: &str, config: &str) -> Option<Command> {
+        let Some(libraries) = tastemaker_emulator::emulated_cuda() else {
+            // Not by `eprintln!`, which the test harness keeps to itself.
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            return None;
+        };
+        let file = folder.join("t.toml");
+        std::fs::write(&file, format!("[telemetry]\nlog_json = true\n{config}")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tastemaker"));
+        command.env("LD_LIBRARY_PATH", libraries).env("EMU_CUDA", script);
+        command.env("EMU_CUDA_REPORT", folder.join("report"));
+        command.arg("serve").arg(bundle_path()).args(["--device", device, "--no-cache", "--config"]).arg(file);
+        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cpus", "0"]);
+        Some(command)
+    }
+
+    fn start(device: &str, script: &str, config: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Self::command(folder.path(), device, script, config)?;
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let (mut log, began) = (Vec::new(), Instant::now());
+        let fields = loop {
+            let line = lines.next().unwrap_or_else(|| panic!("it ended: {log:?}"));
+            assert!(began.elapsed() < START, "{log:?}");
+            let Ok(mut line) = serde_json::from_str::<Value>(&line) else { continue };
+            log.push(line["fields"].take());
+            let fields = log.last().unwrap();
+            if fields["message"] == "serving" {
+                break fields.clone();
+            }
+        };
+        // What it says later must not fill the pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+        let addr = |name: &str| fields[name].as_str().unwrap().parse().unwrap();
+        Some(Served { http: addr("http"), admin: addr("admin"), child, log, folder })
+    }
+
+    fn said(&self, message: &str) -> Vec<&Value> {
+        self.log.iter().filter(|fields| fields["message"] == message).collect()
+    }
+
+    fn metric(&self, name_and_labels: &str) -> f64 {
+        let text = http(self.admin, "GET", "/metrics", "").body;
+        let line = text.lines().find_map(|line| line.strip_prefix(name_and_labels)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name_and_labels} in\n{text}")).parse().unwrap()
+    }
+
+    /// Ends it as an operator would; what the driver reported.
+    fn stop(mut self) -> String {
+        let status = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+        let status = self.child.wait().unwrap();
+        let report = std::fs::read_to_string(self.folder.path().join("report")).unwrap_or_default();
+        assert!(status.success(), "{status}: {report}");
+        report
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // Where a test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn post(addr: SocketAddr, path: &str, body: &Value) -> Value {
+    let response = http(addr, "POST", path, &body.to_string());
+    assert_eq!(response.status, 200, "{path} {body}: {}", response.body);
+    response.json()
+}
+
+/// Questions of all kinds that search.
+fn questions(users: std::ops::Range<usize>) -> Vec<(&'static str, Value)> {
+    let mut all = Vec::new();
+    for user in users {
+        let id = format!("user-{user}");
+        let ask = json!({"user_id": id, "n_items": 10, "explain": true, "deadline_ms": 10_000});
+        all.push(("/v1/recommend", ask));
+        match user % 5 {
+            0 => all.push(("/v1/search", json!({"user_id": id, "k": 30, "deadline_ms": 10_000}))),
+            1 => all
+                .push(("/v1/search", json!({"item_id": format!("item-{}", user + 1), "k": 20, "deadline_ms": 10_000}))),
+            2 => {
+                let vectors: Vec<Vec<f32>> =
+                    (0..3).map(|at| (0..16).map(|d| ((d * 7 + at + user) % 5) as f32 - 2.0).collect()).collect();
+                all.push(("/v1/search", json!({"vectors": vectors, "k": 15, "deadline_ms": 10_000})));
+            }
+            3 => all.push((
+                "/v1/recommend",
+                json!({"user_id": id, "query": "silent city", "n_items": 8, "deadline_ms": 10_000}),
+            )),
+            _ => {}
+        }
+    }
+    all.push(("/v1/recommend", json!({"user_id": "nobody", "n_items": 10, "deadline_ms": 10_000})));
+    all
+}
+
+/// Without what differs from run to run.
+fn plain(mut answer: Value) -> Value {
+    let fields = answer.as_object_mut().unwrap();
+    fields.remove("timings_us");
+    answer
+}
+
+#[test]
+fn answers_are_the_cpu_s() {
+    let Some(gpu) = Served::start(
+        "cuda:0",
+        "seed=1,delay_us=50",
+        // What trends must not change between the two servers' looks at the clock.
+        "[device]\npatience_ms = 20000\n[events]\ntrending_half_life_hours = 1e12\n",
+    ) else {
+        return;
+    };
+    assert_eq!(gpu.said("device chosen")[0]["device"], "cuda:0");
+    assert_eq!(gpu.said("serving")[0]["device"], "cuda:0");
+    assert!(gpu.said("tables loaded")[0]["memory"].as_str().unwrap().contains("for 600 x 16 vectors"), "{:?}", gpu.log);
+    let mut config = config();
+    config.cache.enabled = false;
+    config.events.trending_half_life_hours = 1e12;
+    let cpu = start(config, Options::default());
+    let compare = |users| {
+        let questions = questions(users);
+        for (path, ask) in &questions {
+            let (got, want) = (plain(post(gpu.http, path, ask)), plain(post(cpu.addrs.http, path, ask)));
+            assert_eq!(got, want, "{path} {ask}");
+            assert!(!got["items"].as_array().unwrap_or_else(|| got["results"].as_array().unwrap()).is_empty());
+        }
+        questions.len()
+    };
+    let n = compare(0..80);
+    // Items that come, change and go, and what users did.
+    for addr in [gpu.http, cpu.addrs.http] {
+        let vector = |at: usize| (0..16).map(|d| ((d * 3 + at) % 7) as f32 / 3.0 - 1.0).collect::<Vec<f32>>();
+        let items: Vec<Value> =
+            (0..8).map(|at| json!({"item_id": format!("item-{}", at * 40), "embedding": vector(at)})).collect();
+        post(addr, "/v1/items", &json!({"items": items}));
+        for at in 0..90 {
+            assert_eq!(http(addr, "DELETE", &format!("/v1/items/item-{}", at * 5 + 1), "").status, 200);
+        }
+        let events: Vec<Value> = (0..20).map(|at| json!({"user_id": format!("user-{at}"), "item_id": format!("item-{}", at * 7), "kind": "like", "event_id": format!("e{at}")})).collect();
+        post(addr, "/v1/events", &json!({"events": events}));
+    }
+    // What trends is counted anew beside the requests, by each server in its own time.
+    let mut n_asked = 0;
+    let (path, ask) = &questions(3..4)[0];
+    eventually("both have counted what trends", || {
+        n_asked += 1;
+        plain(post(gpu.http, path, ask)) == plain(post(cpu.addrs.http, path, ask))
+    });
+    let n = n + n_asked + compare(0..30);
+    assert_eq!(gpu.metric("tastemaker_device_up{device=\"cuda:0\"}"), 1.0);
+    assert_eq!(gpu.metric("tastemaker_device_fenced_total{device=\"cuda:0\"}"), 0.0);
+    assert_eq!(gpu.metric("tastemaker_device_jobs_total{device=\"cuda:0\",by=\"device\"}"), n as f64);
+    assert!(gpu.metric("tastemaker_device_searches_total{device=\"cuda:0\",settled=\"yes\"}") >= 100.0);
+    let report = gpu.stop();
+    assert!(!report.contains("misuse:"), "{report}");
+    assert!(report.contains("counts: "), "{report}");
+    cpu.shut_down().unwrap();
+}
+
+#[test]
+fn whatever_fails_every_request_is_answered_and_the_device_comes_back() {
+    // A launch fails and the context is lost; making the device anew fails for lack of memory, and succeeds later; then one hangs.
+    let script = "seed=2,delay_us=20,fail@20,oom@18,hang@60=1200";
+    let Some(gpu) = Served::start("cuda:0", script, "[device]\npatience_ms = 400\n") else { return };
+    let (answered, degraded) = (AtomicU64::new(0), AtomicU64::new(0));
+    let done = Arc::new(AtomicBool::new(false));
+    let fenced = || gpu.metric("tastemaker_device_fenced_total{device=\"cuda:0\"}");
+    let up = || gpu.metric("tastemaker_device_up{device=\"cuda:0\"}");
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let (answered, degraded, done, addr) = (&answered, &degraded, done.clone(), gpu.http);
+            scope.spawn(move || {
+                for at in 0.. {
+                    let ask = json!({"user_id": format!("user-{}", (thread * 29 + at) % 80), "n_items": 10, "deadline_ms": 5000});
+                    let began = Instant::now();
+                    let answer = post(addr, "/v1/recommend", &ask);
+                    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+                    assert_eq!(answer["items"].as_array().unwrap().len(), 10, "{answer}");
+                    let flagged = answer["degraded"].as_array().is_some_and(|all| all.iter().any(|one| one["stage"] == "queue"));
+                    answered.fetch_add(1, Ordering::Relaxed);
+                    degraded.fetch_add(u64::from(flagged), Ordering::Relaxed);
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+        }
+        let until = Instant::now() + Duration::from_secs(40);
+        // Fenced by the failure, by the lack of memory, and by the hang; and up again.
+        while (fenced() < 3.0 || up() < 1.0) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(fenced() >= 3.0 && up() == 1.0, "{} {}", fenced(), up());
+    let (answered, degraded) = (answered.into_inner(), degraded.into_inner());
+    let of = |labels: &str| gpu.metric(&format!("tastemaker_device_jobs_total{{device=\"cuda:0\",{labels}}}"));
+    let (by_device, failed) = (of("by=\"device\""), of("by=\"cpu\",reason=\"failed\""));
+    let late = of("by=\"cpu\",reason=\"deadline\"");
+    assert_eq!((failed + late, by_device + failed + late), (degraded as f64, answered as f64));
+    assert!(degraded > 0 && by_device > 10.0, "{degraded} of {answered}, {by_device}");
+    let after = post(gpu.http, "/v1/recommend", &json!({"user_id": "user-1", "deadline_ms": 5000}));
+    assert_eq!(after["degraded"].as_array().map_or(0, Vec::len), 0, "{after}");
+    let report = gpu.stop();
+    assert!(!report.contains("misuse:"), "{report}");
+}
+
+#[test]
+fn what_can_t_be_used_is_left_or_refused() {
+    let little = "[device]\nmemory_bytes = 1000000\n";
+    let Some(auto) = Served::start("auto", "delay_us=0", little) else { return };
+    assert_eq!(auto.said("serving")[0]["device"], "cpu");
+    let warned = auto.said("the device can't be used: the CPU computes");
+    assert!(warned[0]["error"].as_str().unwrap().contains("may be used of the"), "{warned:?}");
+    let answer = post(auto.http, "/v1/recommend", &json!({"user_id": "user-1"}));
+    assert_eq!(answer["degraded"].as_array().map_or(0, Vec::len), 0, "{answer}");
+    auto.stop();
+
+    let folder = tempfile::tempdir().unwrap();
+    let ran = Served::command(folder.path(), "cuda:0", "delay_us=0", little).unwrap().output().unwrap();
+    let said = String::from_utf8(ran.stderr).unwrap();
+    assert_eq!(ran.status.code(), Some(1), "{said}");
+    assert!(said.contains("device cuda:0") && said.contains("may be used of the"), "{said}");
+
+    let auto = Served::start("auto", "delay_us=0", "[device]\npatience_ms = 20000\n").unwrap();
+    assert_eq!(auto.said("serving")[0]["device"], "cuda:0");
+    auto.stop();
+}
