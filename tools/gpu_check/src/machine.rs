@@ -102,6 +102,15 @@ impl Gpu {
     }
 }
 
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // The process ends soon, and a GPU that failed has said so before.
+        let _ = self.clear();
+        // SAFETY: all launches are done, and none follows.
+        let _ = unsafe { result::module::unload(self.module) };
+    }
+}
+
 impl Machine for Gpu {
     fn reserve(&mut self, bytes: usize) -> Result<Memory> {
         // SAFETY: a context is current; the memory is given back by `clear`.
@@ -115,16 +124,16 @@ impl Machine for Gpu {
 
     fn write(&mut self, memory: Memory, bytes: &[u8]) -> Result<()> {
         anyhow::ensure!(bytes.len() <= memory.bytes, "{} bytes for {}", bytes.len(), memory.bytes);
-        self.stream.synchronize()?;
-        // SAFETY: it has the room.
-        Ok(unsafe { result::memcpy_htod_sync(memory.address, bytes) }?)
+        // SAFETY: it has the room, and the bytes stay until the copy is done.
+        unsafe { result::memcpy_htod_async(memory.address, bytes, self.stream.cu_stream()) }?;
+        Ok(self.stream.synchronize()?)
     }
 
     fn read(&mut self, memory: Memory, bytes: &mut [u8]) -> Result<()> {
         anyhow::ensure!(bytes.len() <= memory.bytes, "{} bytes of {}", bytes.len(), memory.bytes);
-        self.stream.synchronize()?;
-        // SAFETY: it has as many.
-        Ok(unsafe { result::memcpy_dtoh_sync(bytes, memory.address) }?)
+        // SAFETY: it has as many, and they are not looked at until the copy is done.
+        unsafe { result::memcpy_dtoh_async(bytes, memory.address, self.stream.cu_stream()) }?;
+        Ok(self.stream.synchronize()?)
     }
 
     fn copy(&mut self, from: Memory, to: Memory) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::{Pack, Unpack, strip};
 
 /// Of cuVS and what it needs, below the folder of the Python packages: what machines with a CUDA toolkit or PyTorch do not have. cuBLAS,
 /// cuSOLVER, cuSPARSE, cuRAND, NVRTC and NCCL must be there.
-const LIBRARIES: [&str; 9] = [
+const LIBRARIES: [&str; 10] = [
     "libcuvs/lib64/libcuvs_c.so",
     "libcuvs/lib64/libcuvs.so",
     "rapids_logger/lib64/librapids_logger.so",
@@ -22,6 +22,7 @@ const LIBRARIES: [&str; 9] = [
     // Newer than most have, and needed in this version.
     "nvidia/cu13/lib/libnvJitLink.so.13",
     "nvidia/cu13/lib/libcudart.so.13",
+    "nvidia/cu13/lib/libcufile.so.0",
 ];
 
 /// What is started on the other machine, beside the first piece.

@@ -7,7 +7,9 @@ const MAGIC: [u8; 4] = 0xba55_ed50u32.to_le_bytes();
 const HEADER: usize = 16;
 /// Least header of an entry.
 const ENTRY: usize = 32;
-/// Kind of an entry that is machine code; others are PTX or intermediate code that is linked at run time, for any architecture.
+/// Kinds of an entry: PTX, which a driver translates, and machine code. Others are intermediate code that is linked at run time, for any
+/// architecture.
+const PTX: u16 = 1;
 const CUBIN: u16 = 2;
 
 fn number<const N: usize>(bytes: &[u8], at: usize) -> Option<u64> {
@@ -46,7 +48,7 @@ fn container(bytes: &[u8], at: usize) -> Option<(Vec<Code>, usize)> {
     Some((entries, end))
 }
 
-/// Zeros all code but that for `sm_{arch}` in every container that has any for it, and returns how many bytes that were.
+/// Zeros PTX and all machine code but that for `sm_{arch}` in every container that has any for it, and returns how many bytes that were.
 ///
 /// Code that is linked at run time stays, as do containers without code for `arch`: the driver may need what they have.
 pub fn keep_only(library: &mut [u8], arch: u32) -> u64 {
@@ -58,7 +60,7 @@ pub fn keep_only(library: &mut [u8], arch: u32) -> u64 {
             continue;
         };
         if entries.iter().any(|code| code.kind == CUBIN && code.arch == arch) {
-            for code in entries.into_iter().filter(|code| !(code.kind == CUBIN && code.arch == arch)) {
+            for code in entries.into_iter().filter(|code| code.kind == PTX || code.kind == CUBIN && code.arch != arch) {
                 zeroed += code.payload.len() as u64;
                 library[code.payload].fill(0);
             }
@@ -94,7 +96,8 @@ mod tests {
 
     #[test]
     fn only_what_is_for_others_goes() {
-        let several = of(&[entry(2, 80, b"ampere"), entry(2, 90, b"hopper"), entry(1, 90, b"ptx")]);
+        let several =
+            of(&[entry(2, 80, b"ampere"), entry(2, 90, b"hopper"), entry(1, 90, b"ptx"), entry(8, 75, b"linked")]);
         let only_other = of(&[entry(2, 80, b"alone")]);
         // Something that begins like a container and is none.
         let broken = [&MAGIC[..], &[9; 30]].concat();
@@ -103,7 +106,7 @@ mod tests {
         assert_eq!(keep_only(&mut library, 90), 6 + 3);
         assert_eq!(library.len(), len);
         let has = |text: &[u8]| library.windows(text.len()).any(|window| window == text);
-        assert!(has(b"hopper") && has(b"alone") && has(b"elf") && has(b"end") && has(&broken));
+        assert!(has(b"hopper") && has(b"linked") && has(b"alone") && has(b"elf") && has(b"end") && has(&broken));
         assert!(!has(b"ampere") && !has(b"ptx"));
         assert_eq!(keep_only(&mut library[..4], 90), 0);
     }
