@@ -211,8 +211,9 @@ impl Link {
         if !self.is_up() || self.inbox.send(Op::Ask(command.get_packed_command(), reply)).is_err() {
             return None;
         }
-        // The link's thread answers whatever it takes, or lets go of it.
-        answer.recv().ok().flatten()
+        // The link's thread answers whatever it takes, or lets go of it; but at its end something may be left behind.
+        let RedisConfig { budget_ms, connect_timeout_ms, .. } = self.config;
+        answer.recv_timeout(Duration::from_millis(u64::from(2 * budget_ms + connect_timeout_ms))).ok().flatten()
     }
 
     /// The state of the connection.

@@ -504,6 +504,12 @@ fn the_command_line_writes_what_servers_read() {
     assert_eq!(shown["fields"]["history"][1], serde_json::json!({"item_id": "item-8", "weight": 0.5, "seen": false}));
     let slate = ask(&server, "cli");
     assert!(slate.known_user && slate.items.iter().all(|item| item.item_id != "item-3"));
+    // As many as are sent in one go, and none.
+    for (lines, said) in [(500, "500 users"), (0, "0 users")] {
+        let many: String = (0..lines).map(|n| format!("{{\"user_id\": \"many-{n}\"}}\n")).collect();
+        let (code, out, err) = push("users", &file("many.jsonl", &many), &[]);
+        assert!(code == Some(0) && out.starts_with(said), "{out}{err}");
+    }
     // An encoder's vectors, and items.
     let numbers = |vector: &[f32]| vector.iter().map(f32::to_string).collect::<Vec<_>>().join(",");
     let encoded = file("e.jsonl", &format!(r#"{{"user_id": "encoded", "embedding": [{}]}}"#, numbers(&vector(1.0))));

@@ -172,7 +172,9 @@ impl Push {
                 pipeline.clear();
             }
         }
-        let () = pipeline.query(&mut connection).context("writing")?;
+        if !pipeline.is_empty() {
+            let () = pipeline.query(&mut connection).context("writing")?;
+        }
         progress.finish();
         match self.as_encoder {
             true => say!("{n} embeddings"),
