@@ -221,6 +221,7 @@ bool is_lost();
 // Frees; what is no allocation of the kind is misuse.
 bool release(uintptr_t at, bool host) {
     size_t bytes;
+    bool used = false;
     {
         Lock held(memory_lock());
         const auto found = memories().find(at);
@@ -230,15 +231,13 @@ bool release(uintptr_t at, bool host) {
             return false;
         }
         bytes = found->second.bytes;
-        for (const auto& [start, length] : needed()) {
-            if (host && !is_lost() && start < at + bytes && at < start + length) {
-                held.unlock();
-                misuse("pinned memory is freed while a copy still needs it");
-                held.lock();
-                break;
-            }
-        }
+        for (const auto& [start, length] : needed()) used |= host && start < at + bytes && at < start + length;
         memories().erase(at);
+    }
+    if (used && !is_lost()) {
+        // And stays, so that the copy can go on.
+        misuse("pinned memory is freed while a copy still needs it");
+        return true;
     }
     if (!emu_intact((void*)at)) misuse("something was written around %zu bytes at %p", bytes, (void*)at);
     if (!host) {
@@ -353,6 +352,14 @@ struct Stream {
         changed.wait(held, [&] { return done >= until; });
     }
 };
+
+// CUDA lets the work of a stream go on when it is destroyed; what is waited for here is at most what a test hangs.
+void end(Stream* stream) {
+    stream->wait();
+    Lock held(stream->lock);
+    stream->ends = true;
+    stream->changed.notify_all();
+}
 
 struct Event {
     std::mutex lock;
@@ -544,19 +551,24 @@ API int cuDevicePrimaryCtxRelease_v2(int) {
         return INVALID_CONTEXT;
     }
     if (--device().retained > 0) return SUCCESS;
+    std::vector<Stream*> streams;
     {
         Lock handles(handle_lock());
-        const size_t streams = live<Stream>().size(), events = live<Event>().size(), modules = live<Module>().size();
+        streams.assign(live<Stream>().begin(), live<Stream>().end());
+        const size_t events = live<Event>().size(), modules = live<Module>().size();
+        live<Stream>().clear(), live<Event>().clear(), live<Module>().clear(), live<Executable>().clear();
         handles.unlock();
-        if (streams + events + modules > 0) misuse("left over: %zu streams, %zu events, %zu modules", streams, events, modules);
+        if (streams.size() + events + modules > 0) misuse("left over: %zu streams, %zu events, %zu modules", streams.size(), events, modules);
     }
-    size_t left = 0;
+    for (Stream* stream : streams) end(stream);
+    std::vector<std::pair<uintptr_t, bool>> left;
     {
         Lock memory(memory_lock());
-        left = memories().size();
         needed().clear();
+        for (const auto& [at, one] : memories()) left.emplace_back(at, one.host);
     }
-    if (left > 0) misuse("left over: %zu allocations", left);
+    if (!left.empty()) misuse("left over: %zu allocations", left.size());
+    for (const auto& [at, host] : left) release(at, host);
     device().context.reset();
     return SUCCESS;
 }
@@ -681,11 +693,7 @@ API int cuStreamDestroy_v2(Stream* stream) {
         Lock held(handle_lock());
         live<Stream>().erase(stream);
     }
-    // CUDA lets the work go on; what is waited for here is at most what a test hangs.
-    stream->wait();
-    Lock held(stream->lock);
-    stream->ends = true;
-    stream->changed.notify_all();
+    end(stream);
     return SUCCESS;
 }
 API int cuStreamSynchronize(Stream* stream) {

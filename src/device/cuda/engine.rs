@@ -479,8 +479,7 @@ impl Searcher {
         answers: &mut Answers,
     ) -> Result<(), DeviceError> {
         let fetched = (2 * wanted).clamp(LEAST_FETCHED, MAX_K as usize);
-        (answers.fetched, answers.rows, answers.scores) =
-            (fetched, std::mem::take(&mut answers.rows), std::mem::take(&mut answers.scores));
+        answers.fetched = fetched;
         answers.rows.clear();
         answers.scores.clear();
         let told = self.tell(stream, items)?;
