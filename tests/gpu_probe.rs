@@ -187,19 +187,40 @@ fn serving_on_a_gpu_or_without() {
         let said = String::from_utf8(ran.stderr).unwrap();
         assert!(ran.status.code() == Some(2) && said.contains("expected auto, cpu or cuda:N"), "{wrong}: {said}");
     }
-    // Whatever there is: one line says it, and the CPU serves.
-    for (device, reason) in [("auto", "libcuda.so is the CUDA toolkit's stub"), ("cpu", "as asked")] {
-        let mut child = serve(device).stderr(Stdio::piped()).spawn().unwrap();
+    // Whatever there is: one line says it, and the CPU serves. A driver that has no more than what is looked for first is not found out
+    // before it is used.
+    let Some(shallow) = driver("libcuda.so.1", &[]) else { return };
+    let mut only_looks_fit = serve("auto");
+    only_looks_fit.env("LD_LIBRARY_PATH", shallow.path());
+    let cases = [
+        (serve("auto"), "cpu", "libcuda.so is the CUDA toolkit's stub"),
+        (serve("cpu"), "cpu", "as asked"),
+        (only_looks_fit, "cuda:0", "Fake 0, 141.0 GiB"),
+    ];
+    for (mut command, device, reason) in cases {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
-        let lines: Vec<serde_json::Value> = log
-            .map(|line| serde_json::from_str::<serde_json::Value>(&line).unwrap()["fields"].take())
-            .take_while(|fields| fields["message"] != "serving")
-            .collect();
+        let mut serving = None;
+        let mut lines: Vec<serde_json::Value> = Vec::new();
+        for line in log {
+            let fields = serde_json::from_str::<serde_json::Value>(&line).unwrap()["fields"].take();
+            if fields["message"] == "serving" {
+                serving = Some(fields);
+                break;
+            }
+            lines.push(fields);
+        }
         child.kill().unwrap();
         child.wait().unwrap();
         let chosen: Vec<_> = lines.iter().filter(|fields| fields["message"] == "device chosen").collect();
         assert_eq!(chosen.len(), 1, "{lines:?}");
-        assert_eq!(chosen[0]["device"], "cpu");
+        assert_eq!(chosen[0]["device"], device);
         assert!(chosen[0]["reason"].as_str().unwrap().starts_with(reason), "{chosen:?}");
+        assert_eq!(serving.unwrap()["device"], "cpu", "{lines:?}");
+        let warned = lines.iter().any(|fields| fields["message"] == "the device can't be used: the CPU computes");
+        assert_eq!(warned, device != "cpu", "{lines:?}");
     }
+    let ran = serve("cuda:0").env("LD_LIBRARY_PATH", shallow.path()).output().unwrap();
+    let said = String::from_utf8(ran.stderr).unwrap();
+    assert!(ran.status.code() == Some(1) && said.contains("tastemaker: device cuda:0: device failed: "), "{said}");
 }

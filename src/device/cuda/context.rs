@@ -12,7 +12,7 @@ use tastemaker_kernels::{PIECES, kernels_of};
 use crate::device::DeviceError;
 
 /// The functions of the driver that are called beside the probe's. cudarc panics where one is missing, so they are looked for first.
-const NEEDED: [&[u8]; 28] = [
+const NEEDED: [&[u8]; 26] = [
     b"cuDevicePrimaryCtxRetain\0",
     b"cuDevicePrimaryCtxRelease_v2\0",
     b"cuCtxSetCurrent\0",
@@ -27,11 +27,9 @@ const NEEDED: [&[u8]; 28] = [
     b"cuMemFreeHost\0",
     b"cuMemcpyHtoDAsync_v2\0",
     b"cuMemcpyDtoHAsync_v2\0",
-    b"cuMemsetD8Async\0",
     b"cuStreamCreate\0",
     b"cuStreamDestroy_v2\0",
     b"cuStreamSynchronize\0",
-    b"cuStreamWaitEvent\0",
     b"cuEventCreate\0",
     b"cuEventDestroy_v2\0",
     b"cuEventRecord\0",

@@ -41,7 +41,7 @@
 //!     drop((one, other));
 //! }
 //! ```
-//! ```compile_fail,E0596
+//! ```compile_fail,E0599
 //! # use tastemaker::device::cuda::stream::Table;
 //! fn a_table_is_not_written(table: &Table<f32>) {
 //!     let _ = table.part_mut(0..8);
