@@ -14,8 +14,17 @@ use crate::report::KernelTime;
 const NO_ROW: u32 = u32::MAX;
 
 /// The kernels that are checked.
-pub const KERNELS: [&str; 6] =
-    ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows", "gather_bf16_as_f32"];
+pub const KERNELS: [&str; 9] = [
+    "topk_select",
+    "partition_merge",
+    "merge_candidates",
+    "filter_candidates",
+    "gather_rows",
+    "gather_bf16_as_f32",
+    "scores_f32",
+    "scores_bf16",
+    "mask_scores",
+];
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
@@ -86,10 +95,59 @@ pub fn check(machine: &mut dyn Machine, kernel: &str, size: usize, seed: u64) ->
         "filter_candidates" => filter(machine, size, random),
         "gather_rows" => gather(machine, size, random, false),
         "gather_bf16_as_f32" => gather(machine, size, random, true),
+        "scores_f32" => score(machine, size, random, false, false),
+        "scores_bf16" => score(machine, size, random, true, false),
+        "mask_scores" => score(machine, size, random, false, true),
         _ => anyhow::bail!("there is no {kernel}"),
     };
     machine.clear()?;
     done.with_context(|| format!("{kernel}, --seed {seed}"))
+}
+
+/// Scores of a table of f32, or of bf16 if `narrow`; then without those of random pairs if `masked`.
+fn score(machine: &mut dyn Machine, size: usize, random: &mut SmallRng, narrow: bool, masked: bool) -> Result<()> {
+    use kernels::ScoreBy::{InnerProduct, Times, TwiceLess};
+    let (n_queries, n_rows) = (random.random_range(1..70usize), random.random_range(1..=size.min(5000)));
+    let (width, by) =
+        (4 * random.random_range(1..40usize), [InnerProduct, Times, TwiceLess][random.random_range(0..3)]);
+    let mut values = |n: usize| -> Vec<f32> { (0..n).map(|_| random.random_range(-1.0f32..1.0)).collect() };
+    let (queries, table, terms) = (values(n_queries * width), values(n_rows * width), values(n_rows));
+    let rounded: Vec<u16> = table.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+    let widen = |&bits: &u16| bf16::from_bits(bits).to_f32();
+    let read: Vec<f32> = if narrow { rounded.iter().map(widen).collect() } else { table.clone() };
+    let words: Vec<u32> = (0..n_rows.div_ceil(32)).map(|_| random.random()).collect();
+    let words = random.random::<bool>().then_some(&words[..]);
+    let mut want = twins::scores(&queries, &read, width, (by, &terms), words);
+    let out = machine.reserve(4 * n_queries * n_rows)?;
+    let shape = kernels::Scores {
+        queries: put(machine, &queries)?.address,
+        n_queries: n_queries as u32,
+        table: if narrow { put(machine, &rounded)?.address } else { put(machine, &table)?.address },
+        n_rows: n_rows as u32,
+        width: width as u32,
+        terms: put(machine, &terms)?.address,
+        by,
+        available: words.map(|words| put(machine, words)).transpose()?.map(|memory| memory.address),
+        scores: out.address,
+        stride: n_rows as u32,
+    };
+    let launch = if narrow { kernels::ScoresBf16(shape).launch()? } else { kernels::ScoresF32(shape).launch()? };
+    machine.launch(&launch)?;
+    if masked {
+        let pair = |_| [random.random_range(0..n_queries as u32 + 2), random.random_range(0..n_rows as u32 + 2)];
+        let pairs: Vec<[u32; 2]> = (0..300).map(pair).collect();
+        twins::mask_scores(&mut want, &pairs, [n_queries, n_rows, n_rows]);
+        let launch = kernels::MaskScores {
+            pairs: put(machine, pairs.as_flattened())?.address,
+            n: pairs.len() as u32,
+            scores: out.address,
+            n_queries: n_queries as u32,
+            n_rows: n_rows as u32,
+            stride: n_rows as u32,
+        };
+        machine.launch(&launch.launch()?)?;
+    }
+    same("scores", &get::<u32>(machine, out, want.len())?, &bits(&want))
 }
 
 fn any_k(random: &mut SmallRng) -> usize {
@@ -149,6 +207,46 @@ fn partitions(machine: &mut dyn Machine, size: usize, random: &mut SmallRng) -> 
     same_lists(machine, out_rows, out_scores, &want)
 }
 
+/// What merging fills.
+struct Merged {
+    out_rows: Memory,
+    sources: Memory,
+    source_scores: Memory,
+    source_ranks: Memory,
+    counts: Memory,
+}
+
+/// Merging of `[rows, scores, lengths]`, and memory for what comes of it.
+fn merging(
+    machine: &mut dyn Machine,
+    [rows, scores, lengths]: [Memory; 3],
+    n_requests: usize,
+    widths: [usize; 4],
+) -> Result<(kernels::Launch, Merged)> {
+    let n = n_requests * widths.iter().sum::<usize>();
+    let mut reserve = |bytes: usize| machine.reserve(bytes.max(16));
+    let merged = Merged {
+        out_rows: reserve(4 * n)?,
+        sources: reserve(n)?,
+        source_scores: reserve(16 * n)?,
+        source_ranks: reserve(8 * n)?,
+        counts: reserve(4 * n_requests)?,
+    };
+    let launch = kernels::MergeCandidates {
+        rows: rows.address,
+        scores: scores.address,
+        lengths: lengths.address,
+        n_requests: n_requests as u32,
+        widths: widths.map(|width| width as u32),
+        out_rows: merged.out_rows.address,
+        sources: merged.sources.address,
+        source_scores: merged.source_scores.address,
+        source_ranks: merged.source_ranks.address,
+        counts: merged.counts.address,
+    };
+    Ok((launch.launch()?, merged))
+}
+
 fn merge(machine: &mut dyn Machine, random: &mut SmallRng) -> Result<()> {
     let (n_requests, n_items) = (random.random_range(1..6), random.random_range(1..3000usize));
     let widths: [usize; 4] =
@@ -163,22 +261,9 @@ fn merge(machine: &mut dyn Machine, random: &mut SmallRng) -> Result<()> {
     let want = twins::merge_candidates(&all, &lengths, widths, n_items);
     let (rows, values, lengths) = (put(machine, &all.rows)?, put(machine, &all.scores)?, put(machine, &lengths)?);
     let n = n_requests * width;
-    let mut reserve = |bytes: usize| machine.reserve(bytes.max(16));
-    let [out_rows, sources] = [reserve(4 * n)?, reserve(n)?];
-    let [source_scores, source_ranks, counts] = [reserve(16 * n)?, reserve(8 * n)?, reserve(4 * n_requests)?];
-    let launch = kernels::MergeCandidates {
-        rows: rows.address,
-        scores: values.address,
-        lengths: lengths.address,
-        n_requests: n_requests as u32,
-        widths: widths.map(|width| width as u32),
-        out_rows: out_rows.address,
-        sources: sources.address,
-        source_scores: source_scores.address,
-        source_ranks: source_ranks.address,
-        counts: counts.address,
-    };
-    machine.launch(&launch.launch()?)?;
+    let (launch, merged) = merging(machine, [rows, values, lengths], n_requests, widths)?;
+    machine.launch(&launch)?;
+    let Merged { out_rows, sources, source_scores, source_ranks, counts } = merged;
     let out_rows = get::<u32>(machine, out_rows, n)?;
     let sources = get::<u8>(machine, sources, n)?;
     let source_scores = get::<u32>(machine, source_scores, 4 * n)?;
@@ -367,27 +452,13 @@ pub fn bench(machine: &mut dyn Machine, copied: f64, [n_rows, n_cols, batch]: [u
     let lengths: Vec<u32> = (0..batch * 4).map(|at| widths[at % 4] as u32).collect();
     let (rows, held, lengths) = (put(machine, &rows)?, put(machine, &held)?, put(machine, &lengths)?);
     let n = batch * width;
-    let [out_rows, sources, source_scores] = [machine.reserve(4 * n)?, machine.reserve(n)?, machine.reserve(16 * n)?];
-    let [source_ranks, counts] = [machine.reserve(8 * n)?, machine.reserve(4 * batch)?];
-    let launch = kernels::MergeCandidates {
-        rows: rows.address,
-        scores: held.address,
-        lengths: lengths.address,
-        n_requests: batch as u32,
-        widths: widths.map(|width| width as u32),
-        out_rows: out_rows.address,
-        sources: sources.address,
-        source_scores: source_scores.address,
-        source_ranks: source_ranks.address,
-        counts: counts.address,
-    };
-    let launch = launch.launch()?;
+    let (launch, _) = merging(machine, [rows, held, lengths], batch, widths)?;
     let seconds = median(machine, 9, &mut |machine| machine.launch(&launch))?;
     note("merge_candidates", format!("{batch} x 1100"), seconds, n * (8 + 4 + 1 + 16 + 8));
 
     let words = 1_000_000usize.div_ceil(32);
     let (available, seen) = (put(machine, &vec![!0u32; words])?, put(machine, &vec![0u32; words * batch])?);
-    let [left, left_scores] = [machine.reserve(4 * n)?, machine.reserve(4 * n)?];
+    let [left, left_scores, counts] = [machine.reserve(4 * n)?, machine.reserve(4 * n)?, machine.reserve(4 * batch)?];
     let launch = kernels::FilterCandidates {
         rows: rows.address,
         scores: held.address,
