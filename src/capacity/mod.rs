@@ -25,6 +25,8 @@ pub struct Target {
     pub arrivals: Arrivals,
     /// How much more than the mean the busiest replica gets, a share.
     pub imbalance: f64,
+    /// How busy the busiest replica may be, a share: what no simulation of a queue knows, such as pauses of the machine, takes room.
+    pub busy: f64,
     /// Requests to simulate for each number of replicas.
     pub n_requests: usize,
     /// Of the random numbers: the same seed gives the same plan.
@@ -64,7 +66,10 @@ const MOST: u64 = 1 << 24;
 pub fn plan(profile: &Profile, target: &Target) -> Result<Plan, Unreachable> {
     let capacity_rps = profile.capacity_rps(target.hit_ratio);
     let with = |replicas: u64| simulate(profile, &load(target, replicas));
-    let keeps = |outcome: &Outcome| outcome.keeps_up() && outcome.p99_ms <= target.p99_ms;
+    let keeps = |outcome: &Outcome| {
+        let has_room = outcome.cpu.max(outcome.device.unwrap_or(0.0)) <= target.busy;
+        outcome.keeps_up() && has_room && outcome.p99_ms <= target.p99_ms
+    };
     let mut high = ((target.rps / capacity_rps).ceil() as u64).clamp(1, MOST);
     // The number that saturates them is too few, or is the answer.
     let (mut low, mut all) = (high - 1, with(high));
@@ -126,6 +131,7 @@ mod tests {
             hit_ratio: 0.0,
             arrivals: Arrivals::poisson(),
             imbalance: 0.0,
+            busy: 1.0,
             n_requests: 40_000,
             seed: 1,
         }
@@ -163,5 +169,7 @@ mod tests {
         let bursty = Target { arrivals: Arrivals::Poisson { swing: 0.5 }, ..target(50_000.0, 20.0) };
         assert!(plan(&profile, &uneven).unwrap().replicas as f64 > even as f64 * 1.2);
         assert!(plan(&profile, &bursty).unwrap().replicas > even);
+        let with_room = Target { busy: 0.25, ..target(50_000.0, 20.0) };
+        assert!(plan(&profile, &with_room).unwrap().replicas.abs_diff(200) < 10);
     }
 }

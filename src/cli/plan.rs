@@ -51,6 +51,9 @@ pub struct Plan {
     /// How much more than the mean the busiest replica gets, a share.
     #[arg(long, default_value_t = 0.1)]
     imbalance: f64,
+    /// How busy a replica may be at most, a share: what no simulation of a queue knows, such as pauses of the machine, takes room.
+    #[arg(long, default_value_t = 0.85)]
+    busy: f64,
     /// Requests to simulate.
     #[arg(long, default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(1_000..=100_000_000))]
     requests: u32,
@@ -87,6 +90,8 @@ impl Plan {
         self.p99_ms.map_or(Ok(()), |ms| positive("--p99-ms", ms))?;
         share("--hit-ratio", self.hit_ratio, 1.0)?;
         share("--swing", self.swing, 1.0)?;
+        share("--busy", self.busy, 1.0)?;
+        positive("--busy", self.busy)?;
         share("--imbalance", self.imbalance, 10.0)?;
         let profile = self.profile()?;
         anyhow::ensure!(
@@ -106,6 +111,7 @@ impl Plan {
                 Spacing::Constant => Arrivals::Constant,
             },
             imbalance: self.imbalance,
+            busy: self.busy,
             n_requests: self.requests as usize,
             seed: self.seed,
         };
@@ -157,12 +163,13 @@ impl Plan {
             );
             return Ok(plan.all.rps);
         }
-        say!("{}: {} requests/s at most, {} of {}", profile.name, plan.capacity_rps.round(), profile.cpus, "CPUs");
+        say!("{}: {} requests/s at most on CPUs: {}", profile.name, plan.capacity_rps.round(), profile.cpus);
         say!(
-            "replicas: {} keep p99 at {} ms or less for {} requests/s; {} keep it when one is lost",
+            "replicas: {} keep p99 at {} ms or less for {} requests/s and are busy for {:.0} % of the time at most; {} do so when one is lost",
             plan.replicas,
             target.p99_ms,
             target.rps,
+            target.busy * 100.0,
             plan.replicas + 1
         );
         say!("what runs out first: {}", plan.all.bottleneck());
