@@ -1,5 +1,6 @@
 //! One shard's side of every call: cache, single flight, admission, plan, queue, finish. Both protocols come through here.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
@@ -154,26 +155,33 @@ impl Shared {
         key::recommend(&self.scope, user_id, version, items, &job.context, query, n_items)
     }
 
-    /// Looks a result up in this process.
-    fn consult(&self, cache: &ResultCache, key: CacheKey, items: Option<&LiveItems>, now: Instant) -> Consulted {
+    /// Looks a result up in this process. `Break`: the answer. `Continue` with a slate: the answer, and the duty to compute it anew as the
+    /// leader of its key; without: there is none.
+    fn consult(
+        &self,
+        cache: &ResultCache,
+        key: CacheKey,
+        items: Option<&LiveItems>,
+        now: Instant,
+    ) -> ControlFlow<Outcome, Option<Arc<Slate>>> {
         let shown = |slate: &Slate| !any_gone(items, slate.items.iter().map(|item| item.row));
         match cache.get(key, now) {
-            Some(Cached::Fault(fault)) => return Consulted::Hit(Outcome::Failed(fault)),
+            Some(Cached::Fault(fault)) => return ControlFlow::Break(Outcome::Failed(fault)),
             Some(Cached::Fresh(slate)) if shown(&slate) => {
-                return Consulted::Hit(Outcome::Slate(slate, CacheStatus::L1));
+                return ControlFlow::Break(Outcome::Slate(slate, CacheStatus::L1));
             }
             // Whoever meets it first computes it anew; the others have their answer.
             Some(Cached::Stale(slate)) if shown(&slate) => {
                 return match self.flights.lead(key) {
-                    true => Consulted::Refresh(slate),
-                    false => Consulted::Hit(Outcome::Slate(slate, CacheStatus::Stale)),
+                    true => ControlFlow::Continue(Some(slate)),
+                    false => ControlFlow::Break(Outcome::Slate(slate, CacheStatus::Stale)),
                 };
             }
             _ => {}
         }
         match self.made_ahead(key).filter(shown) {
-            Some(slate) => Consulted::Hit(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed)),
-            None => Consulted::Miss,
+            Some(slate) => ControlFlow::Break(Outcome::Slate(Arc::new(slate), CacheStatus::Precomputed)),
+            None => ControlFlow::Continue(None),
         }
     }
 
@@ -182,15 +190,6 @@ impl Shared {
             completions.push(completion);
         }
     }
-}
-
-/// What this process has of a result.
-enum Consulted {
-    /// The answer.
-    Hit(Outcome),
-    /// The answer, and the duty to compute it anew, as the leader of its key.
-    Refresh(Arc<Slate>),
-    Miss,
 }
 
 /// Opens the file of slates, where one is configured.
@@ -248,23 +247,14 @@ impl ReceiptSink for Shared {
 struct Flight {
     /// The protocol's name for it.
     ticket: Ticket,
-    endpoint: Endpoint,
-    n_items: u32,
-    explain: bool,
-    /// Where the result goes; `None`: nowhere.
-    key: Option<CacheKey>,
+    plan: Plan,
     /// Whether the end of this call ends a single flight.
     leader: bool,
     /// Its planned job, while it waits for Redis or for an identical call.
     waiting: Option<Box<Job>>,
-    /// Whether the result may come from the cache, and go there.
-    cacheable: bool,
     deadline: Deadline,
-    started: Instant,
     /// It ran out of time and was answered; its job is still out.
     answered: bool,
-    /// Whose answer is to be logged.
-    shown: Option<Box<Shown>>,
 }
 
 /// What is kept of a call whose answer is to be logged.
@@ -274,34 +264,10 @@ struct Shown {
 }
 
 impl Flight {
+    /// Takes over what `plan` is to be logged for.
     fn new(plan: &mut Plan, ticket: Ticket, deadline: Deadline) -> Self {
-        Flight {
-            cacheable: plan.cacheable,
-            ticket,
-            endpoint: plan.endpoint,
-            n_items: plan.n_items,
-            explain: plan.explain,
-            key: plan.key,
-            leader: false,
-            waiting: None,
-            deadline,
-            started: plan.started,
-            answered: false,
-            shown: plan.shown.take(),
-        }
-    }
-
-    /// What it was made of.
-    fn plan(&mut self) -> Plan {
-        Plan {
-            endpoint: self.endpoint,
-            started: self.started,
-            key: self.key,
-            cacheable: self.cacheable,
-            n_items: self.n_items,
-            explain: self.explain,
-            shown: self.shown.take(),
-        }
+        let plan = Plan { shown: plan.shown.take(), ..*plan };
+        Flight { ticket, plan, leader: false, waiting: None, deadline, answered: false }
     }
 }
 
@@ -309,10 +275,13 @@ impl Flight {
 struct Plan {
     endpoint: Endpoint,
     started: Instant,
+    /// Where the result goes; `None`: nowhere.
     key: Option<CacheKey>,
+    /// Whether the result may come from the cache, and go there.
     cacheable: bool,
     n_items: u32,
     explain: bool,
+    /// Whose answer is to be logged.
     shown: Option<Box<Shown>>,
 }
 
@@ -325,6 +294,7 @@ impl Plan {
 const DRAINING: Error = Error::fixed(Code::Unavailable, "the server is shutting down");
 
 const FULL: Error = Error::fixed(Code::Overloaded, "too many calls in flight");
+const QUEUE_FULL: Error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
 const LATE: Error = Error::fixed(Code::DeadlineExceeded, "the deadline passed");
 
 /// Jobs for another use. They keep their buffers and let go of what would be old by then.
@@ -546,12 +516,11 @@ impl Service {
                     let query = call.query.unwrap_or_default().trim();
                     let key = shared.key(user, version, &job, query, call.n_items);
                     match shared.consult(cache, key, job.items.as_deref(), now) {
-                        Consulted::Hit(outcome) => {
+                        ControlFlow::Continue(past) => stale = past,
+                        ControlFlow::Break(outcome) => {
                             pool.push(job);
                             return Some(outcome);
                         }
-                        Consulted::Refresh(slate) => stale = Some(slate),
-                        Consulted::Miss => {}
                     }
                     plan.key = Some(key);
                 }
@@ -650,7 +619,7 @@ impl Service {
                 if flight.leader {
                     self.pass_on(key);
                 }
-                return Some(Outcome::Failed(Error::fixed(Code::Overloaded, "the queue to the workers is full")));
+                return Some(Outcome::Failed(QUEUE_FULL));
             }
             self.pushed = true;
         }
@@ -735,7 +704,7 @@ impl Service {
                 Completion::Found { ticket, value } => self.found(ticket, value, now, deliver),
                 Completion::Received { ticket, result } => {
                     if let Some(flight) = self.take(ticket) {
-                        let received = match flight.endpoint {
+                        let received = match flight.plan.endpoint {
                             Endpoint::Events => Outcome::Received,
                             _ => Outcome::Changed,
                         };
@@ -754,13 +723,18 @@ impl Service {
         n
     }
 
+    /// The slot that an internal ticket is of, if that is still its call's.
+    fn slot(&mut self, ticket: Ticket) -> Option<&mut Slot> {
+        let (slot, reuse) = (ticket.0 as u32, (ticket.0 >> 32) as u32);
+        self.slots.get_mut(slot as usize).filter(|s| s.reuse == reuse)
+    }
+
     /// The flight of an internal ticket, taken out of its slot.
     fn take(&mut self, ticket: Ticket) -> Option<Flight> {
-        let (slot, reuse) = ((ticket.0 & 0xffff_ffff) as usize, (ticket.0 >> 32) as u32);
-        let entry = self.slots.get_mut(slot).filter(|s| s.reuse == reuse)?;
-        let flight = entry.flight.take()?;
-        entry.reuse = entry.reuse.wrapping_add(1);
-        self.free.push(slot as u32);
+        let slot = self.slot(ticket)?;
+        let flight = slot.flight.take()?;
+        slot.reuse = slot.reuse.wrapping_add(1);
+        self.free.push(ticket.0 as u32);
         self.in_flight -= 1;
         self.metrics().in_flight.store(self.in_flight as u64, Relaxed);
         Some(flight)
@@ -768,12 +742,12 @@ impl Service {
 
     fn answer(&self, flight: &Flight, outcome: Outcome, deliver: &mut dyn FnMut(Ticket, Outcome)) {
         if !flight.answered {
-            if let (Outcome::Slate(slate, cache), Some(call)) = (&outcome, &flight.shown) {
+            if let (Outcome::Slate(slate, cache), Some(call)) = (&outcome, &flight.plan.shown) {
                 let context: SmallVec<[_; 8]> =
                     call.context.iter().map(|(key, value)| (&key[..], &value[..])).collect();
                 self.expose(&call.user_id, &context, slate, *cache);
             }
-            self.metrics().record_outcome(flight.endpoint, &outcome, flight.started.elapsed());
+            self.metrics().record_outcome(flight.plan.endpoint, &outcome, flight.plan.started.elapsed());
             deliver(flight.ticket, outcome);
         }
     }
@@ -784,19 +758,19 @@ impl Service {
             return;
         };
         let live = self.shared.live.items();
-        let outcome = match flight.endpoint {
+        let outcome = match flight.plan.endpoint {
             Endpoint::Recommend => {
                 let reranker = &self.shared.reranker;
                 pipeline::finish_recommend(
                     &mut job,
                     reranker,
                     live.as_ref(),
-                    flight.n_items,
-                    flight.explain,
+                    flight.plan.n_items,
+                    flight.plan.explain,
                     &mut self.finish,
                 )
                 .map(|slate| {
-                    let status = if flight.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
+                    let status = if flight.plan.key.is_some() { CacheStatus::Miss } else { CacheStatus::Bypass };
                     Outcome::Slate(Arc::new(slate), status)
                 })
             }
@@ -810,7 +784,7 @@ impl Service {
             },
         };
         if let Task::Infer { ranker, n, .. } = job.task {
-            let (ok, latency) = (outcome.is_ok(), now.saturating_duration_since(flight.started));
+            let (ok, latency) = (outcome.is_ok(), now.saturating_duration_since(flight.plan.started));
             self.metrics().record_infer(ranker, n, &job, ok, latency);
         }
         self.metrics().record_job(&job);
@@ -823,10 +797,10 @@ impl Service {
             Outcome::Failed(error) if error.code == Code::Internal => Some(error),
             _ => None,
         };
-        if let (Some(cache), Some(key), Some(fault)) = (&self.shared.cache, flight.key, fault) {
+        if let (Some(cache), Some(key), Some(fault)) = (&self.shared.cache, flight.plan.key, fault) {
             cache.put_fault(key, fault, now);
         }
-        if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.key, slate) {
+        if let (Some(cache), Some(key), Some(slate)) = (&self.shared.cache, flight.plan.key, slate) {
             // Before the followers are let go: whoever comes after them finds it.
             cache.put(key, slate, now);
             if let Some(redis) = self.shared.redis.as_ref().filter(|_| self.can_share(slate)) {
@@ -835,10 +809,10 @@ impl Service {
         }
         if flight.leader {
             match (slate, fault) {
-                (Some(slate), _) => self.release_followers(flight.key, Ok(slate)),
+                (Some(slate), _) => self.release_followers(flight.plan.key, Ok(slate)),
                 // Each of those that waited would meet it, too.
-                (None, Some(fault)) => self.release_followers(flight.key, Err(fault)),
-                (None, None) => self.pass_on(flight.key),
+                (None, Some(fault)) => self.release_followers(flight.plan.key, Err(fault)),
+                (None, None) => self.pass_on(flight.plan.key),
             }
         }
         self.answer(&flight, outcome, deliver);
@@ -863,11 +837,11 @@ impl Service {
         let Some(slate) = slate.map(Arc::new) else { return self.retry(ticket, deliver) };
         let Some(mut flight) = self.take(ticket) else { return };
         flight.waiting.take().into_iter().for_each(|job| self.pool.push(job));
-        if let (Some(cache), Some(key)) = (&self.shared.cache, flight.key) {
+        if let (Some(cache), Some(key)) = (&self.shared.cache, flight.plan.key) {
             cache.put(key, &slate, now);
         }
         if flight.leader {
-            self.release_followers(flight.key, Ok(&slate));
+            self.release_followers(flight.plan.key, Ok(&slate));
         }
         self.answer(&flight, Outcome::Slate(slate, CacheStatus::L2), deliver);
     }
@@ -892,9 +866,7 @@ impl Service {
 
     /// A call that waited leads.
     fn lead(&mut self, ticket: Ticket, key: CacheKey, now: Instant, deliver: &mut dyn FnMut(Ticket, Outcome)) {
-        let slot = (ticket.0 & 0xffff_ffff) as usize;
-        let entry = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32);
-        match entry.and_then(|entry| entry.flight.as_mut()) {
+        match self.slot(ticket).and_then(|slot| slot.flight.as_mut()) {
             Some(flight) if !flight.answered && !flight.deadline.passed(now) => {
                 flight.leader = true;
                 self.retry(ticket, deliver);
@@ -933,9 +905,7 @@ impl Service {
         let now_ms = now_ms();
         let known = store.after(&job.user.id, version, learned, now, now_ms);
         self.metrics().record_known(&known, now_ms);
-        let mut plan = flight.plan();
-        if let Some(outcome) = self.proceed(job, &mut plan, Some(&known), version, flight.ticket, now) {
-            flight.shown = plan.shown.take();
+        if let Some(outcome) = self.proceed(job, &mut flight.plan, Some(&known), version, flight.ticket, now) {
             self.answer(&flight, outcome, deliver);
         }
     }
@@ -957,12 +927,11 @@ impl Service {
             let version = known.map_or(version, |known| known.version(version));
             let key = shared.key(&job.user.id, version, &job, &job.query, plan.n_items);
             match shared.consult(cache, key, job.items.as_deref(), now) {
-                Consulted::Hit(outcome) => {
+                ControlFlow::Continue(past) => stale = past,
+                ControlFlow::Break(outcome) => {
                     pool.push(job);
                     return Some(outcome);
                 }
-                Consulted::Refresh(slate) => stale = Some(slate),
-                Consulted::Miss => {}
             }
             plan.key = Some(key);
         }
@@ -996,19 +965,17 @@ impl Service {
 
     /// Sends a job that waited to the workers.
     fn retry(&mut self, ticket: Ticket, deliver: &mut dyn FnMut(Ticket, Outcome)) {
-        let slot = (ticket.0 & 0xffff_ffff) as usize;
-        let Some(entry) = self.slots.get_mut(slot).filter(|s| u64::from(s.reuse) == ticket.0 >> 32) else { return };
-        let Some(job) = entry.flight.as_mut().and_then(|f| f.waiting.take()) else { return };
+        let flight = self.slot(ticket).and_then(|slot| slot.flight.as_mut());
+        let Some(job) = flight.and_then(|flight| flight.waiting.take()) else { return };
         match self.shared.jobs.push(job) {
             Ok(()) => self.pushed = true,
             Err(job) => {
                 self.pool.push(job);
                 if let Some(flight) = self.take(ticket) {
                     if flight.leader {
-                        self.pass_on(flight.key);
+                        self.pass_on(flight.plan.key);
                     }
-                    let error = Error::fixed(Code::Overloaded, "the queue to the workers is full");
-                    self.answer(&flight, Outcome::Failed(error), deliver);
+                    self.answer(&flight, Outcome::Failed(QUEUE_FULL), deliver);
                 }
             }
         }
@@ -1022,8 +989,8 @@ impl Service {
                 continue;
             }
             let outcome = Outcome::Failed(LATE);
-            let latency = now.saturating_duration_since(flight.started);
-            let (ticket, endpoint) = (flight.ticket, flight.endpoint);
+            let latency = now.saturating_duration_since(flight.plan.started);
+            let (ticket, endpoint) = (flight.ticket, flight.plan.endpoint);
             flight.answered = true;
             self.metrics().record_outcome(endpoint, &outcome, latency);
             deliver(ticket, outcome);
