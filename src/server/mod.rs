@@ -350,19 +350,19 @@ impl Server {
 
     fn start_workers(shared: &Arc<Shared>, cpus: &[usize], kind: DeviceKind) -> anyhow::Result<Vec<JoinHandle<()>>> {
         let (ready, loaded) = std::sync::mpsc::channel();
+        let n_accelerated = match shared.config.device.workers {
+            0 => cpus.len(),
+            n => cpus.len().min(n as usize),
+        };
         let accelerator = match kind {
             DeviceKind::Accelerator { ordinal, required } => {
-                Self::open_accelerator(shared, ordinal, required, cpus.len())?
+                Self::open_accelerator(shared, ordinal, required, n_accelerated)?
             }
             _ => None,
         };
         if let DeviceKind::Guarded(_) = kind {
             let _ = shared.device.set(Arc::new(Counters::new("sim")));
         }
-        let n_accelerated = match shared.config.device.workers {
-            0 => cpus.len(),
-            n => n as usize,
-        };
         let mut workers = Vec::new();
         for (id, &cpu) in cpus.iter().enumerate() {
             let (shared, ready) = (shared.clone(), ready.clone());
@@ -424,16 +424,14 @@ impl Server {
         Ok(workers)
     }
 
-    /// The accelerator; `None`, with a warning, where it can't be used and need not be.
+    /// The accelerator, for `n_workers`; `None`, with a warning, where it can't be used and need not be.
     fn open_accelerator(
         shared: &Arc<Shared>,
         ordinal: u32,
         required: bool,
-        n_cpus: usize,
+        n_workers: usize,
     ) -> anyhow::Result<Option<Arc<Accelerator>>> {
-        let config = &shared.config.device;
-        let n_workers = if config.workers == 0 { n_cpus } else { n_cpus.min(config.workers as usize) };
-        match Accelerator::open(ordinal, config, n_workers, &shared.generation) {
+        match Accelerator::open(ordinal, &shared.config.device, n_workers, &shared.generation) {
             Ok(accelerator) => {
                 let _ = shared.device.set(accelerator.counters().clone());
                 Ok(Some(Arc::new(accelerator)))
