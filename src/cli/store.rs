@@ -15,7 +15,7 @@ use crate::context::now_ms;
 use crate::server::changes::{ColumnsBody, ValueBody};
 use crate::server::json::{Text, VectorBody};
 use crate::store::FeaturesConfig;
-use crate::store::user::{Embedding, OF_ITEMS, OF_USERS, schema_of};
+use crate::store::user::{AVAILABLE, Embedding, OF_ITEMS, OF_USERS, schema_of};
 use crate::store::value::{Field, FieldKind, FieldValue, Packed, Schema, StoredItem, pack};
 
 /// Lines sent in one go.
@@ -144,8 +144,7 @@ impl Push {
         let schema = self.schema(&generation);
         let mut pipeline = redis::pipe();
         if !self.as_encoder {
-            let id = format!("{:016x}", schema.id());
-            pipeline.cmd("SET").arg(config.key("schema", &id)).arg(schema.text()).ignore();
+            pipeline.cmd("SET").arg(config.schema_key(schema.id())).arg(schema.text()).ignore();
         }
         let input: Box<dyn BufRead> = match self.from.as_os_str() == "-" {
             true => Box::new(std::io::stdin().lock()),
@@ -245,10 +244,7 @@ impl Push {
         ensure!(self.kind == Kind::Users || line.history.is_empty(), "history: items have none");
         ensure!(self.kind == Kind::Items || line.available.is_none(), "available: users have none");
         let last = fields.last().map(|field| field.name.as_str());
-        ensure!(
-            line.available.is_none() || last == Some(OF_ITEMS[1].0),
-            "available: a column of the bundle has that name"
-        );
+        ensure!(line.available.is_none() || last == Some(AVAILABLE), "available: a column of the bundle has that name");
         let values = fields.iter().map(|field| {
             match field.kind {
                 FieldKind::Vector => {
@@ -291,7 +287,8 @@ impl Get {
         if let Some(value) = &value {
             let packed = Packed::of(value)?;
             let id = format!("{:016x}", packed.schema);
-            let text: Option<String> = redis::cmd("GET").arg(config.key("schema", &id)).query(&mut connection)?;
+            let text: Option<String> =
+                redis::cmd("GET").arg(config.schema_key(packed.schema)).query(&mut connection)?;
             let text = text.with_context(|| format!("the value's schema {id} is not in the store"))?;
             let schema = Schema::parse(&text).map_err(anyhow::Error::msg).context("the value's schema")?;
             let mut fields = Map::new();

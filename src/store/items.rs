@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use redis::{Cmd, FromRedisValue, from_redis_value};
 
-use super::user::{Embedding, Target, targets};
+use super::user::{AVAILABLE, Embedding, Target, targets};
 use super::value::{Field, FieldKind, FieldValue, Packed, Schema};
 use super::{FeaturesConfig, MAX_SCHEMAS, age_ms};
 use crate::api::Ticket;
@@ -171,9 +171,8 @@ impl ItemFollower {
         if mappings.contains_key(&packed.schema) {
             return true;
         }
-        let id = format!("{:016x}", packed.schema);
         let mut get = redis::cmd("GET");
-        get.arg(self.config.key("schema", &id));
+        get.arg(self.config.schema_key(packed.schema));
         let Some(text) = self.ask::<Option<Vec<u8>>>(&get) else { return false };
         let schema = text.and_then(|text| Schema::parse(std::str::from_utf8(&text).ok()?).ok());
         let mapping = schema.filter(|schema| schema.id() == packed.schema).map(|schema| self.map(schema));
@@ -185,7 +184,10 @@ impl ItemFollower {
                 mappings.insert(packed.schema, mapping);
             }
             // It is looked for again with the next value under it.
-            None => tracing::warn!(schema = id, "a schema of items' features is not there or is none"),
+            None => {
+                let schema = format!("{:016x}", packed.schema);
+                tracing::warn!(schema, "a schema of items' features is not there or is none");
+            }
         }
         true
     }
@@ -193,13 +195,14 @@ impl ItemFollower {
     fn map(&self, schema: Schema) -> Mapping {
         let (items, texts) = (&self.generation.items.columns, &self.generation.text_columns);
         let mut complaints = Vec::new();
-        let targets = targets(&schema, items, texts, &mut complaints);
+        // What is no column and yet of use.
+        let others: Vec<String> = texts.iter().cloned().chain([AVAILABLE.to_owned()]).collect();
+        let targets = targets(&schema, items, &others, &mut complaints);
         let is_available = |at: &usize| {
             let field = &schema.fields()[*at];
-            field.name == "available" && targets[*at] == Target::Nothing
+            field.name == AVAILABLE && targets[*at] == Target::Nothing
         };
         let available = (0..targets.len()).find(is_available);
-        complaints.retain(|complaint| available.is_none() || !complaint.contains("`available`"));
         for complaint in complaints {
             tracing::warn!(schema = format!("{:016x}", schema.id()), "features of items: {complaint}");
         }

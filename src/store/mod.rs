@@ -111,9 +111,14 @@ impl FeaturesConfig {
         self.redis.validate("features.redis")
     }
 
-    /// The key of a packed value, of a schema (`kind` is `schema`), or what such keys begin with.
+    /// The key of a packed value, or what such keys begin with.
     pub fn key(&self, kind: &str, id: &str) -> Vec<u8> {
         format!("{}:f1:{kind}:{id}", self.redis.key_prefix).into_bytes()
+    }
+
+    /// The key of a schema's text, by its id.
+    pub fn schema_key(&self, schema: u64) -> Vec<u8> {
+        self.key("schema", &format!("{schema:016x}"))
     }
 
     /// The key of the stream of ids of items that changed.
@@ -271,7 +276,6 @@ pub struct FeatureStore {
     schemas: RwLock<HashMap<u64, Mapped>>,
     /// What the keys of the kinds begin with.
     prefixes: [Vec<u8>; Kind::COUNT],
-    schema_prefix: Vec<u8>,
     /// What is written under.
     own: user::Mapping,
 }
@@ -299,7 +303,6 @@ impl FeatureStore {
             embeddings: (config.embeddings && has_vectors).then(embeddings),
             schemas: RwLock::default(),
             prefixes: [config.key("user", ""), config.embedding_key("user", "")],
-            schema_prefix: config.key("schema", ""),
             own: user::Mapping::of_columns(generation),
             generation: generation.clone(),
             config: config.clone(),
@@ -383,8 +386,7 @@ impl FeatureStore {
                         None
                     }
                     Some(Read::Under(schema)) => {
-                        let keys =
-                            smallvec::smallvec![[&self.schema_prefix, format!("{schema:016x}").as_bytes()].concat()];
+                        let keys = smallvec::smallvec![self.config.schema_key(schema)];
                         let of_schema = Lookup { keys, shard: NOBODY, mark: schema, ..lookup };
                         // The schema first: then the value can be read.
                         return match self.link.get(of_schema) {
@@ -422,7 +424,7 @@ impl FeatureStore {
         };
         let schema = self.own.schema();
         let mut set = redis::cmd("SET");
-        set.arg([&self.schema_prefix, format!("{:016x}", schema.id()).as_bytes()].concat()).arg(schema.text());
+        set.arg(self.config.schema_key(schema.id())).arg(schema.text());
         // With each record: Redis may have been flushed.
         self.link.store(&set);
         // Damage was refused by the shard.

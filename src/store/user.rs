@@ -12,7 +12,9 @@ use crate::wire::LIMITS;
 /// What users have beside columns.
 pub const OF_USERS: [(&str, FieldKind); 2] = [("embedding", FieldKind::Vector), ("history", FieldKind::Items)];
 /// What items have beside columns.
-pub const OF_ITEMS: [(&str, FieldKind); 2] = [("embedding", FieldKind::Vector), ("available", FieldKind::Number)];
+pub const OF_ITEMS: [(&str, FieldKind); 2] = [("embedding", FieldKind::Vector), (AVAILABLE, FieldKind::Number)];
+/// Whether an item may be shown.
+pub const AVAILABLE: &str = "available";
 
 /// What a field of a schema is here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +79,8 @@ pub fn schema_of(columns: &[Column], more: &[(&str, FieldKind)]) -> Schema {
     Schema::new(fields).expect("names that fit and differ")
 }
 
-/// What the fields of a schema are, over the columns of a kind of entity; `texts` are columns of which the bundle has no more than the words.
-pub fn targets(schema: &Schema, columns: &[Column], texts: &[String], complaints: &mut Vec<String>) -> Vec<Target> {
+/// What the fields of a schema are, over the columns of a kind of entity; `others` are names that are no columns of the bundle and yet no mistake.
+pub fn targets(schema: &Schema, columns: &[Column], others: &[String], complaints: &mut Vec<String>) -> Vec<Target> {
     let mut taken = Vec::new();
     let mut target = |name: &str, kind: FieldKind| -> Result<Target, String> {
         let special = match kind {
@@ -86,7 +88,7 @@ pub fn targets(schema: &Schema, columns: &[Column], texts: &[String], complaints
             FieldKind::Items => Target::Items,
             FieldKind::Number | FieldKind::Text | FieldKind::List => {
                 let Some(at) = columns.iter().position(|column| column.name == name) else {
-                    if texts.iter().any(|text| text == name) {
+                    if others.iter().any(|other| other == name) {
                         return Ok(Target::Nothing);
                     }
                     let names = columns.iter().map(|column| column.name.as_str());
