@@ -74,15 +74,13 @@ pub fn plan(profile: &Profile, target: &Target) -> Result<Plan, Unreachable> {
     // The number that saturates them is too few, or is the answer.
     let (mut low, mut all) = (high - 1, with(high));
     while !keeps(&all) {
-        if high == MOST {
+        // More replicas have less to do each; from here on that changes nothing.
+        if high == MOST || load(target, high).rps < capacity_rps / 1000.0 {
             return Err(Unreachable { wanted: target.p99_ms, least: all.p99_ms });
         }
         low = high;
         high = (high + (high / 8).max(1)).min(MOST);
         all = with(high);
-        if !keeps(&all) && load(target, high).rps < capacity_rps / 1000.0 {
-            return Err(Unreachable { wanted: target.p99_ms, least: all.p99_ms });
-        }
     }
     while high - low > 1 {
         let middle = low + (high - low) / 2;

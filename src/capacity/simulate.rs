@@ -174,8 +174,8 @@ impl Replica<'_> {
     fn run(&mut self, load: &Load) -> (u64, usize) {
         let mut clock =
             Clock { mean_ns: 1e9 / load.rps.max(1e-9), arrivals: load.arrivals, high: true, until: 0.0, now: 0.0 };
-        let (mut last, mut next) = ((0, 0), clock.next(&mut self.rng));
-        self.events.push(Reverse((next, Event::Arrival)));
+        let mut last = (0, 0);
+        self.events.push(Reverse((clock.next(&mut self.rng), Event::Arrival)));
         while let Some(Reverse((now, event))) = self.events.pop() {
             self.now = now;
             match event {
@@ -183,8 +183,7 @@ impl Replica<'_> {
                     self.arrive(load.hit_ratio);
                     last = (now, self.arrived.len() - self.answered);
                     if self.arrived.len() < load.n_requests {
-                        next = clock.next(&mut self.rng).max(next);
-                        self.events.push(Reverse((next, Event::Arrival)));
+                        self.events.push(Reverse((clock.next(&mut self.rng), Event::Arrival)));
                     }
                 }
                 Event::Cpu(cpu) => {
