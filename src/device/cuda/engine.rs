@@ -219,15 +219,24 @@ fn padded(dim: usize) -> usize {
     dim.next_multiple_of(8)
 }
 
-/// The length of the longest vector; those that are not a number score nothing anywhere.
-fn longest(matrix: &Matrix) -> f64 {
+/// The square of a vector's length.
+fn square(vector: &[f32]) -> f64 {
+    vector.iter().map(|&value| f64::from(value) * f64::from(value)).sum()
+}
+
+/// The square of the length of a matrix's row.
+fn squares(matrix: &Matrix) -> impl FnMut(usize) -> f64 {
     let mut row = Vec::with_capacity(matrix.dim);
-    let square = |at: usize| {
+    move |at| {
         row.clear();
         matrix.extend_row(at as u32, &mut row);
-        row.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>()
-    };
-    (0..matrix.n_rows()).map(square).filter(|square| !square.is_nan()).fold(0.0, f64::max).sqrt()
+        square(&row)
+    }
+}
+
+/// The length of the longest vector; those that are not a number score nothing anywhere.
+fn longest(matrix: &Matrix) -> f64 {
+    (0..matrix.n_rows()).map(squares(matrix)).filter(|square| !square.is_nan()).fold(0.0, f64::max).sqrt()
 }
 
 #[derive(Debug)]
@@ -280,16 +289,11 @@ impl Resident {
             Metric::Cosine => ScoreBy::Times,
             Metric::L2 => ScoreBy::TwiceLess,
         };
-        let mut row = Vec::with_capacity(dim);
-        let mut term = |at: usize| {
-            row.clear();
-            matrix.extend_row(at as u32, &mut row);
-            let square: f64 = row.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
-            match by {
-                ScoreBy::Times if square > 0.0 => 1.0 / square.sqrt(),
-                ScoreBy::Times => 0.0,
-                _ => square,
-            }
+        let mut squares = squares(matrix);
+        let mut term = |at: usize| match (by, squares(at)) {
+            (ScoreBy::Times, square) if square > 0.0 => 1.0 / square.sqrt(),
+            (ScoreBy::Times, _) => 0.0,
+            (_, square) => square,
         };
         let terms = match by {
             ScoreBy::InnerProduct => None,
@@ -672,8 +676,7 @@ impl CudaDevice {
             {
                 let before = questions.len();
                 for query in vectors.chunks_exact(*dim) {
-                    let norm = query.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt();
-                    questions.push(Question { query, norm, seen: &job.user.seen });
+                    questions.push(Question { query, norm: square(query).sqrt(), seen: &job.user.seen });
                 }
                 // Of what has no length or no end nothing can be said.
                 if questions[before..].iter().all(|question| question.norm > 0.0 && question.norm < 1e18) {
