@@ -174,6 +174,25 @@ fn cached_answers_follow_what_the_store_says() {
 }
 
 #[test]
+fn a_stale_answer_after_a_lookup_is_logged_as_shown() {
+    let Some(redis) = Redis::start(&[]) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = with_store(redis.url());
+    (config.features.memory_ttl_seconds, config.cache.ttl_seconds, config.cache.stale_seconds) = (1, 1, 600);
+    config.events.log_dir = dir.path().to_owned();
+    config.events.exposure_rate = 1.0;
+    let server = replica(config);
+    put_user(&redis, "user-1", now_ms(), None, &[("item-3", 1.0, true)]);
+    let ask = || client(&server).recommend(&RecommendCall::new("user-1", 10)).unwrap().cache;
+    assert_eq!(ask(), "miss");
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(ask(), "stale");
+    assert_eq!(lookups(&server, "user", "redis"), 2.0);
+    eventually("both are logged", || metric(&server, "tastemaker_exposures_total") >= 2.0);
+    server.shut_down().unwrap();
+}
+
+#[test]
 fn what_is_no_value_of_this_schema_is_never_read_as_one() {
     let Some(redis) = Redis::start(&[]) else { return };
     let server = replica(with_store(redis.url()));

@@ -569,13 +569,14 @@ impl Service {
     }
 
     /// Computes a result for the cache, as the leader of its key: nobody waits for it here.
-    fn refresh(&mut self, mut job: Box<Job>, plan: &mut Plan) {
+    fn refresh(&mut self, mut job: Box<Job>, plan: &Plan) {
         let Some(slot) = self.free.pop() else {
             self.pool.push(job);
             return self.pass_on(plan.key);
         };
         (job.shard, job.ticket) = (self.shard, self.internal(slot));
-        let mut flight = Flight::new(plan, Ticket(0), job.deadline);
+        // Who is shown the answer is the caller's to log.
+        let mut flight = Flight::new(&mut Plan { shown: None, ..*plan }, Ticket(0), job.deadline);
         (flight.leader, flight.answered) = (true, true);
         match self.shared.jobs.push(job) {
             Ok(()) => {
