@@ -237,6 +237,7 @@ fn write_ivf(writer: &mut Writer, at: &str, parts: &IvfParts) -> Result<(), Cata
     write_codes(writer, &format!("{at}.coarse"), &parts.coarse)?;
     writer.vector(format!("{at}.offsets"), &parts.offsets)?;
     writer.vector(format!("{at}.ids"), &parts.ids)?;
+    writer.put(format!("{at}.promises"), &parts.promises, vec![parts.n_blocks(), 2])?;
     let shape = vec![parts.ids.len(), parts.dim];
     match &parts.lists {
         Lists::Flat(Vectors::F32(values)) => writer.put(format!("{at}.vectors"), values, shape),
@@ -336,6 +337,7 @@ fn read_from(reader: &Reader, at: &str, spec: &IndexSpec, exact: Exact) -> Resul
         coarse: read_codes(reader, &array("coarse"), of_signs(true))?,
         offsets: reader.array(&array("offsets"))?,
         ids: reader.array(&array("ids"))?,
+        promises: reader.array(&array("promises"))?,
         lists,
     };
     let index = Ivf::from_parts(parts, exact, Simd::detect()).map_err(unfit)?;
