@@ -90,6 +90,8 @@ unsafe impl Plain for u16 {}
 // SAFETY: numbers.
 unsafe impl Plain for u32 {}
 // SAFETY: numbers.
+unsafe impl Plain for i64 {}
+// SAFETY: numbers.
 unsafe impl Plain for f32 {}
 
 /// Device memory that ends at a guard page.
