@@ -92,6 +92,16 @@ pub struct DeviceConfig {
     pub vectors: Storage,
     /// Directory for kernels that NVRTC has compiled. Empty, the default: they are compiled at each start, in about a second.
     pub kernel_cache: String,
+    /// What finds neighbours on the GPU.
+    pub index: IndexChoice,
+    /// Folder with cuVS: the `site-packages` that `pip` installed it in, or one with all of its libraries. Empty, the default: where the
+    /// loader looks.
+    pub cuvs: String,
+    /// Directory for indexes that cuVS has made, with their checksums. Empty, the default: they are made at each start.
+    pub index_cache: String,
+    /// As many queries, or fewer, are searched in a graph (`hnsw`) by a kernel that stays on the GPU and takes half of it. 0 to 64; 0, the
+    /// default: never. Nothing else should use the GPU then.
+    pub persistent_queries: u32,
 }
 
 impl Default for DeviceConfig {
@@ -105,6 +115,10 @@ impl Default for DeviceConfig {
             workspace_bytes: 256 << 20,
             vectors: Storage::F32,
             kernel_cache: String::new(),
+            index: IndexChoice::Auto,
+            cuvs: String::new(),
+            index_cache: String::new(),
+            persistent_queries: 0,
         }
     }
 }
@@ -121,6 +135,7 @@ impl DeviceConfig {
             ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
             ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
             ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
+            ("persistent_queries", u64::from(self.persistent_queries), 0, 64),
         ];
         in_range("device", ranges)
     }
@@ -135,6 +150,19 @@ pub enum Storage {
     F32,
     /// 2 bytes, of which 8 bits are the number's.
     Bf16,
+}
+
+/// What finds neighbours on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IndexChoice {
+    /// [`Self::Exact`] up to 2^28 values of vectors (2 M x 128), else [`Self::Bundle`].
+    #[default]
+    Auto,
+    /// Our kernels, from all rows: the same answers as those of an exact index on the CPU.
+    Exact,
+    /// cuVS's index of the kind that the bundle's is, and our kernels where cuVS can't be used or the bundle's is `brute_force`.
+    Bundle,
 }
 
 /// What became of the jobs of a device that may fail.

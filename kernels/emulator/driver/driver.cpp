@@ -285,10 +285,11 @@ bool release(uintptr_t at, bool host) {
     return true;
 }
 
-// Work of a stream. `begin` happens when it is given to the stream, `run` when it is its turn.
+// Work of a stream. `begin` happens when it is given to the stream, `run` when it is its turn, `after` when it counts as done.
 struct Work {
     std::function<void()> begin;
     std::function<int()> run;
+    std::function<void()> after;
 };
 using Graph = std::vector<Work>;
 
@@ -352,14 +353,18 @@ struct Stream {
                 next = std::move(waiting.front());
                 waiting.pop_front();
             }
-            if (!context->lost) {
+            const bool runs = !context->lost;
+            if (runs) {
                 dawdle();
                 const int outcome = next.run();
                 if (outcome != SUCCESS) context->lost = outcome;
             }
-            Lock held(lock);
-            done++;
-            changed.notify_all();
+            {
+                Lock held(lock);
+                done++;
+                changed.notify_all();
+            }
+            if (runs && next.after) next.after();
         }
     }
     void give(Work one) {
@@ -807,12 +812,12 @@ API int cuEventRecord(Event* event, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream") || !is_live(event, "event")) return INVALID_HANDLE;
     const uint64_t n = ++event->recorded;
-    return stream->take({nullptr, [=] {
+    // Whoever waited for it finds that the stream is there.
+    return stream->take({nullptr, [] { return SUCCESS; }, [=] {
         Lock held(event->lock);
         event->reached = std::max(event->reached, n);
         event->at = Clock::now();
         event->changed.notify_all();
-        return SUCCESS;
     }});
 }
 API int cuEventQuery(Event* event) {

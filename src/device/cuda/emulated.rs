@@ -70,6 +70,19 @@ impl Emulated {
     }
 }
 
+/// Tells a library that stands in for another one something, by a function of its own that takes a text.
+pub fn tell(library: &std::path::Path, function: &CStr, text: &str) {
+    let [path, text] = [library.to_str().unwrap(), text].map(|text| CString::new(text).unwrap());
+    // SAFETY: the library is open, and was made for this; its function has this type.
+    unsafe {
+        let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+        let symbol = libc::dlsym(library, function.as_ptr());
+        assert!(!symbol.is_null(), "{function:?}");
+        let call: extern "C" fn(*const c_char) = std::mem::transmute(symbol);
+        call(text.as_ptr());
+    }
+}
+
 impl Drop for Emulated {
     fn drop(&mut self) {
         if !std::thread::panicking() {

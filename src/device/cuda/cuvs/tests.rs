@@ -26,7 +26,7 @@ fn skipped(why: &str) {
 }
 
 /// A folder with a library of cuVS's name; `None`, visibly, where there is no C compiler.
-fn fake(macros: &[&str]) -> Option<TempDir> {
+pub(in super::super) fn fake(macros: &[&str]) -> Option<TempDir> {
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("fake.c");
     // Part of this program, which may run where its sources are not.
@@ -38,7 +38,7 @@ fn fake(macros: &[&str]) -> Option<TempDir> {
         .arg(source)
         .arg("-o")
         .arg(folder.path().join("libcuvs_c.so"))
-        .arg("-lm")
+        .args(["-lm", "-ldl"])
         .output();
     match ran {
         Ok(ran) => assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr)),
