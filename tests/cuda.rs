@@ -29,7 +29,7 @@ struct Served {
 }
 
 impl Served {
-    fn command(folder: &Path, device: &str, script: &str, config: &str) -> Option<Command> {
+    fn command(folder: &Path, device: &str, script: &str, config: &str, cpus: &str) -> Option<Command> {
         let Some(libraries) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
             let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
@@ -41,13 +41,17 @@ impl Served {
         command.env("LD_LIBRARY_PATH", libraries).env("EMU_CUDA", script);
         command.env("EMU_CUDA_REPORT", folder.join("report"));
         command.arg("serve").arg(bundle_path()).args(["--device", device, "--no-cache", "--config"]).arg(file);
-        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cpus", "0"]);
+        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cpus", cpus]);
         Some(command)
     }
 
     fn start(device: &str, script: &str, config: &str) -> Option<Self> {
+        Self::start_on("0", device, script, config)
+    }
+
+    fn start_on(cpus: &str, device: &str, script: &str, config: &str) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
-        let mut command = Self::command(folder.path(), device, script, config)?;
+        let mut command = Self::command(folder.path(), device, script, config, cpus)?;
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
         let (mut log, began) = (Vec::new(), Instant::now());
@@ -246,7 +250,7 @@ fn what_can_t_be_used_is_left_or_refused() {
     auto.stop();
 
     let folder = tempfile::tempdir().unwrap();
-    let ran = Served::command(folder.path(), "cuda:0", "delay_us=0", little).unwrap().output().unwrap();
+    let ran = Served::command(folder.path(), "cuda:0", "delay_us=0", little, "0").unwrap().output().unwrap();
     let said = String::from_utf8(ran.stderr).unwrap();
     assert_eq!(ran.status.code(), Some(1), "{said}");
     assert!(said.contains("device cuda:0") && said.contains("may be used of the"), "{said}");
@@ -254,4 +258,72 @@ fn what_can_t_be_used_is_left_or_refused() {
     let auto = Served::start("auto", "delay_us=0", "[device]\npatience_ms = 20000\n").unwrap();
     assert_eq!(auto.said("serving")[0]["device"], "cuda:0");
     auto.stop();
+}
+
+#[test]
+fn a_gpu_of_several_that_fails_is_fenced_alone() {
+    // The second one fails, and comes back; the first goes on.
+    let script = "seed=4,delay_us=20,devices=3,fail/1@12";
+    let config = "[device]\npatience_ms = 20000\n";
+    let Some(gpus) = Served::start_on("0,1", "cuda:0,cuda:1", script, config) else { return };
+    assert_eq!(gpus.said("device chosen")[0]["device"], "cuda:0,cuda:1");
+    assert_eq!(gpus.said("tables loaded").len(), 2);
+    let of = |device: usize, name: &str| gpus.metric(&format!("tastemaker_device_{name}{{device=\"cuda:{device}\"}}"));
+    let computed =
+        |device: usize| gpus.metric(&format!("tastemaker_device_jobs_total{{device=\"cuda:{device}\",by=\"device\"}}"));
+    let until = Instant::now() + Duration::from_secs(40);
+    let mut came_back_at = None;
+    let mut asked = 0;
+    while Instant::now() < until {
+        // Both workers take part only where there is work for both.
+        std::thread::scope(|scope| {
+            for user in 0..6 {
+                let addr = gpus.http;
+                scope.spawn(move || {
+                    let ask =
+                        json!({"user_id": format!("user-{}", (asked + user) % 80), "n_items": 10, "deadline_ms": 5000});
+                    let answer = post(addr, "/v1/recommend", &ask);
+                    assert_eq!(answer["items"].as_array().unwrap().len(), 10, "{answer}");
+                });
+            }
+        });
+        asked += 6;
+        if came_back_at.is_none() && of(1, "fenced_total") >= 1.0 && of(1, "up") == 1.0 {
+            came_back_at = Some(computed(1));
+        }
+        if came_back_at.is_some_and(|before| computed(1) > before) {
+            break;
+        }
+    }
+    assert!(came_back_at.is_some_and(|before| computed(1) > before), "{came_back_at:?} of {asked}");
+    assert_eq!((of(0, "fenced_total"), of(0, "up"), of(1, "up")), (0.0, 1.0, 1.0));
+    assert!(computed(0) > 0.0 && of(0, "memory_bytes") > 0.0 && of(1, "memory_bytes") > 0.0);
+    let report = gpus.stop();
+    assert!(!report.contains("misuse:"), "{report}");
+}
+
+#[test]
+fn gpus_are_taken_as_far_as_they_can_be_used() {
+    // All that there are; no more than workers; of `auto`, those that have room.
+    let Some(all) = Served::start_on("0,1", "cuda", "delay_us=0,devices=2", "[device]\npatience_ms = 20000\n") else {
+        return;
+    };
+    assert_eq!(all.said("serving")[0]["device"], "cuda:0,cuda:1");
+    all.stop();
+    let one = Served::start_on("0", "auto", "delay_us=0,devices=3", "[device]\npatience_ms = 20000\n").unwrap();
+    assert_eq!(one.said("serving")[0]["device"], "cuda:0");
+    assert_eq!(one.said("more GPUs than workers: the last ones are not used").len(), 1);
+    one.stop();
+    // The second has no memory for the first thing that it is asked for.
+    let script = "delay_us=0,devices=2,oom/1@1";
+    let left = Served::start_on("0,1", "auto", script, "[device]\npatience_ms = 20000\n").unwrap();
+    assert_eq!(left.said("serving")[0]["device"], "cuda:0", "{:?}", left.log);
+    assert_eq!(left.said("the device can't be used: the CPU computes")[0]["ordinal"], 1);
+    let answer = post(left.http, "/v1/recommend", &json!({"user_id": "user-1"}));
+    assert_eq!(answer["degraded"].as_array().map_or(0, Vec::len), 0, "{answer}");
+    left.stop();
+    let folder = tempfile::tempdir().unwrap();
+    let ran = Served::command(folder.path(), "cuda:0,cuda:1", script, "", "0,1").unwrap().output().unwrap();
+    let said = String::from_utf8(ran.stderr).unwrap();
+    assert!(ran.status.code() == Some(1) && said.contains("device cuda:1: "), "{said}");
 }

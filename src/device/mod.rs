@@ -205,41 +205,86 @@ impl Counters {
     }
 }
 
+/// Numbers of GPUs, as the driver counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gpus(u64);
+
+impl Gpus {
+    /// Numbers are below this.
+    pub const MOST: u32 = u64::BITS;
+
+    /// Number of GPUs.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether it is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Ascending.
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        (0..Self::MOST).filter(move |at| self.0 >> at & 1 == 1)
+    }
+}
+
+impl FromIterator<u32> for Gpus {
+    /// Those from [`Self::MOST`] on are left out.
+    fn from_iter<I: IntoIterator<Item = u32>>(all: I) -> Self {
+        Gpus(all.into_iter().filter_map(|at| 1u64.checked_shl(at)).fold(0, |set, bit| set | bit))
+    }
+}
+
+impl std::fmt::Display for Gpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.iter()
+            .enumerate()
+            .try_for_each(|(at, ordinal)| write!(f, "{}cuda:{ordinal}", if at > 0 { "," } else { "" }))
+    }
+}
+
 /// Where requests shall be computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// On the best device that works here.
+    /// On all GPUs that work here, or by the CPU engine.
     #[default]
     Auto,
     /// By the CPU engine.
     Cpu,
-    /// On the GPU of that number, or not at all.
-    Cuda(u32),
+    /// On these GPUs, or not at all; none: on all that work here.
+    Cuda(Gpus),
 }
 
 impl std::str::FromStr for Choice {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // Digits alone: `parse` would take a sign.
+        let ordinal = |text: &str| match text.strip_prefix("cuda:") {
+            Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().filter(|&n| n < Gpus::MOST),
+            _ => None,
+        };
         match text {
             "auto" => Ok(Choice::Auto),
             "cpu" => Ok(Choice::Cpu),
-            // Digits alone: `parse` would take a sign.
-            _ => match text.strip_prefix("cuda:") {
-                Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().map(Choice::Cuda),
-                _ => None,
+            "cuda" => Ok(Choice::Cuda(Gpus::default())),
+            _ => {
+                let named: Option<Vec<u32>> = text.split(',').map(ordinal).collect();
+                let named = named.filter(|named| named.iter().copied().collect::<Gpus>().len() == named.len());
+                named.map(|named| Choice::Cuda(named.into_iter().collect()))
             }
-            .ok_or("expected auto, cpu or cuda:N"),
+            .ok_or("expected auto, cpu, cuda, cuda:N or several, as in cuda:0,cuda:2"),
         }
     }
 }
 
 /// A device that was asked for can't be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("device cuda:{ordinal}: {reason}")]
+#[error("device {device}: {reason}")]
 pub struct ChoiceError {
-    /// The GPU's number.
-    pub ordinal: u32,
+    /// As asked for.
+    pub device: String,
     /// For the operator.
     pub reason: String,
 }
@@ -247,12 +292,12 @@ pub struct ChoiceError {
 /// What computes, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selected {
-    /// `cpu`, `cuda:0`.
+    /// `cpu`, `cuda:0`, `cuda:0,cuda:1`.
     pub name: String,
     /// For the log: why, or what it is.
     pub reason: String,
-    /// The GPU's number, where it is one.
-    pub gpu: Option<u32>,
+    /// The GPUs, where it is some.
+    pub gpus: Gpus,
     /// Whether nothing else will do.
     pub required: bool,
 }
@@ -262,23 +307,27 @@ pub struct Selected {
 /// # Errors
 /// A GPU was asked for that can't be used.
 pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
-    let cpu = |reason| Selected { name: "cpu".to_owned(), reason, gpu: None, required: false };
-    let found = |gpu: cuda::probe::Gpu, required| Selected {
-        name: format!("cuda:{}", gpu.ordinal),
-        reason: gpu.to_string(),
-        gpu: Some(gpu.ordinal),
-        required,
+    let cpu = |reason| Selected { name: "cpu".to_owned(), reason, gpus: Gpus::default(), required: false };
+    let found = |all: Vec<cuda::probe::Gpu>, required| {
+        let gpus: Gpus = all.iter().map(|gpu| gpu.ordinal).collect();
+        let reasons: Vec<String> = all.iter().map(ToString::to_string).collect();
+        Selected { name: gpus.to_string(), reason: reasons.join("; "), gpus, required }
     };
+    let failed = |device: String, unfit: cuda::probe::Unfit| ChoiceError { device, reason: unfit.to_string() };
     match choice {
         Choice::Cpu => Ok(cpu("as asked".to_owned())),
-        Choice::Auto => Ok(match cuda::probe::probe(None) {
-            Ok(gpu) => found(gpu, false),
+        Choice::Auto => Ok(match cuda::probe::probe_all(None) {
+            Ok(all) => found(all, false),
             Err(unfit) => cpu(unfit.to_string()),
         }),
-        Choice::Cuda(ordinal) => match cuda::probe::probe(Some(ordinal)) {
-            Ok(gpu) => Ok(found(gpu, true)),
-            Err(unfit) => Err(ChoiceError { ordinal, reason: unfit.to_string() }),
-        },
+        Choice::Cuda(gpus) if gpus.is_empty() => {
+            let all = cuda::probe::probe_all(None).map_err(|unfit| failed("cuda".to_owned(), unfit))?;
+            Ok(found(all, true))
+        }
+        Choice::Cuda(gpus) => {
+            let one = |at| cuda::probe::probe(Some(at)).map_err(|unfit| failed(format!("cuda:{at}"), unfit));
+            Ok(found(gpus.iter().map(one).collect::<Result<_, _>>()?, true))
+        }
     }
 }
 

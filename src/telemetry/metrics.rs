@@ -363,8 +363,8 @@ pub struct Gauges<'a> {
     pub followed: Option<&'a ItemCounters>,
     /// Uses of Redis, where there are some.
     pub links: &'a [Arc<Link>],
-    /// A device that may fail, where there is one.
-    pub device: Option<&'a Counters>,
+    /// Devices that may fail.
+    pub devices: &'a [Arc<Counters>],
     /// The bundle.
     pub generation: &'a str,
     /// Partitions of the index: all, and those that did not answer when they were last asked.
@@ -664,7 +664,7 @@ impl Metrics {
                 }
             }
         }
-        if let Some(device) = gauges.device {
+        if !gauges.devices.is_empty() {
             type Counted = fn(&Counters) -> &AtomicU64;
             let families: [(_, _, _, &[(&str, Counted)]); 6] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
@@ -695,7 +695,9 @@ impl Metrics {
             ];
             for (name, kind, help, lines) in families {
                 head(o, name, kind, help);
-                for (labels, of) in lines {
+                for (device, (labels, of)) in
+                    gauges.devices.iter().flat_map(|d| lines.iter().map(move |line| (d, line)))
+                {
                     line(o, name, &format!("device=\"{}\"{labels}", device.device), of(device).load(Relaxed));
                 }
             }
