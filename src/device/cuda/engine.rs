@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tastemaker_kernels::{MAX_K, ScoreBy};
 
 use super::context::Context;
+use super::cuvs::{Cuvs, Unavailable};
 use super::finder::{Asked, Failure, Finder, Indexed, Plan};
 use super::kernels::{Image, image};
 use super::ops::{Lists, ListsMut, Scoring, Vectors};
@@ -56,6 +57,8 @@ pub struct Cuda {
     config: DeviceConfig,
     n_workers: usize,
     image: Image,
+    /// Opened when it is first needed.
+    pub(super) cuvs: OnceLock<Result<&'static Cuvs, Unavailable>>,
     /// While a worker uses it.
     shared: Mutex<Weak<Shared>>,
 }
@@ -80,7 +83,7 @@ impl Cuda {
 
     fn with_image(gpu: Gpu, config: &DeviceConfig, n_workers: usize, image: Image) -> Arc<Self> {
         let (counters, shared) = (Arc::new(Counters::new(&format!("cuda:{}", gpu.ordinal))), Mutex::default());
-        Arc::new(Cuda { gpu, counters, config: config.clone(), n_workers, image, shared })
+        Arc::new(Cuda { gpu, counters, config: config.clone(), n_workers, image, cuvs: OnceLock::new(), shared })
     }
 
     /// The context, and the generation's tables in it, which stay there while this is held or a worker uses them.
@@ -174,7 +177,12 @@ impl Cuda {
         let stream = Stream::new(&shared.context)?;
         let mut resident = Resident::new(&stream, generation.clone(), matrix, longest, self.config.vectors)?;
         if let (Some(plan), Stored::F32(vectors)) = (plan, &resident.vectors) {
-            match Indexed::new(&stream, self.gpu.ordinal, vectors, plan, generation, &self.config) {
+            let folder = Some(Path::new(&self.config.cuvs)).filter(|folder| !folder.as_os_str().is_empty());
+            let cuvs = self.cuvs.get_or_init(|| Cuvs::load(folder)).as_ref().map_err(ToString::to_string);
+            let made = cuvs.and_then(|cuvs| {
+                Indexed::new(&stream, self.gpu.ordinal, (cuvs, vectors), plan, generation, &self.config)
+            });
+            match made {
                 Ok(indexed) => resident.indexed = Some(Arc::new(indexed)),
                 Err(reason) => exactly(reason),
             }

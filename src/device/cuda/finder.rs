@@ -133,13 +133,11 @@ impl Indexed {
     pub fn new(
         stream: &Stream,
         ordinal: u32,
-        vectors: &Table<f32>,
+        (cuvs, vectors): (&'static Cuvs, &Table<f32>),
         plan: Plan,
         generation: &Generation,
         config: &DeviceConfig,
     ) -> Result<Self, String> {
-        let folder = Some(Path::new(&config.cuvs)).filter(|folder| !folder.as_os_str().is_empty());
-        let cuvs = Cuvs::load(folder).map_err(|unavailable| unavailable.to_string())?;
         let context = stream.context().clone();
         context.bind().map_err(|error| error.to_string())?;
         let began = Instant::now();

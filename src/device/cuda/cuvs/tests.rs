@@ -134,12 +134,15 @@ fn held(values: &[f32], dim: usize, value: Value) -> Held {
     }
 }
 
-fn resources(folder: &TempDir) -> Resources {
+/// The stand-in, which needs nothing else for its files.
+pub(in super::super) fn with_files(folder: &TempDir) -> &'static Cuvs {
     let loaded = Cuvs::load(Some(folder.path())).unwrap();
-    // The stand-in needs nothing else for its files.
-    let cuvs = Box::leak(Box::new(Cuvs { files: Ok(()), ..*loaded }));
+    Box::leak(Box::new(Cuvs { files: Ok(()), ..*loaded }))
+}
+
+fn resources(folder: &TempDir) -> Resources {
     // SAFETY: the stand-in has no streams.
-    unsafe { Resources::new(cuvs, NO_STREAM, 0) }.unwrap()
+    unsafe { Resources::new(with_files(folder), NO_STREAM, 0) }.unwrap()
 }
 
 /// Searches `queries` (f32, of `index`'s dimension) as the index's type wants them; results as rows with scores.

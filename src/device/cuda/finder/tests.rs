@@ -1,14 +1,13 @@
 //! The engine with an index, by a stand-in for cuVS that works on the emulated driver's memory and streams, exactly: what comes out is what
 //! the CPU finds, whatever the index's kind, and whatever fails of it.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::super::cuvs::tests::fake;
+use super::super::cuvs::tests::{fake, with_files};
 use super::super::emulated::{Emulated, tell};
 use super::super::engine::tests::{compare, cpu, cuda, jobs};
 use super::super::engine::{Cuda, CudaDevice};
@@ -206,11 +205,7 @@ fn a_lost_context_takes_its_index_with_it() {
 fn an_index_is_kept_and_read_if_it_is_whole() {
     let Some(emulated) = Emulated::open("delay_us=0") else { return };
     let Some(folder) = &fake(&["-DEMULATED"]) else { return };
-    if !Path::new("/proc/modules").exists() {
-        return;
-    }
-    // What cuVS opens for its files, and the stand-in does not need.
-    std::fs::copy(folder.path().join("libcuvs_c.so"), folder.path().join("libcufile.so.0")).unwrap();
+    let cuvs = with_files(folder);
     for (kind, build) in [
         (IndexKind::IvfFlat, "cuvsIvfFlatBuild"),
         (IndexKind::IvfPq, "cuvsIvfPqBuild"),
@@ -221,7 +216,9 @@ fn an_index_is_kept_and_read_if_it_is_whole() {
         let config = DeviceConfig { index_cache, ..config(folder) };
         let by_index = |generation: &Arc<Generation>, script: &str| {
             told(folder, script);
-            let mut device = device(&cuda(&config, 1), 40, generation);
+            let cuda = cuda(&config, 1);
+            cuda.cuvs.set(Ok(cuvs)).unwrap();
+            let mut device = device(&cuda, 40, generation);
             launches(&emulated, &mut device, generation, 5, 1) == 1
         };
         let (one, broken) = (generation(400, 5, Metric::L2, kind, 1), format!("{build}@1=broken"));
