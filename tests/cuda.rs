@@ -34,7 +34,7 @@ impl Served {
     fn command(folder: &Path, bundle: &Path, device: &str, script: &str, config: &str, cpus: &str) -> Option<Command> {
         let Some(libraries) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
             return None;
         };
         let file = folder.join("t.toml");
@@ -388,6 +388,7 @@ fn an_index_of_cuvs_answers_and_is_kept() {
             gpu.metric(&format!("tastemaker_device_searches_total{{device=\"cuda:0\",settled=\"{settled}\"}}"))
         };
         assert!(searches("yes") >= 30.0, "{}, {} not", searches("yes"), searches("no"));
+        assert!(gpu.metric("tastemaker_device_index_searches_total{device=\"cuda:0\"}") >= 30.0);
         let report = gpu.stop();
         assert!(!report.contains("misuse:"), "{report}");
     }

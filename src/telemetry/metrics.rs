@@ -666,7 +666,7 @@ impl Metrics {
         }
         if !gauges.devices.is_empty() {
             type Counted = fn(&Counters) -> &AtomicU64;
-            let families: [(_, _, _, &[(&str, Counted)]); 6] = [
+            let families: [(_, _, _, &[(&str, Counted)]); 7] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
                 ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
                 ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
@@ -691,6 +691,12 @@ impl Metrics {
                     "counter",
                     "Searches that what a device found settled, or that the CPU did again",
                     &[(",settled=\"yes\"", |d| &d.settled.yes), (",settled=\"no\"", |d| &d.settled.no)],
+                ),
+                (
+                    "tastemaker_device_index_searches_total",
+                    "counter",
+                    "Searches of a device by an index of cuVS",
+                    &[("", |d| &d.by_index)],
                 ),
             ];
             for (name, kind, help, lines) in families {

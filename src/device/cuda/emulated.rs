@@ -24,7 +24,7 @@ impl Emulated {
         let alone = ALONE.lock();
         let Some(folder) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
             return None;
         };
         let path = CString::new(folder.join("libcuda.so").to_str().unwrap()).unwrap();

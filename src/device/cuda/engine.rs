@@ -829,6 +829,9 @@ impl CudaDevice {
         norms.extend(questions.iter().map(|question| question.norm));
         let ordinal = self.cuda.gpu.ordinal;
         searcher.search(&self.stream, ordinal, &questions, (wanted, &effort), items.flatten(), &mut self.answers)?;
+        if self.answers.by_index.is_some() {
+            self.cuda.counters.by_index.fetch_add(questions.len() as u64, Relaxed);
+        }
         let spent = clock.elapsed();
         let mut before = 0;
         for (job, &end) in batch.iter_mut().zip(&ends) {

@@ -27,7 +27,8 @@ fn without_a_gpu_it_says_so() {
 #[test]
 fn what_makes_no_sense_is_refused() {
     let (code, said) = gpu_check(&["run", "--only", "kernels,fun"]);
-    let want = "gpu_check: --only fun: expected tests, kernels, sanitizer, cuvs, bench-kernels, bench-cuvs\n";
+    let want = "gpu_check: --only fun: expected kernels, engine, cuvs, bench-kernels, bench-engine, tests, bench-cuvs, \
+                sanitizer\n";
     assert_eq!((code, said.as_str()), (Some(1), want));
     let folder = tempfile::tempdir().unwrap();
     let at = folder.path().to_str().unwrap();
