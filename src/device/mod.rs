@@ -334,6 +334,9 @@ pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
     }
 }
 
+/// How long a device that comes back may take where it makes an index of many vectors; the CPU serves meanwhile.
+const INDEX_PATIENCE: Duration = Duration::from_secs(1800);
+
 /// An accelerator that workers use together.
 pub struct Accelerator {
     cuda: Arc<cuda::engine::Cuda>,
@@ -386,7 +389,11 @@ impl Accelerator {
     /// How long it is waited for.
     pub fn patience(&self) -> guard::Options {
         let patience = Duration::from_millis(u64::from(self.config.patience_ms));
-        guard::Options { patience, ..guard::Options::default() }
+        let mut options = guard::Options { patience, ..guard::Options::default() };
+        if self.config.index != IndexChoice::Exact {
+            options.load_patience = INDEX_PATIENCE;
+        }
+        options
     }
 }
 
