@@ -7,7 +7,8 @@ mod source;
 
 pub use launch::{
     Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MaskScores,
-    MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS, TopkSelect,
+    MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS, TakeNeighbors,
+    TopkSelect,
 };
 pub use source::{ARCHITECTURES, OPTIONS, PIECES, SOURCE};
 

@@ -114,6 +114,10 @@ impl SharedIndex {
         SharedIndex { spec, current, n_changes: AtomicU32::new(0), making: Mutex::new(()) }
     }
 
+    pub fn spec(&self) -> &IndexSpec {
+        &self.spec
+    }
+
     pub fn get(&self, matrix: Option<&Matrix>, metric: Metric) -> Option<Arc<dyn VectorIndex>> {
         let make = |matrix: &Matrix| {
             Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect())) as Arc<dyn VectorIndex>

@@ -179,6 +179,18 @@ impl SearchParams {
         }
     }
 
+    /// Of each the larger, where either says something.
+    pub fn most(&self, others: &SearchParams) -> SearchParams {
+        SearchParams {
+            n_probes: self.n_probes.max(others.n_probes),
+            refine_ratio: match (self.refine_ratio, others.refine_ratio) {
+                (Some(one), Some(other)) => Some(one.max(other)),
+                (one, other) => one.or(other),
+            },
+            ef_search: self.ef_search.max(others.ef_search),
+        }
+    }
+
     /// Lists of average length that are scanned without a filter, of `n_lists` with `n` vectors.
     pub fn n_probes_of(&self, k: usize, n: usize, n_lists: usize) -> usize {
         let wanted = self.n_probes.map_or_else(
