@@ -14,6 +14,8 @@ constexpr u32 THREADS = 256; // of every block
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr u32 NO_ROW = 0xffffffffu;
 constexpr u64 NO_KEY = ~0ull;
+// Words that say of a request where in the tail lists begin, how long these are, and beginning and number of seen rows and liked items.
+constexpr u32 ASKED = 8;
 
 #ifndef EMULATED // the emulator has its own of these
 #define KERNEL(name, blocks) extern "C" __global__ void __launch_bounds__(THREADS, blocks) name
@@ -144,4 +146,16 @@ DEVICE void bitonic_steps(u64 (&keys)[PER], Keys spill, u32 size, u32 stride) {
 template <u32 PER, class Keys>
 DEVICE void block_sort(u64 (&keys)[PER], Keys spill, u32 n) {
     for (u32 size = 2; size <= n; size *= 2) bitonic_steps(keys, spill, size, size / 2);
+}
+
+// The place of `row` among the `n` ascending ones, `n` where it is not there.
+template <class Rows>
+DEVICE u32 place_of(Rows rows, u32 n, u32 row) {
+    u32 low = 0, high = n;
+    while (low < high) {
+        const u32 middle = (low + high) / 2;
+        if (rows[middle] < row) low = middle + 1;
+        else high = middle;
+    }
+    return low < n && rows[low] == row ? low : n;
 }

@@ -1,6 +1,9 @@
 //! Every GPU kernel, on the CPU by the emulator, against its twin: the same source that nvcc and NVRTC compile. And that the emulator
 //! and these comparisons notice bugs: each planted one is found. What only a GPU can show is not shown here.
 
+#[path = "kernels/slates.rs"]
+mod slates;
+
 use half::bf16;
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -677,15 +680,15 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
             }
             .check(variant, seed)
         }
-        _ => Err(format!("no shapes for {kernel}")),
+        _ => slates::check(kernel, variant, seed),
     }
 }
 
 #[test]
 fn planted_bugs_are_noticed() {
-    for kernel in
-        ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows", "scores_f32"]
-    {
+    let old = ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows", "scores_f32"];
+    let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "finish_slates"];
+    for kernel in old.into_iter().chain(slates) {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");
         }

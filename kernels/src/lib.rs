@@ -3,12 +3,15 @@
 #![forbid(unsafe_code)]
 
 mod launch;
+mod slates;
 mod source;
 
 pub use launch::{
-    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MaskScores,
-    MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS, TopkSelect,
+    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MOST_ARGUMENTS,
+    MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,
+    TopkSelect,
 };
+pub use slates::{AddScores, Column, ExactScores, FillColumns, FinishSlates, MaskSeen, SettleLists, SumOrder};
 pub use source::{ARCHITECTURES, OPTIONS, PIECES, SOURCE};
 
 /// [`SOURCE`], compiled for [`ARCHITECTURES`] and as PTX for the first of them, which newer ones can translate; `None` where the build

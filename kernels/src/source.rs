@@ -17,7 +17,11 @@ pieces!(
     "merge_candidates.cu",
     "filter_candidates.cu",
     "gather_rows.cu",
-    "scores.cu"
+    "scores.cu",
+    "exact_scores.cu",
+    "settle_lists.cu",
+    "fill_columns.cu",
+    "finish_slates.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

@@ -320,8 +320,9 @@ impl Loaded {
         self.score(scratch, job, None);
 
         clock = Instant::now();
-        blend_search(config.search_weight, scratch);
-        let Scratch { order, scores, candidates, .. } = scratch;
+        let Scratch { order, scores, candidates, lists, .. } = scratch;
+        let best = lists[Source::Search as usize].first().map_or(0.0, |scored| scored.score);
+        blend_search(config.search_weight, best, &candidates.source_scores[Source::Search as usize], scores);
         order.clear();
         order.extend(candidates.rows.iter().zip(&*scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
         job.ranked.n_nan = scores.iter().filter(|s| s.is_nan()).count() as u32;
@@ -750,17 +751,14 @@ impl Gathered<'_> {
     }
 }
 
-/// With a query, adds `weight` × the search score over the best search score: what was asked for comes before what
-/// is merely liked.
-fn blend_search(weight: f32, scratch: &mut Scratch) {
-    let Some(best) = scratch.lists[Source::Search as usize].first().map(|s| s.score).filter(|s| *s > 0.0) else {
-        return;
-    };
-    let finite = || scratch.scores.iter().copied().filter(|s| s.is_finite());
-    let range = finite().fold(f32::NEG_INFINITY, f32::max) - finite().fold(f32::INFINITY, f32::min);
-    let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
-    for (score, search) in scratch.scores.iter_mut().zip(&scratch.candidates.source_scores[Source::Search as usize]) {
-        *score += unit * search;
+/// With a query, whose `best` search score is above 0, adds `weight` × the search score over the best to each: what was asked for comes
+/// before what is merely liked.
+fn blend_search(weight: f32, best: f32, search: &[f32], scores: &mut [f32]) {
+    if best > 0.0 {
+        let finite = || scores.iter().copied().filter(|s| s.is_finite());
+        let range = finite().fold(f32::NEG_INFINITY, f32::max) - finite().fold(f32::INFINITY, f32::min);
+        let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
+        scores.iter_mut().zip(search).for_each(|(score, search)| *score += unit * search);
     }
 }
 
