@@ -4,12 +4,13 @@
 // It is an unkind driver: what is not ordered by a stream, an event or a wait happens in an order that a seed decides, and late; memory
 // holds rubbish when it is new, and so does the host's memory between a copy to it and the wait for that copy. So a wait that is missing
 // shows as a wrong answer. Noticed and reported as misuse: handles and memory that are not there or not any more, copies beyond a buffer,
-// writing around one, freeing host memory that a copy still needs, waiting inside a capture, anything left over when a context goes.
+// writing around one, freeing host memory that a copy still needs, waiting or giving memory out or back inside a capture, anything left over when
+// a context goes.
 //
 // EMU_CUDA, or emu_cuda_script at run time, holds settings between commas: seed=N, delay_us=N (the longest that work waits, 0: none),
 // memory=BYTES, devices=N; and faults, each at the n-th of its kind and, where `+every` follows, again and again: oom@N (an allocation),
 // fail@N[=CODE] (a launch; the context is lost, 719 by default), ecc@N (the same with 214), hang@N[=MS] (a launch takes so long, 2000 by
-// default), wrong@N (a launch does nothing). EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
+// default), wrong@N (a launch does nothing), nograph@N (a capture can't be made executable). EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
 
 #include <algorithm>
 #include <atomic>
@@ -55,14 +56,15 @@ using Clock = std::chrono::steady_clock;
 enum Result : int {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201, ECC_UNCORRECTABLE = 214, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700,
-    LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901,
+    LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901,
 };
 constexpr size_t KEPT_DEAD = 512; // freed allocations whose pages still fault
 constexpr unsigned char RUBBISH = 0xa5;
 constexpr char IMAGE[] = "EMULATED CUBIN 1";
 
-enum Count { ALLOCATIONS, LAUNCHES, UPLOADS, DOWNLOADS, GRAPHS, MISUSES, COUNTS };
-constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "uploads", "downloads", "graph_launches", "misuses"};
+enum Count { ALLOCATIONS, LAUNCHES, GIVEN, UPLOADS, DOWNLOADS, GRAPHS, INSTANTIATED, MISUSES, COUNTS };
+constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "single_launches", "uploads", "downloads",
+                                               "graph_launches", "graphs", "misuses"};
 std::atomic<uint64_t> counts[COUNTS];
 
 struct Fault {
@@ -392,11 +394,13 @@ int ready() {
     }
     return current->lost;
 }
-// Waiting is not for a thread that captures.
-int may_wait(Stream* stream) {
-    if (!stream->capture) return SUCCESS;
-    misuse("a wait inside a capture");
-    stream->spoilt = true;
+// What this thread captures.
+thread_local Stream* capturing = nullptr;
+// Waiting, and giving memory out and back, are not for a thread that captures.
+int outside_captures(const char* what) {
+    if (!capturing) return SUCCESS;
+    misuse("%s inside a capture", what);
+    capturing->spoilt = true;
     return CAPTURE_UNSUPPORTED;
 }
 
@@ -556,9 +560,12 @@ API int cuDevicePrimaryCtxRelease_v2(int) {
         Lock handles(handle_lock());
         streams.assign(live<Stream>().begin(), live<Stream>().end());
         const size_t events = live<Event>().size(), modules = live<Module>().size();
-        live<Stream>().clear(), live<Event>().clear(), live<Module>().clear(), live<Executable>().clear();
+        const size_t graphs = live<Graph>().size() + live<Executable>().size();
+        live<Stream>().clear(), live<Event>().clear(), live<Module>().clear(), live<Graph>().clear(), live<Executable>().clear();
         handles.unlock();
-        if (streams.size() + events + modules > 0) misuse("left over: %zu streams, %zu events, %zu modules", streams.size(), events, modules);
+        if (streams.size() + events + modules + graphs > 0) {
+            misuse("left over: %zu streams, %zu events, %zu modules, %zu graphs", streams.size(), events, modules, graphs);
+        }
     }
     for (Stream* stream : streams) end(stream);
     std::vector<std::pair<uintptr_t, bool>> left;
@@ -586,6 +593,7 @@ API int cuCtxGetCurrent(Context** context) {
 }
 API int cuCtxSynchronize() {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a wait")) return refused;
     std::vector<Stream*> all;
     {
         Lock held(handle_lock());
@@ -604,23 +612,27 @@ API int cuMemGetInfo_v2(size_t* left, size_t* total) {
 }
 API int cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     if (bytes == 0) return INVALID_VALUE;
     *at = (uintptr_t)allocate(bytes, false);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFree_v2(uintptr_t at) {
+    if (const int refused = outside_captures("memory given back")) return refused;
     const int before = cuCtxSynchronize();
     release(at, false);
     return before;
 }
 API int cuMemAllocAsync(uintptr_t* at, size_t bytes, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (bytes == 0) return INVALID_VALUE;
     *at = (uintptr_t)allocate(bytes, false);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
+    if (const int refused = outside_captures("memory given back")) return refused;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     // Of a context that is lost, too: its memory comes back when it is gone, here at once.
     if (const int not_ready = ready()) {
@@ -636,10 +648,14 @@ API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
 }
 API int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     *at = allocate(bytes, true);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
-API int cuMemFreeHost(void* at) { return release((uintptr_t)at, true) ? SUCCESS : INVALID_VALUE; }
+API int cuMemFreeHost(void* at) {
+    if (const int refused = outside_captures("memory given back")) return refused;
+    return release((uintptr_t)at, true) ? SUCCESS : INVALID_VALUE;
+}
 API int cuDeviceGetDefaultMemPool(void** pool, int) {
     *pool = &device();
     return SUCCESS;
@@ -689,6 +705,7 @@ API int cuStreamCreate(Stream** out, unsigned) {
 }
 API int cuStreamDestroy_v2(Stream* stream) {
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
+    if (capturing == stream) capturing = nullptr;
     {
         Lock held(handle_lock());
         live<Stream>().erase(stream);
@@ -699,7 +716,7 @@ API int cuStreamDestroy_v2(Stream* stream) {
 API int cuStreamSynchronize(Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (const int refused = may_wait(stream)) return refused;
+    if (const int refused = outside_captures("a wait")) return refused;
     stream->wait();
     return ready();
 }
@@ -746,11 +763,13 @@ API int cuEventRecord(Event* event, Stream* stream) {
 }
 API int cuEventQuery(Event* event) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a look at an event")) return refused;
     if (!is_live(event, "event")) return INVALID_HANDLE;
     return event->is_reached(event->recorded) ? SUCCESS : NOT_READY;
 }
 API int cuEventSynchronize(Event* event) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a wait")) return refused;
     if (!is_live(event, "event")) return INVALID_HANDLE;
     const uint64_t until = event->recorded;
     Context* context = current;
@@ -799,6 +818,7 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
         values.emplace_back(from, from + function->kernel->sizes[at]);
     }
     const emu::Kernel* kernel = function->kernel;
+    if (!stream->capture) counts[GIVEN]++;
     return stream->take({nullptr, [=] {
         const unsigned grid[3] = {grid_x, grid_y, grid_z};
         return launch(kernel, grid, block_x, shared, values);
@@ -808,9 +828,10 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
 API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (stream->capture) return INVALID_VALUE;
+    if (stream->capture || capturing) return INVALID_VALUE;
     stream->capture = std::make_unique<Graph>();
     stream->spoilt = false;
+    capturing = stream;
     return SUCCESS;
 }
 API int cuStreamEndCapture(Stream* stream, Graph** graph) {
@@ -818,15 +839,25 @@ API int cuStreamEndCapture(Stream* stream, Graph** graph) {
     if (!stream->capture) return INVALID_VALUE;
     *graph = nullptr;
     std::unique_ptr<Graph> captured = std::move(stream->capture);
+    capturing = nullptr;
     if (stream->spoilt) return CAPTURE_INVALIDATED;
-    *graph = captured.release();
+    *graph = add(captured.release());
     return SUCCESS;
 }
 API int cuGraphInstantiateWithFlags(Executable** out, Graph* graph, unsigned long long) {
+    if (const int not_ready = ready()) return not_ready;
+    if (!is_live(graph, "graph")) return INVALID_HANDLE;
+    uint64_t value;
+    if (due("nograph", ++counts[INSTANTIATED], value)) return NOT_SUPPORTED;
     *out = add(new Executable{*graph});
     return SUCCESS;
 }
 API int cuGraphDestroy(Graph* graph) {
+    if (!is_live(graph, "graph")) return INVALID_HANDLE;
+    {
+        Lock held(handle_lock());
+        live<Graph>().erase(graph);
+    }
     delete graph;
     return SUCCESS;
 }

@@ -12,7 +12,7 @@ use tastemaker_kernels::{PIECES, kernels_of};
 use crate::device::DeviceError;
 
 /// The functions of the driver that are called beside the probe's. cudarc panics where one is missing, so they are looked for first.
-const NEEDED: [&[u8]; 26] = [
+const NEEDED: [&[u8]; 32] = [
     b"cuDevicePrimaryCtxRetain\0",
     b"cuDevicePrimaryCtxRelease_v2\0",
     b"cuCtxSetCurrent\0",
@@ -39,6 +39,12 @@ const NEEDED: [&[u8]; 26] = [
     b"cuModuleUnload\0",
     b"cuModuleGetFunction\0",
     b"cuLaunchKernel\0",
+    b"cuStreamBeginCapture_v2\0",
+    b"cuStreamEndCapture\0",
+    b"cuGraphInstantiateWithFlags\0",
+    b"cuGraphDestroy\0",
+    b"cuGraphExecDestroy\0",
+    b"cuGraphLaunch\0",
 ];
 
 /// The primary context of a GPU, which libraries share with us, and our kernels in it.
@@ -137,7 +143,9 @@ impl Context {
     pub fn check<T>(&self, what: &str, answer: Result<T, DriverError>) -> Result<T, DeviceError> {
         use CUresult::{
             CUDA_ERROR_INVALID_HANDLE, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
-            CUDA_ERROR_NOT_FOUND, CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_OUT_OF_MEMORY,
+            CUDA_ERROR_NOT_FOUND, CUDA_ERROR_NOT_PERMITTED, CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_OUT_OF_MEMORY,
+            CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+            CUDA_ERROR_STREAM_CAPTURE_ISOLATION, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
         };
         answer.map_err(|error| match error.0 {
             CUDA_ERROR_OUT_OF_MEMORY => DeviceError::OutOfMemory,
@@ -147,7 +155,12 @@ impl Context {
                     CUDA_ERROR_INVALID_VALUE,
                     CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
                     CUDA_ERROR_NOT_FOUND,
+                    CUDA_ERROR_NOT_PERMITTED,
                     CUDA_ERROR_NOT_SUPPORTED,
+                    CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+                    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+                    CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+                    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
                 ];
                 if !passes.contains(&code) {
                     self.lost.store(true, Ordering::Release);
