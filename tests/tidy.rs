@@ -49,6 +49,8 @@ fn unsafe_is_fenced() {
         "src/device/cuda/cuvs/tests.rs",
         "src/device/cuda/kernels.rs",
         "src/device/cuda/ops.rs",
+        "src/device/cuda/pipeline/mod.rs",
+        "src/device/cuda/pipeline/ops.rs",
         "src/device/cuda/probe.rs",
         "src/device/cuda/stream.rs",
         "src/server/http.rs",

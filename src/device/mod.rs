@@ -76,7 +76,7 @@ pub enum DeviceError {
 pub struct DeviceConfig {
     /// Workers that use the GPU, each with a stream of its own; the others compute on their CPUs alone. 0 to 1024; 0, the default: all.
     pub workers: u32,
-    /// Jobs of a batch. 1 to 64, default 16.
+    /// Jobs of a batch. 1 to 1024, default 16.
     pub max_batch_size: u32,
     /// How long the first job of a batch may wait for others, microseconds. 0 to 10000; 0, the default: only what waits already is taken
     /// along.
@@ -117,7 +117,7 @@ impl DeviceConfig {
     pub fn validate(&self) -> Result<(), String> {
         let ranges = [
             ("workers", u64::from(self.workers), 0, 1024),
-            ("max_batch_size", u64::from(self.max_batch_size), 1, 64),
+            ("max_batch_size", u64::from(self.max_batch_size), 1, 1024),
             ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
             ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
             ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
@@ -156,6 +156,8 @@ pub struct Counters {
     pub out_of_memory: AtomicU64,
     /// Whether what it found settled searches.
     pub settled: Settled,
+    /// What became of recommendations.
+    pub slates: cuda::pipeline::Slates,
     /// Memory that it was given.
     pub memory_bytes: AtomicU64,
 }
@@ -172,6 +174,7 @@ impl Counters {
             late: AtomicU64::new(0),
             out_of_memory: AtomicU64::new(0),
             settled: Settled::default(),
+            slates: Default::default(),
             memory_bytes: AtomicU64::new(0),
         }
     }

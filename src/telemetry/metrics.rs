@@ -666,7 +666,7 @@ impl Metrics {
         }
         if let Some(device) = gauges.device {
             type Counted = fn(&Counters) -> &AtomicU64;
-            let families: [(_, _, _, &[(&str, Counted)]); 6] = [
+            let families: [(_, _, _, &[(&str, Counted)]); 7] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
                 ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
                 ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
@@ -691,6 +691,16 @@ impl Metrics {
                     "counter",
                     "Searches that what a device found settled, or that the CPU did again",
                     &[(",settled=\"yes\"", |d| &d.settled.yes), (",settled=\"no\"", |d| &d.settled.no)],
+                ),
+                (
+                    "tastemaker_device_recommendations_total",
+                    "counter",
+                    "Recommendations computed on a device as a whole, or ranked by the CPU: it was not asked, or left something open",
+                    &[
+                        (",by=\"device\"", |d| &d.slates.whole),
+                        (",by=\"cpu\",reason=\"refused\"", |d| &d.slates.refused),
+                        (",by=\"cpu\",reason=\"open\"", |d| &d.slates.open),
+                    ],
                 ),
             ];
             for (name, kind, help, lines) in families {

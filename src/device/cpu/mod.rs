@@ -1,5 +1,6 @@
 //! The CPU engine: complete, always there, and the oracle for every other device.
 
+mod apart;
 mod live;
 mod rankers;
 pub mod twins;
@@ -28,6 +29,9 @@ use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
 use crate::state::fold_in::FoldInScratch;
+pub use apart::Weighted;
+#[cfg(test)]
+pub(crate) use apart::testing as apart_testing;
 #[cfg(test)]
 pub(crate) use live::with_changed;
 use rankers::LoadedRanker;
@@ -43,6 +47,10 @@ const FUSION_WEIGHTS: [f32; Source::COUNT] = [1.0, 1.0, 0.02, 1.0];
 pub trait Ahead {
     /// A list for each vector that the `job`-th job searches by; empty: it is searched here.
     fn of(&self, job: usize) -> &[Found<'_>];
+    /// Whether the `job`-th job is somebody else's.
+    fn skips(&self, _job: usize) -> bool {
+        false
+    }
     /// Counts what became of the lists.
     fn settled(&self) -> &Settled;
 }
@@ -55,11 +63,13 @@ static UNCOUNTED: Settled = Settled { yes: AtomicU64::new(0), no: AtomicU64::new
 struct Asked<'a> {
     found: &'a [Found<'a>],
     settled: &'a Settled,
+    /// Neighbours are not looked for here: somebody else does.
+    elsewhere: bool,
 }
 
 impl<'a> Asked<'a> {
     /// Nothing was looked for.
-    const NONE: Asked<'static> = Asked { found: &[], settled: &UNCOUNTED };
+    const NONE: Asked<'static> = Asked { found: &[], settled: &UNCOUNTED, elsewhere: false };
 
     /// The index that has been asked already, where it was.
     fn over(self, index: Option<&'a dyn VectorIndex>) -> Option<Prefetched<'a>> {
@@ -184,13 +194,19 @@ impl CpuDevice {
             }
         }
         for (at, job) in batch.iter_mut().enumerate() {
+            if ahead.is_some_and(|ahead| ahead.skips(at)) {
+                continue;
+            }
             self.load(&job.generation)?;
             let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
                 return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
             };
             loaded.renew_index();
             let (config, scratch) = (&self.config, &mut self.scratch);
-            let lists = ahead.map_or(Asked::NONE, |ahead| Asked { found: ahead.of(at), settled: ahead.settled() });
+            let lists = ahead.map_or(Asked::NONE, |ahead| {
+                let (found, settled) = (ahead.of(at), ahead.settled());
+                Asked { found, settled, ..Asked::NONE }
+            });
             // A defect that one request finds must not take the others' worker with it.
             let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job, lists)));
             if done.is_err() {
@@ -283,15 +299,19 @@ impl Loaded {
 
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, lists: Asked<'_>) {
         fold_in(&self.generation, config, scratch, job);
-        scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
-        for &row in &job.user.seen {
-            scratch.seen.insert(row);
-        }
+        self.mark_seen(scratch, job);
         match job.task {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain, lists),
             Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries, lists),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
+        }
+    }
+
+    fn mark_seen(&self, scratch: &mut Scratch, job: &Job) {
+        scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
+        for &row in &job.user.seen {
+            scratch.seen.insert(row);
         }
     }
 
@@ -374,12 +394,14 @@ impl Loaded {
         let overlay = live::overlay(index, generation, items);
         let index = live::index(index, &overlay);
         let mut coverage = None;
-        source(Source::Ann, Stage::Ann, &mut |list| {
-            begin_search(search, config, *deadline);
-            ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
-            coverage = Some(search.coverage);
-            Ok(())
-        });
+        if !ahead.elsewhere {
+            source(Source::Ann, Stage::Ann, &mut |list| {
+                begin_search(search, config, *deadline);
+                ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
+                coverage = Some(search.coverage);
+                Ok(())
+            });
+        }
         source(Source::Collaborative, Stage::Collaborative, &mut |list| {
             signals.gather(&generation.collaborative, &user.history, n);
             signals.retrieve(config.collaborative_k as usize, &allowed, list);
@@ -400,7 +422,7 @@ impl Loaded {
         }
         match coverage {
             Some(coverage) => report(coverage, degraded, ranked),
-            None if index.is_some() && !user.vector.is_empty() => ranked.uncovered = 1.0,
+            None if index.is_some() && !user.vector.is_empty() && !ahead.elsewhere => ranked.uncovered = 1.0,
             None => {}
         }
     }
@@ -701,6 +723,11 @@ fn gather(generation: &Generation, scratch: &mut Scratch, job: &mut Job) {
     candidates.rows.extend(rows.iter().copied().filter(|&row| row != NO_ROW));
     candidates.rows.sort_unstable();
     candidates.rows.dedup();
+    proposed_by_nobody(candidates);
+}
+
+/// Completes candidates of which there are rows alone.
+fn proposed_by_nobody(candidates: &mut Candidates) {
     let n = candidates.rows.len();
     candidates.sources.resize(n, Default::default());
     candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));

@@ -57,17 +57,17 @@ pub struct Lists<'a> {
 }
 
 /// A number for a launch; what does not fit is out of every range.
-fn count(n: usize) -> u32 {
+pub(super) fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-fn shaped(launch: Result<Launch, ShapeError>) -> Result<Launch, DeviceError> {
+pub(super) fn shaped(launch: Result<Launch, ShapeError>) -> Result<Launch, DeviceError> {
     launch.map_err(|error| DeviceError::Failed(error.to_string()))
 }
 
 /// Whether a part is long enough.
 #[track_caller]
-fn holds(len: usize, rows: usize, columns: usize) {
+pub(super) fn holds(len: usize, rows: usize, columns: usize) {
     assert!(rows.checked_mul(columns).is_some_and(|n| n <= len), "{rows} x {columns} in {len}");
 }
 

@@ -466,6 +466,22 @@ impl DenseRanker {
         Ok(())
     }
 
+    /// What the request gives to the score of every candidate, from its columns: what another engine that has the rest of the model needs.
+    /// Laid out as the candidates' program takes it.
+    ///
+    /// # Errors
+    /// A model that is not split, columns of another number.
+    pub fn shared(&mut self, request: &[f32]) -> Result<&[f32], RankError> {
+        let wrong = |reason: String| RankError { ranker: self.model.name.clone(), reason };
+        let Some(split) = &self.model.split else { return Err(wrong("the model is not split".to_owned())) };
+        let wanted = split.request.inputs()[0];
+        if request.len() != wanted {
+            return Err(wrong(format!("{} values for {wanted}", request.len())));
+        }
+        split.prepare(&mut self.request, &mut self.shared, request);
+        Ok(&self.shared)
+    }
+
     /// Whether there is a table of what depends on items.
     pub fn has_table(&self) -> bool {
         self.model.split.as_ref().is_some_and(|split| split.item.is_some())
