@@ -17,7 +17,8 @@ pieces!(
     "merge_candidates.cu",
     "filter_candidates.cu",
     "gather_rows.cu",
-    "scores.cu"
+    "scores.cu",
+    "dense.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

@@ -5,6 +5,7 @@
 
 pub mod context;
 pub mod cuvs;
+pub mod dense;
 #[cfg(test)]
 mod emulated;
 pub mod engine;
