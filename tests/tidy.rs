@@ -50,6 +50,7 @@ fn unsafe_is_fenced() {
         "src/device/cuda/kernels.rs",
         "src/device/cuda/ops.rs",
         "src/device/cuda/probe.rs",
+        "src/device/cuda/ranker.rs",
         "src/device/cuda/stream.rs",
         "src/server/http.rs",
         "src/server/ring.rs",

@@ -12,4 +12,5 @@ pub mod engine;
 pub mod kernels;
 pub mod ops;
 pub mod probe;
+pub mod ranker;
 pub mod stream;
