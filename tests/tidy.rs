@@ -52,6 +52,7 @@ fn unsafe_is_fenced() {
         "src/device/cuda/pipeline/mod.rs",
         "src/device/cuda/pipeline/ops.rs",
         "src/device/cuda/probe.rs",
+        "src/device/cuda/ranker.rs",
         "src/device/cuda/stream.rs",
         "src/server/http.rs",
         "src/server/ring.rs",

@@ -2,6 +2,7 @@
 //! kernels/README.md says how they are written.
 #![forbid(unsafe_code)]
 
+pub mod dense;
 mod launch;
 mod slates;
 mod source;

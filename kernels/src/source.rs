@@ -21,7 +21,8 @@ pieces!(
     "exact_scores.cu",
     "settle_lists.cu",
     "fill_columns.cu",
-    "finish_slates.cu"
+    "finish_slates.cu",
+    "dense.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

@@ -376,6 +376,7 @@ struct Event {
 // Of a module.
 struct Function {
     const emu::Kernel* kernel;
+    unsigned most_shared = 48 << 10; // without asking for more
 };
 struct Module {
     std::vector<std::unique_ptr<Function>> functions;
@@ -526,6 +527,7 @@ API int cuDeviceGetAttribute(int* value, int which, int) {
     case 76: *value = 0; break;   // minor
     case 16: *value = 132; break; // multiprocessors
     case 115: *value = 1; break;  // memory pools
+    case 97: *value = 227 << 10; break; // the most shared memory of a block
     default: *value = 0;
     }
     return SUCCESS;
@@ -801,7 +803,7 @@ API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
     if (!is_live(module, "module")) return INVALID_HANDLE;
     for (size_t at = 0; at < emu_variants[0].n; at++) {
         if (strcmp(emu_variants[0].kernels[at].name, name) != 0) continue;
-        module->functions.push_back(std::make_unique<Function>(Function{&emu_variants[0].kernels[at]}));
+        module->functions.push_back(std::make_unique<Function>(Function{&emu_variants[0].kernels[at], 48 << 10}));
         *out = module->functions.back().get();
         return SUCCESS;
     }
@@ -811,7 +813,7 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
                        unsigned block_z, unsigned shared, Stream* stream, void** parameters, void** extra) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (extra || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (extra || block_y != 1 || block_z != 1 || shared > function->most_shared) return INVALID_VALUE;
     std::vector<std::vector<char>> values;
     for (unsigned at = 0; at < function->kernel->n_arguments; at++) {
         const char* from = (const char*)parameters[at];
@@ -874,5 +876,12 @@ API int cuGraphLaunch(Executable* executable, Stream* stream) {
     for (const Work& one : executable->graph) {
         if (const int refused = stream->take(one)) return refused;
     }
+    return SUCCESS;
+}
+
+API int cuFuncSetAttribute(Function* function, int which, int value) {
+    if (const int not_ready = ready()) return not_ready;
+    if (which != 8 || value < 0 || value > 227 << 10) return INVALID_VALUE; // the most dynamic shared memory
+    function->most_shared = (unsigned)value;
     return SUCCESS;
 }

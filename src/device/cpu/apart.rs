@@ -100,7 +100,7 @@ impl Loaded {
         scratch.candidates.clear();
         scratch.candidates.rows.push(0);
         proposed_by_nobody(&mut scratch.candidates);
-        let Scratch { signals, candidates, features, inputs, .. } = scratch;
+        let Scratch { signals, candidates, features, inputs, part, .. } = scratch;
         inputs.resize_with(inputs.len().max(1), Vec::new);
         let mut all = true;
         for (nth, weighted) in rankers.iter().enumerate() {
@@ -109,13 +109,17 @@ impl Loaded {
             let gathered = Gathered { generation: &self.generation, index: None, job, signals, candidates };
             gathered.fill(request, 1, features, &mut inputs[0]);
             match loaded.ranker.dense() {
-                Some(dense) => match dense.shared(&inputs[0]) {
-                    Ok(shared) => put(nth, shared),
-                    Err(error) => {
-                        tracing::warn!(%error, "ranker failed");
-                        all = false;
+                Some(dense) => {
+                    part.clear();
+                    part.resize(dense.model().shared_width(), 0.0);
+                    match dense.share(&inputs[0], part) {
+                        Ok(()) => put(nth, part),
+                        Err(error) => {
+                            tracing::warn!(%error, "ranker failed");
+                            all = false;
+                        }
                     }
-                },
+                }
                 // Its columns are all that there is.
                 None => put(nth, &inputs[0]),
             }

@@ -1,6 +1,8 @@
 //! What the GPU kernels compute, on the CPU: the oracle that each is held against. Flat arrays, as the kernels have them; the order is
 //! that of [`Packed`], by the functions that the CPU engine itself uses.
 
+pub mod dense;
+
 use crate::candidates::{Candidates, Packed, Scored, Source, SourceSet, keep_best};
 use crate::catalog::generation::NO_ROW;
 use crate::index::Exact;

@@ -5,6 +5,7 @@
 
 pub mod context;
 pub mod cuvs;
+pub mod dense;
 #[cfg(test)]
 mod emulated;
 pub mod engine;
@@ -12,4 +13,5 @@ pub mod kernels;
 pub mod ops;
 pub mod pipeline;
 pub mod probe;
+pub mod ranker;
 pub mod stream;

@@ -23,7 +23,7 @@ use std::time::Instant;
 use tastemaker_kernels::{Column, FinishSlates, ScoreBy, SumOrder};
 
 use super::engine::{Resident, Searcher, Stored, mib, square};
-use super::ops::{Lists, ListsMut, Scoring, Vectors};
+use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
 use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
 use crate::candidates::{Scored, Source, SourceSet};
 use crate::catalog::generation::{self, Metric};
@@ -34,7 +34,7 @@ use crate::device::{DeviceConfig, DeviceError, Job, RankedItem, Task};
 use crate::index::{Exact, Kernel};
 use crate::pipeline::PipelineConfig;
 use ops::{Asked, Blend, Columns, Compared, Merged, MergedMut, Neighbours, Settled, SettledMut};
-use ranker::{Make, RankBatch, ResidentRanker, StreamRanker};
+use ranker::{Make, ResidentRanker, WorkerRanker};
 use shape::{Regions, Sizes};
 
 pub use shape::Sizes as PipelineSizes;
@@ -179,11 +179,12 @@ impl Tables {
                     None => return Ok(Err(format!("ranker `{name}`: column `{name_of}` is the CPU's"))),
                 }
             }
-            let resident = match make(stream, weighted)? {
+            let resident = match make(stream, weighted, left.saturating_sub(bytes))? {
                 Ok(resident) => resident,
                 Err(reason) => return Ok(Err(format!("ranker `{name}`: {reason}"))),
             };
-            if resident.columns_width() < columns.len() {
+            bytes += resident.bytes(0)[0];
+            if resident.columns_width() != columns.len() {
                 return Ok(Err(format!("ranker `{name}`: it takes {} columns", resident.columns_width())));
             }
             widths.push([resident.shared_width(), resident.columns_width()]);
@@ -207,8 +208,7 @@ impl Tables {
         }
         let mut worker = sizes.bytes();
         for ranker in &rankers {
-            let [once, each] = ranker.resident.bytes(sizes.most() * sizes.width());
-            (bytes, worker) = (bytes + once, worker + each);
+            worker += ranker.resident.bytes(sizes.most() * sizes.width())[1];
         }
         let n_norms = if resident.by == ScoreBy::InnerProduct { 0 } else { resident.n_rows };
         let n_lists = if reads_lists { 2 * lists.offsets.len() + 2 * lists.rows.len() } else { 0 };
@@ -315,7 +315,7 @@ struct Flying {
 pub struct Pipeline {
     tables: Arc<Tables>,
     resident: Arc<Resident>,
-    rankers: Vec<Box<dyn StreamRanker>>,
+    rankers: Vec<Box<dyn WorkerRanker>>,
     buffers: Buffers,
     buckets: Vec<Bucket>,
     up: Ring<u32>,
@@ -358,7 +358,7 @@ impl Pipeline {
     pub(super) fn new(stream: &Stream, searcher: &mut Searcher, tables: Arc<Tables>) -> Result<Self, DeviceError> {
         let sizes = &tables.sizes;
         let n_slots = sizes.most() * sizes.width();
-        let rankers = tables.rankers.iter().map(|ranker| ranker.resident.on(stream, n_slots));
+        let rankers = tables.rankers.iter().map(|ranker| ranker.resident.clone().on(stream, n_slots));
         let bucket = |&n: &usize| Bucket { n, regions: Regions::new(sizes, n), graph: None };
         let mut pipeline = Pipeline {
             rankers: rankers.collect::<Result<_, _>>()?,

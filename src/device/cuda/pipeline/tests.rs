@@ -11,12 +11,13 @@ use super::super::engine::{Cuda, CudaDevice, testing as engine};
 use super::super::stream::PartMut;
 use super::*;
 use crate::catalog::cooccurrence;
-use crate::catalog::generation::{Generation, Interaction, RankedList, testing};
+use crate::catalog::generation::{Generation, Interaction, RankedList, RankerModel, testing};
 use crate::catalog::text::TextIndex;
 use crate::context::Deadline;
 use crate::device::cpu::apart_testing;
 use crate::device::{Device, Storage};
-use crate::ranking::precision::Report;
+use crate::ranking::manifest::RankerManifest;
+use crate::ranking::precision::{Report, Wanted};
 use crate::ranking::{RankError, Ranker as CpuRanker};
 
 /// Columns of each ranker, and the request's: what a candidate scores is the product of both, summed up as the device's kernel does it.
@@ -81,12 +82,12 @@ impl ResidentRanker for OnDevice {
         [0, 0]
     }
 
-    fn on(&self, _: &Stream, _: usize) -> Result<Box<dyn StreamRanker>, DeviceError> {
+    fn on(self: Arc<Self>, _: &Stream, _: usize) -> Result<Box<dyn WorkerRanker>, DeviceError> {
         Ok(Box::new(OnDevice))
     }
 }
 
-impl StreamRanker for OnDevice {
+impl WorkerRanker for OnDevice {
     fn enqueue(&mut self, stream: &Stream, batch: RankBatch<'_>, scores: PartMut<'_, f32>) -> Result<(), DeviceError> {
         let mut rest = scores;
         for request in 0..batch.n_requests {
@@ -133,6 +134,22 @@ impl Case {
     }
 
     fn generation(&self) -> Arc<Generation> {
+        Arc::new(self.bare())
+    }
+
+    /// With the demo's ranker.
+    fn with_demo(&self) -> Arc<Generation> {
+        let engines = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+        let manifest = std::fs::read_to_string(engines.join("demo.toml")).unwrap();
+        let mut manifest: RankerManifest = toml::from_str(&manifest).unwrap();
+        manifest.calibration.precision = Wanted::F32;
+        let (mut generation, mut noise) = (self.bare(), crate::testing::noise(self.seed + 1));
+        generation.popularity = (0..self.n).map(|_| noise() + 0.5).collect::<Vec<f32>>().into();
+        generation.rankers = vec![RankerModel { name: "main".into(), manifest, onnx: engines.join("demo.onnx") }];
+        Arc::new(generation)
+    }
+
+    fn bare(&self) -> Generation {
         let mut noise = crate::testing::noise(self.seed);
         let vectors = (0..self.n * self.dim).map(|_| self.value(&mut noise)).collect();
         let mut generation = testing::with_embeddings(vectors, self.dim);
@@ -153,7 +170,7 @@ impl Case {
         let folder = tempfile::tempdir().unwrap();
         TextIndex::build(folder.path(), &[("title".into(), titles)], self.n).unwrap();
         generation.text = Some(TextIndex::open(folder.path()).unwrap());
-        Arc::new(generation)
+        generation
     }
 
     fn rankers(&self) -> Vec<apart_testing::Made> {
@@ -226,7 +243,7 @@ impl Both {
         apart_testing::load(&mut rest, &generation, case.rankers());
         apart_testing::load(&mut other, &generation, case.rankers());
         let mut device = cuda.device(rest, &config).unwrap();
-        device.make = Arc::new(|_, _| Ok(Ok(Arc::new(OnDevice) as Arc<dyn ResidentRanker>)));
+        device.make = Arc::new(|_, _, _| Ok(Ok(Arc::new(OnDevice) as Arc<dyn ResidentRanker>)));
         device.load(&generation).unwrap();
         Both { cuda, device, other, generation }
     }
@@ -296,6 +313,67 @@ proptest! {
         prop_assert!(asked == 0 || whole > 0 || open > 0 || refused > 0);
         prop_assert!(whole + open > 0, "{whole} {refused} {open}");
     }
+}
+
+/// Whether both are slates of the same scores, but for these being rounded: each item has the score that it has there, or one that is
+/// nearly the last there, and none is missing that is clearly better than the last.
+fn same_but_for_rounding(got: &[RankedItem], want: &[RankedItem]) -> Result<(), String> {
+    let size = want.iter().map(|item| item.score.abs()).fold(1e-6, f32::max);
+    let (tolerance, last) = (1e-5 * size, want.last().map_or(0.0, |item| item.score));
+    if got.len() != want.len() {
+        return Err(format!("{} items of {}", got.len(), want.len()));
+    }
+    for (place, (got, there)) in got.iter().zip(want).enumerate() {
+        let known = want.iter().find(|item| item.row == got.row);
+        let expected = known.map_or(last, |item| item.score);
+        if (got.score - expected).abs() > tolerance || known.is_some_and(|item| item.sources != got.sources) {
+            return Err(format!("{place}: {got:?}, expected {known:?}"));
+        }
+        if (got.score - there.score).abs() > tolerance {
+            return Err(format!("{place}: {got:?} in the place of {there:?}"));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn slates_of_a_bundle_s_ranker_are_the_cpu_s_but_for_rounding() {
+    let Some(emulated) = Emulated::open("seed=11,delay_us=0") else { return };
+    let (mut items, mut elsewhere) = (0, 0);
+    for (metric, bytes) in [(Metric::InnerProduct, 1 << 20), (Metric::Cosine, 1 << 20)] {
+        let case = Case { n: 700, dim: 12, metric, coarse: false, n_rankers: 1, seed: 21 };
+        let generation = case.with_demo();
+        let config = Arc::new(PipelineConfig { item_table_bytes: bytes, ..config(100) });
+        let cpu = || CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+        let cuda = engine::cuda(&DeviceConfig::default(), 1);
+        let (mut device, mut other) = (cuda.device(cpu(), &config).unwrap(), cpu());
+        device.load(&generation).unwrap();
+        other.load(&generation).unwrap();
+        emulated.script("seed=12,delay_us=0");
+        let make = || {
+            let mut all = case.jobs(&generation, 24, 1);
+            all.retain(|job| matches!(job.task, Task::Recommend { explain: false, .. }));
+            all
+        };
+        let (mut batch, mut own) = (make(), make());
+        device.execute(&mut batch).unwrap();
+        other.execute(&mut own).unwrap();
+        for (at, (got, want)) in batch.iter().zip(&own).enumerate() {
+            let of = |job: &Job| (job.ranked.n_candidates, job.ranked.n_by_source, job.degraded.to_vec());
+            assert_eq!(of(got), of(want), "job {at}");
+            let same = same_but_for_rounding(&got.ranked.items, &want.ranked.items);
+            assert_eq!(same, Ok(()), "job {at}");
+            items += want.ranked.items.len();
+            let pairs = got.ranked.items.iter().zip(&want.ranked.items);
+            elsewhere += pairs.filter(|(got, want)| got.row != want.row).count();
+        }
+        let slates = &cuda.counters.slates;
+        let [whole, open] = [&slates.whole, &slates.open].map(|count| count.load(Relaxed));
+        assert!(whole > 10 && open == 0, "{whole} {open}");
+        assert_eq!(emulated.count("graph_launches"), 1);
+    }
+    // What swaps is nearly as good.
+    assert!(elsewhere * 50 < items, "{elsewhere} of {items}");
 }
 
 #[test]
@@ -391,8 +469,8 @@ fn what_keeps_recommendations_from_the_device_is_said() {
         })
     };
     let (f32, all) = (Storage::F32, u64::MAX);
-    let make: &Make<'_> = &|_, _| Ok(Ok(Arc::new(OnDevice) as Arc<dyn ResidentRanker>));
-    let none: &Make<'_> = &|_, _| Ok(Err("no engine for it".into()));
+    let make: &Make<'_> = &|_, _, _| Ok(Ok(Arc::new(OnDevice) as Arc<dyn ResidentRanker>));
+    let none: &Make<'_> = &|_, _, _| Ok(Err("no engine for it".into()));
     assert_eq!(
         reason(Storage::Bf16, config(5), None, all, make),
         "its vectors are in bf16, and its neighbours would not be the CPU's"
