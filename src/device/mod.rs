@@ -78,8 +78,8 @@ pub struct DeviceConfig {
     pub workers: u32,
     /// Jobs of a batch. 1 to 1024, default 16.
     pub max_batch_size: u32,
-    /// How long the first job of a batch may wait for others, microseconds. 0 to 10000; 0, the default: only what waits already is taken
-    /// along.
+    /// How long the first job of a batch may wait for others at most, microseconds: only while the GPU computes another worker's batch, and
+    /// no longer than a batch takes. 0 to 10000, default 1000; 0: only what waits already is taken along.
     pub max_wait_us: u32,
     /// A GPU that has not answered a batch for so long is fenced, milliseconds. 10 to 60000, default 500.
     pub patience_ms: u32,
@@ -99,7 +99,7 @@ impl Default for DeviceConfig {
         DeviceConfig {
             workers: 0,
             max_batch_size: 16,
-            max_wait_us: 0,
+            max_wait_us: 1000,
             patience_ms: 500,
             memory_bytes: 0,
             workspace_bytes: 256 << 20,
@@ -263,6 +263,7 @@ pub struct Accelerator {
     config: DeviceConfig,
     /// Keeps the tables there until the first worker has them.
     held: Arc<cuda::engine::Shared>,
+    load: Arc<batcher::Load>,
 }
 
 impl Accelerator {
@@ -279,7 +280,7 @@ impl Accelerator {
         let gpu = cuda::probe::probe(Some(ordinal)).map_err(|unfit| DeviceError::Failed(unfit.to_string()))?;
         let cuda = cuda::engine::Cuda::new(gpu, config, n_workers)?;
         let held = cuda.load(generation)?;
-        Ok(Accelerator { cuda, config: config.clone(), held })
+        Ok(Accelerator { cuda, config: config.clone(), held, load: Arc::default() })
     }
 
     /// What becomes of the jobs.
@@ -295,6 +296,11 @@ impl Accelerator {
             Ok(Box::new(cuda.device(rest, &pipeline)?) as Box<dyn Device>)
         };
         (Arc::new(make), self.held.clone())
+    }
+
+    /// What its workers know of each other.
+    pub fn load(&self) -> &Arc<batcher::Load> {
+        &self.load
     }
 
     /// How jobs are put together for it.

@@ -1,7 +1,8 @@
 //! NVIDIA GPUs. Everything of CUDA is opened at run time; a machine without it builds, tests and serves all the same.
 //!
 //! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
-//! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`cuvs`] is vector search by cuVS, which the engine does not use yet.
+//! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`cuvs`] is
+//! vector search by cuVS, which the engine does not use yet.
 
 pub mod context;
 pub mod cuvs;
