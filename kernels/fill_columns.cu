@@ -8,7 +8,8 @@
 // launch grid (n_requests), 256 threads, 24 * width bytes of dynamic shared memory
 // order  of sums over the history: that of the liked items, without fused multiply-adds: the CPU's
 // twin   fill_columns in src/device/cpu/twins.rs, by src/features/assemble.rs and src/retrieval/collaborative.rs
-enum { SOURCE_SCORE, SOURCE_RANK, SOURCE_PRESENT, DOT, CO_SUM, CO_MAX, CO_COUNT, CO_MEAN, CO_TOP3 };
+// COUNTED: fill_counts's, and left as it was
+enum { SOURCE_SCORE, SOURCE_RANK, SOURCE_PRESENT, DOT, CO_SUM, CO_MAX, CO_COUNT, CO_MEAN, CO_TOP3, COUNTED };
 
 KERNEL(fill_columns, 2)
 (const u32* __restrict__ rows, const u8* __restrict__ sources, const float* __restrict__ source_scores,
@@ -63,6 +64,7 @@ KERNEL(fill_columns, 2)
         for (u32 column = 0; column < n_columns; column++) {
             const u32 what = columns[column] & 255, source = columns[column] >> 8;
             const u64 from = (request * 4 + source) * width + at;
+            if (what == COUNTED) continue;
             float value = 0;
             if (what == SOURCE_SCORE) value = source_scores[from];
             if (what == SOURCE_RANK) value = source_ranks[from] == 0 ? 0 : __fdiv_rn(1, (float)source_ranks[from]);
@@ -75,5 +77,42 @@ KERNEL(fill_columns, 2)
             if (what == CO_TOP3) value = __fadd_rn(__fadd_rn(largest[0], largest[1]), largest[2]);
             values[(base + at) * stride + column] = value;
         }
+    }
+}
+
+// fill_counts: a column that says how often the history holds the codes that a candidate has.
+// in     rows u32 [n_requests, width]; counts u32 [n_requests]; offsets u32 [n_items + 1], codes u32: those of each item; tail and asked,
+//        word 7: the number of liked items; places u32 [n_requests, places_stride], of which words `place` and `place + 1` say where in the
+//        tail the history's codes begin, ascending, behind them how often it holds each, and how many they are; by: below; logarithms
+//        f32 [n_logarithms]: ln(1 + n)
+// out    values f32 [n_requests, width, stride], `column` of each; what lies behind a count is left as it was
+// launch grid (n_requests), 256 threads, no shared memory
+// order  of rounding: as the CPU has it. The sum is that of how often the history holds each of the codes
+// twin   fill_counts in src/device/cpu/twins.rs, by src/features/assemble.rs
+enum { LOGARITHM, FIRST, SHARE }; // ln(1 + sum); the first code's over liked items; sum over liked items times codes
+
+KERNEL(fill_counts, 4)
+(const u32* __restrict__ rows, const u32* __restrict__ counts, u32 width, const u32* __restrict__ offsets, const u32* __restrict__ codes,
+ u32 n_items, const u32* __restrict__ tail, const u32* __restrict__ asked, const u32* __restrict__ places, u32 places_stride, u32 place,
+ u32 by, const float* __restrict__ logarithms, u32 n_logarithms, float* __restrict__ values, u32 stride, u32 column) {
+    const u64 request = blockIdx.x, base = request * width;
+    const u32 n = at_most(counts[request], width), n_liked = asked[request * ASKED + 7];
+    const u32 start = places[request * places_stride + place], n_codes = places[request * places_stride + place + 1];
+    const u32 *known = tail + start, *times = known + n_codes;
+    const float liked = (float)(n_liked == 0 ? 1 : n_liked);
+    for (u32 at = threadIdx.x; at < n; at += THREADS) {
+        const u32 row = rows[base + at];
+        const u32 from = row < n_items ? offsets[row] : 0, to = row < n_items ? offsets[row + 1] : 0;
+        const u32 last = by == FIRST ? at_most(to, from + 1) : to;
+        u32 sum = 0;
+        for (u32 code = from; code < last; code++) {
+            const u32 found = place_of(known, n_codes, codes[code]);
+            sum += found < n_codes ? times[found] : 0;
+        }
+        const u32 length = to == from ? 1 : to - from;
+        float value = logarithms[at_most(sum, n_logarithms - 1)];
+        if (by == FIRST) value = __fdiv_rn((float)sum, liked);
+        if (by == SHARE) value = __fdiv_rn((float)sum, __fmul_rn(liked, (float)length));
+        values[(base + at) * stride + column] = value;
     }
 }

@@ -704,7 +704,7 @@ fn planted_bugs_are_noticed() {
         "scores_f32",
         "dense_rank",
     ];
-    let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "finish_slates"];
+    let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
     for kernel in old.into_iter().chain(slates) {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");

@@ -12,7 +12,9 @@ pub use launch::{
     MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,
     TopkSelect,
 };
-pub use slates::{AddScores, Column, ExactScores, FillColumns, FinishSlates, MaskSeen, SettleLists, SumOrder};
+pub use slates::{
+    AddScores, Column, CountBy, ExactScores, FillColumns, FillCounts, FinishSlates, MaskSeen, SettleLists, SumOrder,
+};
 pub use source::{ARCHITECTURES, OPTIONS, PIECES, SOURCE};
 
 /// [`SOURCE`], compiled for [`ARCHITECTURES`] and as PTX for the first of them, which newer ones can translate; `None` where the build

@@ -217,6 +217,8 @@ pub enum Column {
     CoMean,
     /// The sum of the three largest similarities.
     CoTop3,
+    /// [`FillCounts`] writes it.
+    Counted,
 }
 
 impl Column {
@@ -232,12 +234,104 @@ impl Column {
             Column::CoCount => 6,
             Column::CoMean => 7,
             Column::CoTop3 => 8,
+            Column::Counted => 9,
         }
     }
 
     /// Whether it reads lists of neighbours.
     pub fn reads_lists(self) -> bool {
-        self.code() & 255 >= Column::CoSum.code()
+        (Column::CoSum.code()..=Column::CoTop3.code()).contains(&(self.code() & 255))
+    }
+}
+
+/// What [`FillCounts`] makes of how often the history holds an item's codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum CountBy {
+    /// ln(1 + the sum over the codes).
+    Logarithm = 0,
+    /// The first code's, over the liked items.
+    First = 1,
+    /// The sum, over the liked items and the item's codes.
+    Share = 2,
+}
+
+/// The second kernel of kernels/fill_columns.cu.
+#[derive(Clone, Copy, Debug)]
+pub struct FillCounts {
+    /// u32 `[n_requests, width]`
+    pub rows: DevicePtr,
+    /// u32 `[n_requests]`
+    pub counts: DevicePtr,
+    /// 1 to 2^31 - 1.
+    pub n_requests: u32,
+    /// 1 to 2,048.
+    pub width: u32,
+    /// u32 `[n_items + 1]`
+    pub offsets: DevicePtr,
+    /// u32
+    pub codes: DevicePtr,
+    /// Items.
+    pub n_items: u32,
+    /// u32
+    pub tail: DevicePtr,
+    /// u32 `[n_requests, 8]`
+    pub asked: DevicePtr,
+    /// u32 `[n_requests, places_stride]`
+    pub places: DevicePtr,
+    /// Words of a request's places.
+    pub places_stride: u32,
+    /// Which of them; `place + 1` is one, too.
+    pub place: u32,
+    /// What the value is.
+    pub by: CountBy,
+    /// f32 `[n_logarithms]`
+    pub logarithms: DevicePtr,
+    /// At least 1.
+    pub n_logarithms: u32,
+    /// f32 `[n_requests, width, stride]`
+    pub values: DevicePtr,
+    /// Values of a candidate.
+    pub stride: u32,
+    /// Which of them, below `stride`.
+    pub column: u32,
+}
+
+impl FillCounts {
+    /// The launch.
+    ///
+    /// # Errors
+    /// A number out of its range.
+    pub fn launch(&self) -> Result<Launch, ShapeError> {
+        let kernel = "fill_counts";
+        within(kernel, "n_requests", self.n_requests, 1, MAX_GRID_X)?;
+        within(kernel, "width", self.width, 1, MAX_MERGED)?;
+        within(kernel, "place", self.place, 0, self.places_stride.saturating_sub(2))?;
+        within(kernel, "column", self.column, 0, self.stride.saturating_sub(1))?;
+        within(kernel, "n_logarithms", self.n_logarithms, 1, u32::MAX)?;
+        Ok(Launch::new(
+            kernel,
+            [self.n_requests, 1, 1],
+            [
+                self.rows,
+                self.counts,
+                self.width.into(),
+                self.offsets,
+                self.codes,
+                self.n_items.into(),
+                self.tail,
+                self.asked,
+                self.places,
+                self.places_stride.into(),
+                self.place.into(),
+                self.by as u64,
+                self.logarithms,
+                self.n_logarithms.into(),
+                self.values,
+                self.stride.into(),
+                self.column.into(),
+            ],
+        ))
     }
 }
 

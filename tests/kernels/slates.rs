@@ -380,6 +380,7 @@ impl Fill {
             CoCount,
             CoMean,
             SourcePresent(0),
+            Counted,
             SourceRank(1),
         ];
         if !reads_lists {
@@ -401,7 +402,9 @@ impl Fill {
             let own = request * width;
             let values = twins::fill_columns(&columns, candidates, &signals, &dots[own..own + width]);
             for (at, line) in values.chunks_exact(columns.len()).enumerate() {
-                want[(own + at) * stride..][..columns.len()].copy_from_slice(line);
+                let to = &mut want[(own + at) * stride..][..columns.len()];
+                let filled = to.iter_mut().zip(line).zip(&columns).filter(|(_, column)| **column != Counted);
+                filled.for_each(|((to, value), _)| *to = *value);
             }
         }
         let codes: Vec<u32> = columns.iter().map(|column| column.code()).collect();
@@ -437,6 +440,79 @@ impl Fill {
             n_logarithms: n_liked as u32 + 1,
             values: values.address(),
             stride: stride as u32,
+        };
+        run(variant, launch.launch(), seed)?;
+        same("values", &bits(&values), &bits(&want))?;
+        intact("values", &values)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Count {
+    pub n_requests: usize,
+    pub width: usize,
+    pub n_items: usize,
+    pub n_codes: u32,
+    pub by: kernels::CountBy,
+}
+
+impl Count {
+    fn any() -> impl Strategy<Value = Count> {
+        let by = [kernels::CountBy::Logarithm, kernels::CountBy::First, kernels::CountBy::Share];
+        (1usize..4, 1usize..700, 1usize..300, 1u32..60, prop::sample::select(by.to_vec()))
+            .prop_map(|(n_requests, width, n_items, n_codes, by)| Count { n_requests, width, n_items, n_codes, by })
+    }
+
+    pub fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
+        let &Count { n_requests, width, n_items, n_codes, by } = self;
+        let (random, stride, places_stride) = (&mut SmallRng::seed_from_u64(seed), 3, 5);
+        let of_items: Vec<Vec<u32>> = (0..n_items)
+            .map(|_| (0..random.random_range(0..6)).map(|_| random.random_range(0..n_codes)).collect())
+            .collect();
+        // An item that there is not has no codes.
+        let rows: Vec<u32> = (0..n_requests * width).map(|_| random.random_range(0..n_items as u32 + 2)).collect();
+        let counts: Vec<u32> = (0..n_requests).map(|_| random.random_range(0..width as u32 + 3)).collect();
+        let (mut tail, mut asked, mut places) = (vec![UNTOUCHED; 3], Vec::new(), Vec::new());
+        let mut want = vec![LEFT; n_requests * width * stride];
+        for request in 0..n_requests {
+            let known: Vec<u32> = (0..n_codes).filter(|_| random.random()).collect();
+            let times: Vec<u32> = known.iter().map(|_| random.random_range(1..9)).collect();
+            let n_liked = random.random_range(0..5usize);
+            asked.extend([0, 0, 0, 0, 0, 0, 0, n_liked as u32]);
+            places.extend([UNTOUCHED, UNTOUCHED, tail.len() as u32, known.len() as u32, UNTOUCHED]);
+            tail.extend(known.iter().chain(&times));
+            let times = |code: u32| known.binary_search(&code).map_or(0, |at| times[at]);
+            for at in 0..width.min(counts[request] as usize) {
+                let codes = of_items.get(rows[request * width + at] as usize).map_or(&[][..], |codes| &codes[..]);
+                want[(request * width + at) * stride + 1] = twins::fill_counts(by, codes, times, n_liked);
+            }
+        }
+        let mut offsets = vec![0u32];
+        of_items.iter().for_each(|codes| offsets.push(offsets[offsets.len() - 1] + codes.len() as u32));
+        let codes: Vec<u32> = of_items.concat();
+        let logarithms: Vec<f32> = (0..100).map(|n| (n as f32).ln_1p()).collect();
+        let (rows, counts, values) = (Buffer::new(&rows), Buffer::new(&counts), Buffer::new(&vec![LEFT; want.len()]));
+        let (offsets, codes, tail) = (Buffer::new(&offsets), Buffer::new(&codes), Buffer::new(&tail));
+        let (asked, places, logarithms) = (Buffer::new(&asked), Buffer::new(&places), Buffer::new(&logarithms));
+        let launch = kernels::FillCounts {
+            rows: rows.address(),
+            counts: counts.address(),
+            n_requests: n_requests as u32,
+            width: width as u32,
+            offsets: offsets.address(),
+            codes: codes.address(),
+            n_items: n_items as u32,
+            tail: tail.address(),
+            asked: asked.address(),
+            places: places.address(),
+            places_stride,
+            place: 2,
+            by,
+            logarithms: logarithms.address(),
+            n_logarithms: 100,
+            values: values.address(),
+            stride: stride as u32,
+            column: 1,
         };
         run(variant, launch.launch(), seed)?;
         same("values", &bits(&values), &bits(&want))?;
@@ -564,6 +640,11 @@ proptest! {
     }
 
     #[test]
+    fn fill_counts_equals_its_twin(shape in Count::any(), seed in any::<u64>()) {
+        held(shape.check("plain", seed))?;
+    }
+
+    #[test]
     fn finish_slates_equals_its_twin(shape in Finish::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
     }
@@ -589,6 +670,10 @@ pub fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
         "fill_columns" => {
             let widths = [500, 300, 100, 200];
             Fill { n_requests: 2, widths, n_items: 900, n_liked: 12, spare: 1, reads_lists: true }.check(variant, seed)
+        }
+        "fill_counts" => {
+            let by = [kernels::CountBy::Logarithm, kernels::CountBy::First, kernels::CountBy::Share][seed as usize % 3];
+            Count { n_requests: 2, width: 500, n_items: 200, n_codes: 40, by }.check(variant, seed)
         }
         "finish_slates" => {
             let scores = if odd { Scores::Bits } else { Scores::Many };

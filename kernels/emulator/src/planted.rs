@@ -298,6 +298,14 @@ pub const PLANTED: &[Planted] = &[
         noticed: "",
     },
     Planted {
+        name: "all_codes_are_first",
+        kernel: "fill_counts",
+        file: "fill_columns.cu",
+        from: "by == FIRST ? at_most(to, from + 1) : to",
+        to: "to",
+        noticed: "",
+    },
+    Planted {
         name: "span_of_one_warp",
         kernel: "finish_slates",
         file: "finish_slates.cu",

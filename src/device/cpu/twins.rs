@@ -9,7 +9,7 @@ use crate::index::Exact;
 use crate::ranking::ensemble::WeightedMean;
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
-use tastemaker_kernels::{Column, ScoreBy};
+use tastemaker_kernels::{Column, CountBy, ScoreBy};
 
 /// A row that is none, and its score.
 const HOLE: Scored = Scored { row: NO_ROW, score: f32::NAN };
@@ -242,9 +242,21 @@ pub fn fill_columns(columns: &[Column], candidates: &Candidates, signals: &Signa
             Column::CoCount => (signal.count as f32).ln_1p(),
             Column::CoMean => signal.sum / signal.count.max(1) as f32,
             Column::CoTop3 => signal.largest.iter().sum(),
+            // Another kernel's.
+            Column::Counted => f32::NAN,
         }
     };
     (0..candidates.len()).flat_map(|at| columns.iter().map(move |&column| value(at, column))).collect()
+}
+
+/// What of an item that has these `codes` the column says whose history holds codes so often, `times` being by code.
+pub fn fill_counts(by: CountBy, codes: &[u32], times: impl Fn(u32) -> u32, n_liked: usize) -> f32 {
+    let (liked, sum) = (n_liked.max(1) as f32, codes.iter().map(|&code| times(code)).sum::<u32>());
+    match by {
+        CountBy::Logarithm => (sum as f32).ln_1p(),
+        CountBy::First => codes.first().map_or(0.0, |&code| times(code) as f32 / liked),
+        CountBy::Share => sum as f32 / (liked * codes.len().max(1) as f32),
+    }
 }
 
 /// The sum of `members`, each with its weight, before it is divided by all of these.

@@ -20,20 +20,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-use tastemaker_kernels::{Column, FinishSlates, ScoreBy, SumOrder};
+use tastemaker_kernels::{Column, CountBy, FinishSlates, ScoreBy, SumOrder};
 
 use super::engine::{Resident, Searcher, Stored, mib, square};
 use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
 use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
 use crate::candidates::{Scored, Source, SourceSet};
-use crate::catalog::generation::{self, Metric};
+use crate::catalog::generation::{self, ColumnData, Generation, Metric};
 use crate::catalog::live::LiveItems;
 use crate::context::Stage;
 use crate::device::cpu::{CpuDevice, Weighted};
 use crate::device::{DeviceConfig, DeviceError, Job, RankedItem, Task};
 use crate::index::{Exact, Kernel};
 use crate::pipeline::PipelineConfig;
-use ops::{Asked, Blend, Columns, Compared, Merged, MergedMut, Neighbours, Settled, SettledMut};
+use ops::{Asked, Blend, Columns, Compared, Counting, Merged, MergedMut, Neighbours, Settled, SettledMut};
 use ranker::{Make, ResidentRanker, WorkerRanker};
 use shape::{Regions, Sizes};
 
@@ -61,7 +61,21 @@ pub enum Place {
     Again,
 }
 
-/// The column of that name, where the device can compute it.
+/// Logarithms that are at hand, beside those of numbers of liked items.
+const LOGARITHMS: usize = 4096;
+
+/// What a column makes of codes of the history, and of which column of items they are; of the first code of each alone.
+fn counting(name: &str, generation: &Generation) -> Option<(CountBy, usize, bool)> {
+    let (items, roles) = (&generation.items, &generation.roles);
+    let (by, column) = match name {
+        "cross.same_creator" => (CountBy::Logarithm, roles.creator?),
+        "cross.same_category" => (CountBy::First, roles.category?),
+        _ => (CountBy::Share, items.column_index(name.strip_prefix("cross.overlap.")?)?),
+    };
+    Some((by, column, by == CountBy::First))
+}
+
+/// The column of that name, where the device can compute it by itself.
 fn column(name: &str) -> Option<Column> {
     Some(match name {
         "cross.dot" => Column::Dot,
@@ -83,9 +97,42 @@ fn column(name: &str) -> Option<Column> {
     })
 }
 
+/// Codes of a column of items.
+struct Codes {
+    column: usize,
+    first_only: bool,
+    /// Where each item's begin.
+    offsets: Table<u32>,
+    codes: Table<u32>,
+    /// The most that an item has.
+    most: usize,
+}
+
+impl Codes {
+    fn new(
+        stream: &Stream,
+        data: &ColumnData,
+        n_rows: usize,
+        (column, first_only): (usize, bool),
+    ) -> Result<Option<Self>, DeviceError> {
+        let (mut offsets, mut codes, mut most) = (vec![0u32], Vec::new(), 0);
+        for row in 0..n_rows as u32 {
+            let own = data.codes(row);
+            most = most.max(own.len());
+            codes.extend_from_slice(own);
+            let Ok(end) = u32::try_from(codes.len()) else { return Ok(None) };
+            offsets.push(end);
+        }
+        let (offsets, codes) = (copied(stream, &offsets)?, copied(stream, &codes)?);
+        Ok(Some(Codes { column, first_only, offsets, codes, most }))
+    }
+}
+
 /// A ranker in the GPU's memory.
 struct Ranker {
     weighted: Weighted,
+    /// Columns that count codes of the history: which, what they make of it, and of which codes.
+    counting: Vec<(usize, CountBy, usize)>,
     codes: Table<u32>,
     reads_lists: bool,
     reads_dots: bool,
@@ -101,6 +148,8 @@ pub struct Tables {
     norms: Option<Table<f32>>,
     neighbours: Option<(Table<u64>, Table<u32>, Table<f32>)>,
     logarithms: Table<f32>,
+    /// Codes that are counted.
+    codes: Vec<Codes>,
     kernel: Kernel,
     search_weight: f32,
 }
@@ -167,16 +216,26 @@ impl Tables {
             return Ok(Err("there is no ranker".to_owned()));
         }
         let (mut rankers, mut bytes, mut widths) = (Vec::new(), 0, Vec::new());
+        let mut kinds: Vec<(usize, bool)> = Vec::new();
         for weighted in &weights {
             let name = &weighted.name;
             let Some(names) = &weighted.columns else {
                 return Ok(Err(format!("ranker `{name}` is not computed in parts")));
             };
-            let mut columns = Vec::new();
+            let (mut columns, mut counts) = (Vec::new(), Vec::new());
             for name_of in names {
-                match column(name_of) {
-                    Some(column) => columns.push(column),
-                    None => return Ok(Err(format!("ranker `{name}`: column `{name_of}` is the CPU's"))),
+                match (column(name_of), counting(name_of, generation)) {
+                    (Some(column), _) => columns.push(column),
+                    (None, Some((by, column, first_only))) => {
+                        let kind = (column, first_only);
+                        let place = kinds.iter().position(|known| *known == kind).unwrap_or(kinds.len());
+                        if place == kinds.len() {
+                            kinds.push(kind);
+                        }
+                        counts.push((columns.len(), by, place));
+                        columns.push(Column::Counted);
+                    }
+                    (None, None) => return Ok(Err(format!("ranker `{name}`: column `{name_of}` is the CPU's"))),
                 }
             }
             let resident = match make(stream, weighted, left.saturating_sub(bytes))? {
@@ -191,13 +250,14 @@ impl Tables {
             let codes: Vec<u32> = columns.iter().map(|column| column.code()).collect();
             rankers.push(Ranker {
                 weighted: weighted.clone(),
+                counting: counts,
                 codes: copied(stream, &codes)?,
                 reads_lists: columns.iter().any(|column| column.reads_lists()),
                 reads_dots: columns.contains(&Column::Dot),
                 resident,
             });
         }
-        let sizes = match Sizes::new(config, device, resident.n_rows, resident.width, widths) {
+        let sizes = match Sizes::new(config, device, resident.n_rows, resident.width, widths, kinds.len()) {
             Ok(sizes) => sizes,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -212,7 +272,11 @@ impl Tables {
         }
         let n_norms = if resident.by == ScoreBy::InnerProduct { 0 } else { resident.n_rows };
         let n_lists = if reads_lists { 2 * lists.offsets.len() + 2 * lists.rows.len() } else { 0 };
-        let tables = 4 * (n_norms + n_lists + sizes.liked + 1) as u64;
+        let data = |kind: &(usize, bool)| &generation.items.columns[kind.0].data;
+        let n_codes = |kind| (0..resident.n_rows as u32).map(|row| data(kind).codes(row).len()).sum::<usize>();
+        let n_codes = kinds.iter().map(|kind| resident.n_rows + 1 + n_codes(kind)).sum::<usize>();
+        let n_logarithms = LOGARITHMS.max(sizes.liked + 1);
+        let tables = 4 * (n_norms + n_lists + n_codes + n_logarithms) as u64;
         let all = bytes + tables + worker * n_workers as u64;
         if all > left {
             let (all, tables, worker, left) = (mib(all), mib(bytes + tables), mib(worker), mib(left));
@@ -231,10 +295,37 @@ impl Tables {
             }
             false => None,
         };
-        let logarithms: Vec<f32> = (0..=sizes.liked).map(|n| (n as f32).ln_1p()).collect();
+        let logarithms: Vec<f32> = (0..n_logarithms).map(|n| (n as f32).ln_1p()).collect();
         let logarithms = copied(stream, &logarithms)?;
+        let mut codes = Vec::new();
+        for kind in &kinds {
+            match Codes::new(stream, data(kind), resident.n_rows, *kind)? {
+                Some(of) => codes.push(of),
+                None => return Ok(Err("items have more codes than 2^32".to_owned())),
+            }
+        }
         let search_weight = config.search_weight;
-        Ok(Ok((Tables { sizes, rankers, weights, norms, neighbours, logarithms, kernel, search_weight }, all)))
+        Ok(Ok((Tables { sizes, rankers, weights, norms, neighbours, logarithms, codes, kernel, search_weight }, all)))
+    }
+}
+
+impl Tables {
+    /// Words that a job takes of the tail at most.
+    fn most_words(&self, job: &Job) -> usize {
+        let codes = |of: &Codes| self.history_codes(of, job).map(<[u32]>::len).sum::<usize>();
+        let codes = self.codes.iter().map(codes).sum::<usize>();
+        self.sizes.lists() + job.user.seen.len() + 2 * codes
+    }
+
+    /// The codes of each liked item.
+    fn history_codes<'a>(&'a self, of: &Codes, job: &'a Job) -> impl Iterator<Item = &'a [u32]> + use<'a> {
+        let (data, n_rows) = (&job.generation.items.columns[of.column].data, self.sizes.n_rows as u32);
+        let most = if of.first_only { 1 } else { usize::MAX };
+        let liked = job.user.history.iter().filter(move |entry| entry.weight > 0.0 && entry.row < n_rows);
+        liked.map(move |entry| {
+            let codes = data.codes(entry.row);
+            &codes[..codes.len().min(most)]
+        })
     }
 }
 
@@ -323,6 +414,8 @@ pub struct Pipeline {
     flying: VecDeque<Flying>,
     /// Jobs of a batch that may be taken.
     fit: Vec<usize>,
+    /// Codes of a history.
+    codes: Vec<u32>,
 }
 
 /// Places in what is uploaded, while it is written.
@@ -368,6 +461,7 @@ impl Pipeline {
             down: Vec::new(),
             flying: VecDeque::new(),
             fit: Vec::new(),
+            codes: Vec::new(),
             resident: searcher.resident.clone(),
             tables,
         };
@@ -509,6 +603,22 @@ impl Pipeline {
             };
             // SAFETY: as above; the lists of neighbours are where their offsets say: `lists_are_sound`.
             unsafe { stream.fill_columns(asked, merged, filled, columns.part_mut(0..n * width * stride))? };
+            for &(column, by, kind) in &ranker.counting {
+                let Codes { offsets, codes, .. } = &tables.codes[kind];
+                let counting = Counting {
+                    offsets: offsets.part(0..offsets.len()),
+                    codes: codes.part(0..codes.len()),
+                    places: input.part(regions.counted.clone()),
+                    places_stride: 2 * sizes.counted,
+                    place: 2 * kind,
+                    by,
+                    logarithms: filled.logarithms,
+                    stride,
+                    column,
+                };
+                // SAFETY: as above; `Codes` are where their offsets say.
+                unsafe { stream.fill_counts(asked, merged, counting, columns.part_mut(0..n * width * stride))? };
+            }
             let batch = RankBatch {
                 rows: merged.rows,
                 counts: merged.counts,
@@ -547,7 +657,7 @@ impl Pipeline {
             && items.is_none_or(|items| items.n_entries() == 0 && items.n_rows() as usize == sizes.n_rows)
             && job.filter.forbids_only_gone(items)
             && user.history.len() <= sizes.liked
-            && sizes.lists() + user.seen.len() <= sizes.tail()
+            && self.tables.most_words(job) <= sizes.tail()
     }
 
     /// Gives the device those jobs of a batch that it can compute, and says which.
@@ -609,12 +719,12 @@ impl Pipeline {
         for &at in fit {
             let job = &mut *batch[at];
             // The first of them fits.
-            if to.n == room || to.tail + sizes.lists() + job.user.seen.len() > sizes.tail() {
+            if to.n == room || to.tail + tables.most_words(job) > sizes.tail() {
                 break;
             }
             looked_at += 1;
             let n_degraded = job.degraded.len();
-            if put(&tables, &resident, rest, job, &mut to)? {
+            if put(&tables, &resident, rest, job, &mut self.codes, &mut to)? {
                 let Task::Recommend { top_m, .. } = job.task else { continue };
                 m = m.max(sizes.items(top_m as usize));
                 jobs.push(Taken { at, n_degraded });
@@ -632,6 +742,7 @@ impl Pipeline {
         host[..4].copy_from_slice(&[n as u32, m as u32, 0, 0]);
         host[regions.scanned.clone()][n..].fill(0);
         host[regions.words.clone()][8 * n..].fill(0);
+        host[regions.counted.clone()][2 * sizes.counted * n..].fill(0);
         host[regions.queries.clone()][sizes.query * n..].fill(0);
         let n_input = regions.tail + tail;
         self.up.give(stream.upload(host, n_input, self.buffers.input.part_mut(0..n_input))?);
@@ -719,6 +830,7 @@ fn put(
     resident: &Resident,
     rest: &mut CpuDevice,
     job: &mut Job,
+    codes: &mut Vec<u32>,
     to: &mut Writer<'_>,
 ) -> Result<bool, DeviceError> {
     let (sizes, at) = (&tables.sizes, to.n);
@@ -745,6 +857,20 @@ fn put(
     let liked = || job.user.history.iter().filter(|entry| entry.weight > 0.0);
     let [first, n_liked] = to.put(liked().map(|entry| entry.row));
     to.put(liked().map(|entry| entry.weight.to_bits()));
+    for (kind, of) in tables.codes.iter().enumerate() {
+        codes.clear();
+        tables.history_codes(of, job).for_each(|own| codes.extend_from_slice(own));
+        codes.sort_unstable();
+        let most = codes.chunk_by(|a, b| a == b).map(<[u32]>::len).max().unwrap_or(0);
+        // Where more than that may come together, the logarithm is the CPU's.
+        if most * of.most >= LOGARITHMS {
+            return Ok(false);
+        }
+        let [first, n] = to.put(codes.chunk_by(|a, b| a == b).map(|same| same[0]));
+        to.put(codes.chunk_by(|a, b| a == b).map(|same| same.len() as u32));
+        let place = regions.counted.start + 2 * (at * tables.codes.len() + kind);
+        to.host[place..place + 2].copy_from_slice(&[first, n]);
+    }
     let [one, two, three] = lists.map(|list| list.len() as u32);
     to.host[regions.words.clone()][8 * at..8 * at + 8]
         .copy_from_slice(&[start, one, two, three, seen, n_seen, first, n_liked]);

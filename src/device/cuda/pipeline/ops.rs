@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // Launches of kernels whose arguments are checked here.
 
 use tastemaker_kernels as kernels;
-use tastemaker_kernels::{ScoreBy, SumOrder};
+use tastemaker_kernels::{CountBy, ScoreBy, SumOrder};
 
 use super::super::ops::{Lists, ListsMut, count, holds, shaped};
 use super::super::stream::{Part, PartMut, Stream};
@@ -110,6 +110,29 @@ pub struct Columns<'a> {
     pub neighbours: Option<Neighbours<'a>>,
     /// f32: ln(1 + n).
     pub logarithms: Part<'a, f32>,
+}
+
+/// A column that counts codes of the history.
+#[derive(Clone, Copy, Debug)]
+pub struct Counting<'a> {
+    /// u32 `[n_items + 1]`
+    pub offsets: Part<'a, u32>,
+    /// u32: codes of items.
+    pub codes: Part<'a, u32>,
+    /// u32 `[n, places_stride]`: where in the tail codes of the history lie, how many.
+    pub places: Part<'a, u32>,
+    /// Words of a request's places.
+    pub places_stride: usize,
+    /// Which of them.
+    pub place: usize,
+    /// What the value is.
+    pub by: CountBy,
+    /// f32: ln(1 + n).
+    pub logarithms: Part<'a, f32>,
+    /// Values from one candidate to the next, and which of them.
+    pub stride: usize,
+    /// See [`Self::stride`].
+    pub column: usize,
 }
 
 /// The lists of all sources.
@@ -399,6 +422,51 @@ impl Stream {
             stride: count(stride),
         };
         // SAFETY: as above, and what lies in the tail and in the lists is the caller's word.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// A column of the candidates that counts codes of the history: one value of f32 `[n, width, stride]`.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    ///
+    /// # Safety
+    /// What the places say lies in the tail does, and what the offsets say lies in the codes.
+    pub unsafe fn fill_counts(
+        &self,
+        asked: Asked<'_>,
+        merged: Merged<'_>,
+        counting: Counting<'_>,
+        values: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        merged.holds(asked.n);
+        holds(asked.words.len(), asked.n, 8);
+        holds(counting.places.len(), asked.n, counting.places_stride);
+        holds(values.0.len(), asked.n * merged.width, counting.stride);
+        let shape = kernels::FillCounts {
+            rows: self.of(&merged.rows).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(asked.n),
+            width: count(merged.width),
+            offsets: self.of(&counting.offsets).0,
+            codes: self.of(&counting.codes).0,
+            n_items: count(counting.offsets.len().saturating_sub(1)),
+            tail: self.of(&asked.tail).0,
+            asked: self.of(&asked.words).0,
+            places: self.of(&counting.places).0,
+            places_stride: count(counting.places_stride),
+            place: count(counting.place),
+            by: counting.by,
+            logarithms: self.of(&counting.logarithms).0,
+            n_logarithms: count(counting.logarithms.len()),
+            values: self.of(&values.0).0,
+            stride: count(counting.stride),
+            column: count(counting.column),
+        };
+        // SAFETY: as above, and what lies in the tail and in the codes is the caller's word.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 

@@ -13,6 +13,8 @@ const BUCKETS: [usize; 6] = [1, 8, 32, 128, 512, 1024];
 const SPARE: usize = 128;
 /// Rows that the users of a batch have seen, for each request that there is room for, and at least.
 const SEEN: [usize; 2] = [1024, 16_384];
+/// Words of codes that the histories of a batch hold, for each request and each kind of code, and at least.
+const CODES: [usize; 2] = [512, 16_384];
 
 /// Sizes of a worker's pipeline, in values.
 #[derive(Clone, Debug)]
@@ -29,6 +31,8 @@ pub struct Sizes {
     pub rankers: Vec<[usize; 2]>,
     /// Liked items of a request.
     pub liked: usize,
+    /// Kinds of codes that are counted.
+    pub counted: usize,
     /// Sizes that batches are filled up to, ascending.
     pub buckets: Vec<usize>,
 }
@@ -41,6 +45,7 @@ impl Sizes {
         n_rows: usize,
         query: usize,
         rankers: Vec<[usize; 2]>,
+        counted: usize,
     ) -> Result<Self, String> {
         let widths = [config.ann_k, config.collaborative_k, config.trending_k, config.search_k].map(|k| k as usize);
         let (k, all) = (widths[0], widths.iter().sum::<usize>());
@@ -53,7 +58,7 @@ impl Sizes {
         let largest = Self::largest(device, n_rows);
         let buckets = BUCKETS.into_iter().filter(|&bucket| bucket < largest).chain([largest]).collect();
         let (fetched, liked) = ((k + SPARE).min(MAX_K as usize), config.history_length as usize);
-        Ok(Sizes { n_rows, query, fetched, widths, rankers, liked, buckets })
+        Ok(Sizes { n_rows, query, fetched, widths, rankers, liked, counted, buckets })
     }
 
     /// The most requests whose scores of all rows there is room for at a time.
@@ -90,7 +95,7 @@ impl Sizes {
     /// Words of the tail of a batch, of whatever bucket.
     pub fn tail(&self) -> usize {
         let most = self.most();
-        most * self.lists() + (most * SEEN[0]).max(SEEN[1])
+        most * self.lists() + (most * SEEN[0]).max(SEEN[1]) + self.counted * (most * CODES[0]).max(CODES[1])
     }
 
     /// Words of what is uploaded at most.
@@ -118,6 +123,8 @@ pub struct Regions {
     pub bounds: Range<usize>,
     /// u32 `[n, 8]`
     pub words: Range<usize>,
+    /// u32 `[n, 2 * counted]`
+    pub counted: Range<usize>,
     /// f32 `[n, query]`
     pub queries: Range<usize>,
     /// f32 `[n, shared]`, by ranker.
@@ -136,8 +143,8 @@ impl Regions {
             start..end
         };
         let (scanned, bounds, words) = (take(bucket), take(4 * bucket), take(8 * bucket));
-        let queries = take(sizes.query * bucket);
+        let (counted, queries) = (take(2 * sizes.counted * bucket), take(sizes.query * bucket));
         let shared = sizes.rankers.iter().map(|ranker| take(ranker[0] * bucket)).collect();
-        Regions { scanned, bounds, words, queries, shared, tail: end.next_multiple_of(4) }
+        Regions { scanned, bounds, words, counted, queries, shared, tail: end.next_multiple_of(4) }
     }
 }

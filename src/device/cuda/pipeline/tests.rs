@@ -11,7 +11,7 @@ use super::super::engine::{Cuda, CudaDevice, testing as engine};
 use super::super::stream::PartMut;
 use super::*;
 use crate::catalog::cooccurrence;
-use crate::catalog::generation::{Generation, Interaction, RankedList, RankerModel, testing};
+use crate::catalog::generation::{Interaction, NO_CODE, RankedList, RankerModel, testing};
 use crate::catalog::text::TextIndex;
 use crate::context::Deadline;
 use crate::device::cpu::apart_testing;
@@ -34,13 +34,13 @@ const COLUMNS: [[&str; 8]; 2] = [
     ],
     [
         "candidate.search.score",
-        "candidate.collaborative.rank",
+        "cross.overlap.tags",
         "candidate.trending.score",
-        "candidate.collaborative.score",
-        "candidate.ann.present",
+        "cross.same_creator",
+        "candidate.collaborative.rank",
         "candidate.ann.score",
-        "candidate.search.rank",
-        "candidate.trending.rank",
+        "cross.same_category",
+        "cross.overlap.genre",
     ],
 ];
 const REQUEST: [&str; 8] =
@@ -154,6 +154,13 @@ impl Case {
         let vectors = (0..self.n * self.dim).map(|_| self.value(&mut noise)).collect();
         let mut generation = testing::with_embeddings(vectors, self.dim);
         generation.metric = self.metric;
+        // Some items without codes, and some with one twice.
+        let tags: Vec<Vec<u32>> =
+            (0..self.n).map(|at| (0..at % 5).map(|tag| (at * 3 + tag / 2) as u32 % 20).collect()).collect();
+        testing::add_tags(&mut generation, "tags", &tags);
+        let genres: Vec<u32> = (0..self.n as u32).map(|at| if at % 6 == 5 { NO_CODE } else { at % 4 }).collect();
+        testing::add_category(&mut generation, "genre", &genres);
+        (generation.roles.creator, generation.roles.category) = (Some(0), Some(1));
         let lists: Vec<Vec<(u32, f32)>> = (0..self.n)
             .map(|_| {
                 let step = 1 + ((noise() + 0.5) * 6.0) as usize;
