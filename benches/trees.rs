@@ -17,7 +17,7 @@ use tastemaker::catalog::build::{self, BuildOptions, Silent};
 use tastemaker::catalog::bundle;
 use tastemaker::catalog::synthetic::{self, SyntheticOptions};
 use tastemaker::context::Deadline;
-use tastemaker::device::batcher::BatchLimits;
+use tastemaker::device::batcher::{BatchLimits, Load};
 use tastemaker::device::ring::JobQueue;
 use tastemaker::device::worker::{self, JobSink};
 use tastemaker::device::{Device, Job, Task, cpu};
@@ -102,7 +102,7 @@ fn together() -> anyhow::Result<()> {
                     queue.close();
                     let sink: Arc<dyn JobSink> = answers.clone();
                     let start = cpu_ns();
-                    worker::run(device, &queue, 0, limits, &sink);
+                    worker::run(device, &queue, 0, limits, &Load::default(), &sink);
                     ((cpu_ns() - start) as f64 / 1000.0 / JOBS as f64, answers.0.load(Ordering::Relaxed))
                 };
                 let mut times: Vec<[f64; 2]> = Vec::new();

@@ -14,12 +14,33 @@ constexpr u32 THREADS = 256; // of every block
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr u32 NO_ROW = 0xffffffffu;
 constexpr u64 NO_KEY = ~0ull;
+// Words that say of a request where in the tail lists begin, how long these are, and beginning and number of seen rows and liked items.
+constexpr u32 ASKED = 8;
 
 #ifndef EMULATED // the emulator has its own of these
 #define KERNEL(name, blocks) extern "C" __global__ void __launch_bounds__(THREADS, blocks) name
 #define DEVICE static __device__ __forceinline__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+
+// Words of shared memory by one access: four at a 16-byte boundary, two at one of 8 bytes.
+DEVICE uint4 shared_load4(const u32* words, u32 at) { return *(const uint4*)(words + at); }
+DEVICE void shared_store4(u32* words, u32 at, uint4 v) { *(uint4*)(words + at) = v; }
+DEVICE void shared_store2(u32* words, u32 at, uint2 v) { *(uint2*)(words + at) = v; }
+
+// Two bf16, rounded to the nearest, ties to even, the first in the low half; NaN is 0x7fff.
+DEVICE u32 bf16_pair(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// sums += a * b by a warp, [16, 16] bf16 by [16, 8] bf16 onto f32, in PTX's fragments.
+DEVICE void mma_bf16(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 #endif
 
 // A score as an integer: smaller is better. NaN is largest of all.
@@ -144,4 +165,16 @@ DEVICE void bitonic_steps(u64 (&keys)[PER], Keys spill, u32 size, u32 stride) {
 template <u32 PER, class Keys>
 DEVICE void block_sort(u64 (&keys)[PER], Keys spill, u32 n) {
     for (u32 size = 2; size <= n; size *= 2) bitonic_steps(keys, spill, size, size / 2);
+}
+
+// The place of `row` among the `n` ascending ones, `n` where it is not there.
+template <class Rows>
+DEVICE u32 place_of(Rows rows, u32 n, u32 row) {
+    u32 low = 0, high = n;
+    while (low < high) {
+        const u32 middle = (low + high) / 2;
+        if (rows[middle] < row) low = middle + 1;
+        else high = middle;
+    }
+    return low < n && rows[low] == row ? low : n;
 }

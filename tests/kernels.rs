@@ -1,6 +1,12 @@
 //! Every GPU kernel, on the CPU by the emulator, against its twin: the same source that nvcc and NVRTC compile. And that the emulator
 //! and these comparisons notice bugs: each planted one is found. What only a GPU can show is not shown here.
 
+#[path = "kernels/dense.rs"]
+mod dense;
+#[path = "kernels/slates.rs"]
+mod slates;
+
+use dense::Dense;
 use half::bf16;
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -709,6 +715,11 @@ proptest! {
     fn scores_equal_their_twin(shape in Scoring::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
     }
+
+    #[test]
+    fn dense_rank_equals_its_twin(shape in Dense::any(), seed in any::<u64>()) {
+        held(shape.check("plain", seed))?;
+    }
 }
 
 /// Shapes that reach every part of a kernel.
@@ -757,13 +768,14 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
             Neighbors { n_lists: 2, width, k, n_rows: 3000, scores, factor: -1.0, with_available: odd }
                 .check(variant, seed)
         }
-        _ => Err(format!("no shapes for {kernel}")),
+        "dense_rank" => Dense::every(seed).check(variant, seed),
+        _ => slates::check(kernel, variant, seed),
     }
 }
 
 #[test]
 fn planted_bugs_are_noticed() {
-    for kernel in [
+    let old = [
         "topk_select",
         "partition_merge",
         "merge_candidates",
@@ -771,7 +783,10 @@ fn planted_bugs_are_noticed() {
         "gather_rows",
         "scores_f32",
         "take_neighbors",
-    ] {
+        "dense_rank",
+    ];
+    let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
+    for kernel in old.into_iter().chain(slates) {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");
         }
@@ -819,4 +834,34 @@ fn impossible_shapes_are_refused() {
     assert_eq!(refused(10, 10, 0), "topk_select: k is 0, expected 1 to 1024");
     assert_eq!(refused(11, 10, 1), "topk_select: n_cols is 11, expected 0 to 10");
     assert_eq!(refused(0, u32::MAX, 1), "topk_select: stride is 4294967295, expected 0 to 2147483647");
+    let dense = kernels::dense::DenseRank {
+        program: 16,
+        params: 16,
+        table: None,
+        rows: 16,
+        counts: 16,
+        columns: 16,
+        shared: 16,
+        n_requests: 3,
+        width: 100,
+        block_rows: 64,
+        units: 900,
+        weight: 1.0,
+        first: true,
+        scores: 16,
+    };
+    let launch = dense.launch().unwrap();
+    assert_eq!((launch.grid, launch.shared_bytes), ([2, 3, 1], 64 * 900 * 4));
+    assert!(kernels::dense::DenseRank { units: 908, ..dense }.launch().is_ok());
+    let refused = |dense: kernels::dense::DenseRank| dense.launch().unwrap_err().to_string();
+    let refused_all = [
+        (kernels::dense::DenseRank { n_requests: 1 << 16, ..dense }, "n_requests is 65536, expected 1 to 65535"),
+        (kernels::dense::DenseRank { width: 0, ..dense }, "width is 0, expected 1 to 2147483647"),
+        (kernels::dense::DenseRank { block_rows: 72, ..dense }, "block_rows modulo 16 is 8, expected 0 to 0"),
+        (kernels::dense::DenseRank { units: 909, ..dense }, "shared memory is 232704, expected 256 to 232448"),
+        (kernels::dense::DenseRank { params: 24, ..dense }, "the parameters' address modulo 16 is 8, expected 0 to 0"),
+    ];
+    for (dense, message) in refused_all {
+        assert_eq!(refused(dense), format!("dense_rank: {message}"));
+    }
 }

@@ -11,13 +11,14 @@ pub const MAX_K: u32 = 1024;
 /// The most entries that [`MergeCandidates`] merges.
 pub const MAX_MERGED: u32 = 2048;
 /// The most blocks in the second direction of a grid.
-const MAX_GRID_Y: u32 = 65_535;
+pub(crate) const MAX_GRID_Y: u32 = 65_535;
 /// The most blocks in the first direction of a grid; also the most columns of a row, so that sums of two stay below 2^32.
-const MAX_GRID_X: u32 = i32::MAX as u32;
+pub(crate) const MAX_GRID_X: u32 = i32::MAX as u32;
 /// Rows and queries of a block; `SCORED_ROWS` and `SCORED_QUERIES` in kernels/scores.cu.
 const SCORED_ROWS: u32 = 128;
 const SCORED_QUERIES: u32 = 32;
-const MOST_ARGUMENTS: usize = 12;
+/// Arguments of a launch.
+pub const MOST_ARGUMENTS: usize = 20;
 
 /// A launch can't be made of these shapes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,7 +61,7 @@ impl Launch {
     /// types, which check shapes.
     ///
     /// # Panics
-    /// Beyond 12 arguments.
+    /// Beyond [`MOST_ARGUMENTS`].
     pub fn new<const N: usize>(kernel: &'static str, grid: [u32; 3], given: [u64; N]) -> Self {
         let mut arguments = [0; MOST_ARGUMENTS];
         arguments[..N].copy_from_slice(&given);
@@ -69,7 +70,7 @@ impl Launch {
 }
 
 /// Checks one number.
-fn within(
+pub(crate) fn within(
     kernel: &'static str,
     what: &'static str,
     value: impl Into<u64>,

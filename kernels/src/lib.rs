@@ -2,13 +2,18 @@
 //! kernels/README.md says how they are written.
 #![forbid(unsafe_code)]
 
+pub mod dense;
 mod launch;
+mod slates;
 mod source;
 
 pub use launch::{
-    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MaskScores,
-    MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS, TakeNeighbors,
-    TopkSelect,
+    Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MOST_ARGUMENTS,
+    MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,
+    TakeNeighbors, TopkSelect,
+};
+pub use slates::{
+    AddScores, Column, CountBy, ExactScores, FillColumns, FillCounts, FinishSlates, MaskSeen, SettleLists, SumOrder,
 };
 pub use source::{ARCHITECTURES, OPTIONS, PIECES, SOURCE};
 

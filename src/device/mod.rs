@@ -76,10 +76,10 @@ pub enum DeviceError {
 pub struct DeviceConfig {
     /// Workers that use the GPU, each with a stream of its own; the others compute on their CPUs alone. 0 to 1024; 0, the default: all.
     pub workers: u32,
-    /// Jobs of a batch. 1 to 64, default 16.
+    /// Jobs of a batch. 1 to 1024, default 16.
     pub max_batch_size: u32,
-    /// How long the first job of a batch may wait for others, microseconds. 0 to 10000; 0, the default: only what waits already is taken
-    /// along.
+    /// How long the first job of a batch may wait for others at most, microseconds: only while the GPU computes another worker's batch, and
+    /// no longer than a batch takes. 0 to 10000, default 1000; 0: only what waits already is taken along.
     pub max_wait_us: u32,
     /// A GPU that has not answered a batch for so long is fenced, milliseconds. 10 to 60000, default 500.
     pub patience_ms: u32,
@@ -109,7 +109,7 @@ impl Default for DeviceConfig {
         DeviceConfig {
             workers: 0,
             max_batch_size: 16,
-            max_wait_us: 0,
+            max_wait_us: 1000,
             patience_ms: 500,
             memory_bytes: 0,
             workspace_bytes: 256 << 20,
@@ -131,7 +131,7 @@ impl DeviceConfig {
     pub fn validate(&self) -> Result<(), String> {
         let ranges = [
             ("workers", u64::from(self.workers), 0, 1024),
-            ("max_batch_size", u64::from(self.max_batch_size), 1, 64),
+            ("max_batch_size", u64::from(self.max_batch_size), 1, 1024),
             ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
             ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
             ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
@@ -186,6 +186,8 @@ pub struct Counters {
     pub settled: Settled,
     /// Searches by an index of cuVS.
     pub by_index: AtomicU64,
+    /// What became of recommendations.
+    pub slates: cuda::pipeline::Slates,
     /// Memory that it was given.
     pub memory_bytes: AtomicU64,
 }
@@ -203,6 +205,7 @@ impl Counters {
             out_of_memory: AtomicU64::new(0),
             settled: Settled::default(),
             by_index: AtomicU64::new(0),
+            slates: Default::default(),
             memory_bytes: AtomicU64::new(0),
         }
     }
@@ -343,6 +346,7 @@ pub struct Accelerator {
     config: DeviceConfig,
     /// Keeps the tables there until the first worker has them.
     held: Arc<cuda::engine::Shared>,
+    load: Arc<batcher::Load>,
 }
 
 impl Accelerator {
@@ -359,7 +363,7 @@ impl Accelerator {
         let gpu = cuda::probe::probe(Some(ordinal)).map_err(|unfit| DeviceError::Failed(unfit.to_string()))?;
         let cuda = cuda::engine::Cuda::new(gpu, config, n_workers)?;
         let held = cuda.load(generation)?;
-        Ok(Accelerator { cuda, config: config.clone(), held })
+        Ok(Accelerator { cuda, config: config.clone(), held, load: Arc::default() })
     }
 
     /// What becomes of the jobs.
@@ -375,6 +379,11 @@ impl Accelerator {
             Ok(Box::new(cuda.device(rest, &pipeline)?) as Box<dyn Device>)
         };
         (Arc::new(make), self.held.clone())
+    }
+
+    /// What its workers know of each other.
+    pub fn load(&self) -> &Arc<batcher::Load> {
+        &self.load
     }
 
     /// How jobs are put together for it.

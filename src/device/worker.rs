@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::batcher::{BatchLimits, Batcher, Source};
+use super::batcher::{BatchLimits, Batcher, Load, Pace, Source};
 use super::ring::JobQueue;
 use super::{Device, Job};
 use crate::context::Stage;
@@ -20,11 +20,15 @@ pub trait JobSink: Send + Sync {
 }
 
 /// The queue and the clock.
-struct Live<'q>(&'q JobQueue);
+struct Live<'q>(&'q JobQueue, &'q Load);
 
 impl Source for Live<'_> {
     fn try_pop(&mut self) -> Option<Box<Job>> {
         self.0.try_pop()
+    }
+
+    fn load(&mut self) -> (Pace, usize) {
+        (self.1.pace(), self.1.busy())
     }
 
     fn now(&mut self) -> Instant {
@@ -37,10 +41,17 @@ impl Source for Live<'_> {
 }
 
 /// Works until the queue is closed and empty. Every job that is popped is delivered exactly once: executed, expired, or
-/// failed. `limits` say which jobs are executed together.
-pub fn run(device: &mut dyn Device, queue: &JobQueue, worker: usize, limits: BatchLimits, sink: &Arc<dyn JobSink>) {
+/// failed. `limits` say which jobs are executed together, `load` is that of all workers of the device.
+pub fn run(
+    device: &mut dyn Device,
+    queue: &JobQueue,
+    worker: usize,
+    limits: BatchLimits,
+    load: &Load,
+    sink: &Arc<dyn JobSink>,
+) {
     let mut batch: Vec<Box<Job>> = Vec::with_capacity(limits.max_batch_size);
-    let (mut batcher, mut source) = (Batcher::new(limits), Live(queue));
+    let (mut batcher, mut source) = (Batcher::new(limits), Live(queue, load));
     while let Some(first) = batcher.held().or_else(|| queue.pop(worker)) {
         batcher.fill(first, &mut source, &mut batch, &mut |mut job| {
             job.timings.lap(Stage::Queue, job.enqueued);
@@ -54,7 +65,10 @@ pub fn run(device: &mut dyn Device, queue: &JobQueue, worker: usize, limits: Bat
             job.timings.lap(Stage::Queue, job.enqueued);
         }
         batch[0].ranked.batch_size = batch.len() as u16;
+        let clock = Instant::now();
+        load.begin(batch.len());
         let done = catch_unwind(AssertUnwindSafe(|| device.execute(&mut batch)));
+        load.end(clock.elapsed());
         let failure = match done {
             Ok(Ok(())) => None,
             Ok(Err(error)) => {
@@ -109,7 +123,7 @@ mod tests {
         let collected = Arc::new(Collected::default());
         let sink: Arc<dyn JobSink> = collected.clone();
         let limits = BatchLimits { max_batch_size: 4, max_wait: Duration::ZERO, company: Company::Any };
-        run(&mut SimDevice::new(script), &queue, 0, limits, &sink);
+        run(&mut SimDevice::new(script), &queue, 0, limits, &Load::default(), &sink);
         let mut all = std::mem::take(&mut *collected.0.lock());
         all.sort_by_key(|o| o.0);
         all

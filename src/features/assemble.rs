@@ -109,6 +109,8 @@ impl Op {
 #[derive(Clone, Debug)]
 pub struct Layout {
     ops: Vec<Op>,
+    /// By operation: as the manifest has it.
+    names: Vec<String>,
     /// By operation: where in a record its codes are.
     fields: Vec<Option<usize>>,
     /// The operations that read records, in the order of their fields.
@@ -190,10 +192,10 @@ impl Layout {
         let asks = |wanted: fn(&Op) -> bool| ops.iter().any(wanted);
         let popularity = if asks(|op| matches!(op, Op::Popularity)) { &generation.popularity[..] } else { &[] };
         let tables = Arc::new(Tables::new(popularity));
-        Ok(Layout::of(ops, fields, dim, tables))
+        Ok(Layout::of(ops, columns.to_vec(), fields, dim, tables))
     }
 
-    fn of(ops: Vec<Op>, fields: Vec<Option<usize>>, dim: usize, tables: Arc<Tables>) -> Self {
+    fn of(ops: Vec<Op>, names: Vec<String>, fields: Vec<Option<usize>>, dim: usize, tables: Arc<Tables>) -> Self {
         let mut width = 0;
         let mut recorded = Vec::new();
         for (op, field) in fields.iter().enumerate() {
@@ -201,7 +203,7 @@ impl Layout {
             width += Self::op_width(&ops[op], dim);
         }
         recorded.sort_by_key(|r| r.field);
-        Layout { ops, fields, recorded, dim, width, tables }
+        Layout { ops, names, fields, recorded, dim, width, tables }
     }
 
     fn op_width(op: &Op, dim: usize) -> usize {
@@ -216,6 +218,11 @@ impl Layout {
         self.width
     }
 
+    /// The columns' names; an embedding is one.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
     /// What each value depends on, `[width]`.
     pub fn dependences(&self) -> Vec<Dependence> {
         self.ops.iter().flat_map(|op| vec![op.dependence(); Self::op_width(op, self.dim)]).collect()
@@ -223,12 +230,14 @@ impl Layout {
 
     /// The columns of several layouts that depend on what is `wanted`, side by side.
     pub fn part(layouts: &[Layout], wanted: impl Fn(Dependence) -> bool) -> Layout {
-        let columns = layouts.iter().flat_map(|l| l.ops.iter().zip(&l.fields));
-        let (ops, fields) = columns.filter(|(op, _)| wanted(op.dependence())).map(|(op, at)| (op.clone(), *at)).unzip();
+        let columns = layouts.iter().flat_map(|l| l.ops.iter().zip(&l.names).zip(&l.fields));
+        let columns = columns.filter(|((op, _), _)| wanted(op.dependence()));
+        let (columns, fields): (Vec<_>, _) = columns.map(|(named, at)| (named, *at)).unzip();
+        let (ops, names) = columns.into_iter().map(|(op, name)| (op.clone(), name.clone())).unzip();
         let dim = layouts.first().map_or(0, |l| l.dim);
         let informed = layouts.iter().find(|l| !l.tables.popularity.is_empty()).or(layouts.first());
         let tables = informed.map_or_else(|| Arc::new(Tables::new(&[])), |l| l.tables.clone());
-        Layout::of(ops, fields, dim, tables)
+        Layout::of(ops, names, fields, dim, tables)
     }
 
     /// Fills `out` with `[candidates, width]`, row-major.
@@ -858,6 +867,8 @@ mod tests {
         assert_eq!(whole[1].dependences(), [Item, Candidate, Item, Request, Request]);
         let width = |wanted: Dependence| Layout::part(&whole, |d| d == wanted).width();
         assert_eq!((width(Request), width(Item), width(Candidate)), (4, 4, 2));
+        let names = Layout::part(&whole, |d| d == Request).names().to_vec();
+        assert_eq!(names, ["user.history_length", "context.hour", "user.embedding"]);
         let mut out = Vec::new();
         let items = Layout::part(&whole, |d| d == Item);
         items.fill_items(&generation, 1..3, &mut FeatureScratch::default(), &mut out);

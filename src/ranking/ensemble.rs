@@ -23,6 +23,11 @@ impl WeightedMean {
         self.weight += weight;
     }
 
+    /// The weighted scores of the members that answered so far, added up: `[n]`.
+    pub fn sum(&self) -> &[f32] {
+        &self.sum
+    }
+
     /// The mean over the members that answered, their weights renormalised; `None` when none did.
     pub fn finish(&mut self) -> Option<&[f32]> {
         if self.weight <= 0.0 {

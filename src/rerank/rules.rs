@@ -101,6 +101,12 @@ impl HardFilter {
             && self.active.iter().all(|(matches, wanted)| matches.has(row, items) == *wanted)
     }
 
+    /// Whether it forbids nothing but what is gone of `items`, if that.
+    pub fn forbids_only_gone(&self, items: Option<&Arc<LiveItems>>) -> bool {
+        let own = self.items.as_ref();
+        self.active.is_empty() && own.is_none_or(|own| items.is_some_and(|items| Arc::ptr_eq(own, items)))
+    }
+
     /// Whether it forbids nothing.
     pub fn is_empty(&self) -> bool {
         self.active.is_empty() && self.items.is_none()

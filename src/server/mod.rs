@@ -376,6 +376,7 @@ impl Server {
             workers.push(thread.spawn(move || {
                 let sink: Arc<dyn JobSink> = shared.clone();
                 let limits = accelerator.as_ref().map_or(BatchLimits::CPU, |accelerator| accelerator.limits());
+                let load = accelerator.as_ref().map_or_else(Default::default, |accelerator| accelerator.load().clone());
                 let work = |device: &mut dyn Device, tables: Option<Tables>| {
                     signals::pin(cpu);
                     signals::take_turns();
@@ -386,7 +387,7 @@ impl Server {
                     // The receiver is gone only if another worker failed, and then nothing starts.
                     let _ = ready.send(result);
                     if usable {
-                        worker::run(device, &shared.jobs, id, limits, &sink);
+                        worker::run(device, &shared.jobs, id, limits, &load, &sink);
                     }
                 };
                 let config = Arc::new(shared.config.pipeline.clone());

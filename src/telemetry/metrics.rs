@@ -666,7 +666,7 @@ impl Metrics {
         }
         if !gauges.devices.is_empty() {
             type Counted = fn(&Counters) -> &AtomicU64;
-            let families: [(_, _, _, &[(&str, Counted)]); 7] = [
+            let families: [(_, _, _, &[(&str, Counted)]); 8] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
                 ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
                 ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
@@ -697,6 +697,16 @@ impl Metrics {
                     "counter",
                     "Searches of a device by an index of cuVS",
                     &[("", |d| &d.by_index)],
+                ),
+                (
+                    "tastemaker_device_recommendations_total",
+                    "counter",
+                    "Recommendations computed on a device as a whole, or ranked by the CPU: it was not asked, or left something open",
+                    &[
+                        (",by=\"device\"", |d| &d.slates.whole),
+                        (",by=\"cpu\",reason=\"refused\"", |d| &d.slates.refused),
+                        (",by=\"cpu\",reason=\"open\"", |d| &d.slates.open),
+                    ],
                 ),
             ];
             for (name, kind, help, lines) in families {

@@ -4,12 +4,14 @@
 // It is an unkind driver: what is not ordered by a stream, an event or a wait happens in an order that a seed decides, and late; memory
 // holds rubbish when it is new, and so does the host's memory between a copy to it and the wait for that copy. So a wait that is missing
 // shows as a wrong answer. Noticed and reported as misuse: handles and memory that are not there or not any more, copies beyond a buffer,
-// writing around one, freeing host memory that a copy still needs, waiting inside a capture, anything left over when a context goes.
+// writing around one, freeing host memory that a copy still needs, waiting or giving memory out or back inside a capture, anything left over when
+// a context goes.
 //
 // EMU_CUDA, or emu_cuda_script at run time, holds settings between commas: seed=N, delay_us=N (the longest that work waits, 0: none),
 // memory=BYTES (of each device), devices=N (at most 8); and faults, each at the n-th of its kind and, where `+every` follows, again and
 // again: oom@N (an allocation), fail@N[=CODE] (a launch; the context is lost, 719 by default), ecc@N (the same with 214), hang@N[=MS] (a
-// launch takes so long, 2000 by default), wrong@N (a launch does nothing). `/D` behind the kind (fail/1@3) is of what device D does alone.
+// launch takes so long, 2000 by default), wrong@N (a launch does nothing),
+// nograph@N (a capture can't be made executable). `/D` behind the kind (fail/1@3) is of what device D does alone.
 // EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
 //
 // A library that works on the device's memory by itself, as stand-ins for tests do, gives its work to a stream by cuLaunchHostFunc, and may
@@ -59,15 +61,16 @@ using Clock = std::chrono::steady_clock;
 enum Result : int {
     SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201, ECC_UNCORRECTABLE = 214, INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700,
-    LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901,
+    LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901,
 };
 constexpr size_t KEPT_DEAD = 512; // freed allocations whose pages still fault
 constexpr unsigned char RUBBISH = 0xa5;
 constexpr char IMAGE[] = "EMULATED CUBIN 1";
 constexpr int MOST_DEVICES = 8;
 
-enum Count { ALLOCATIONS, LAUNCHES, UPLOADS, DOWNLOADS, GRAPHS, MISUSES, COUNTS };
-constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "uploads", "downloads", "graph_launches", "misuses"};
+enum Count { ALLOCATIONS, LAUNCHES, GIVEN, UPLOADS, DOWNLOADS, GRAPHS, INSTANTIATED, MISUSES, COUNTS };
+constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "single_launches", "uploads", "downloads",
+                                               "graph_launches", "graphs", "misuses"};
 // Of all devices, and of each.
 std::atomic<uint64_t> counts[COUNTS];
 std::atomic<uint64_t> counts_of[MOST_DEVICES][COUNTS];
@@ -291,7 +294,12 @@ struct Work {
     std::function<int()> run;
     std::function<void()> after;
 };
-using Graph = std::vector<Work>;
+struct Context;
+// What a capture recorded.
+struct Graph {
+    Context* context;
+    std::vector<Work> work;
+};
 
 struct Context {
     std::atomic<int> lost{0};
@@ -377,7 +385,7 @@ struct Stream {
     int take(Work one) {
         if (context->lost) return context->lost;
         if (capture) {
-            capture->push_back(std::move(one));
+            capture->work.push_back(std::move(one));
             return SUCCESS;
         }
         give(std::move(one));
@@ -412,6 +420,7 @@ struct Event {
 // Of a module.
 struct Function {
     const emu::Kernel* kernel;
+    unsigned most_shared = 48 << 10; // without asking for more
 };
 struct Module {
     Context* context;
@@ -419,7 +428,7 @@ struct Module {
 };
 struct Executable {
     Context* context;
-    Graph graph;
+    std::vector<Work> work;
 };
 
 // Then copies that were given are not done any more.
@@ -437,11 +446,13 @@ int ready() {
     }
     return current->lost;
 }
-// Waiting is not for a thread that captures.
-int may_wait(Stream* stream) {
-    if (!stream->capture) return SUCCESS;
-    misuse("a wait inside a capture");
-    stream->spoilt = true;
+// What this thread captures.
+thread_local Stream* capturing = nullptr;
+// Waiting, and giving memory out and back, are not for a thread that captures.
+int outside_captures(const char* what) {
+    if (!capturing) return SUCCESS;
+    misuse("%s inside a capture", what);
+    capturing->spoilt = true;
     return CAPTURE_UNSUPPORTED;
 }
 
@@ -580,6 +591,7 @@ API int cuDeviceGetAttribute(int* value, int which, int) {
     case 76: *value = 0; break;   // minor
     case 16: *value = 132; break; // multiprocessors
     case 115: *value = 1; break;  // memory pools
+    case 97: *value = 227 << 10; break; // the most shared memory of a block
     default: *value = 0;
     }
     return SUCCESS;
@@ -629,8 +641,10 @@ API int cuDevicePrimaryCtxRelease_v2(int ordinal) {
     Context* context = own.context.get();
     const std::vector<Stream*> streams = take<Stream>(context);
     const size_t events = take<Event>(context).size(), modules = take<Module>(context).size();
-    take<Executable>(context);
-    if (streams.size() + events + modules > 0) misuse("left over: %zu streams, %zu events, %zu modules", streams.size(), events, modules);
+    const size_t graphs = take<Graph>(context).size() + take<Executable>(context).size();
+    if (streams.size() + events + modules + graphs > 0) {
+        misuse("left over: %zu streams, %zu events, %zu modules, %zu graphs", streams.size(), events, modules, graphs);
+    }
     for (Stream* stream : streams) end(stream);
     std::vector<std::pair<uintptr_t, bool>> left;
     {
@@ -658,6 +672,7 @@ API int cuCtxGetCurrent(Context** context) {
 }
 API int cuCtxSynchronize() {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a wait")) return refused;
     std::vector<Stream*> all;
     {
         Lock held(handle_lock());
@@ -678,23 +693,27 @@ API int cuMemGetInfo_v2(size_t* left, size_t* total) {
 }
 API int cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     if (bytes == 0) return INVALID_VALUE;
     *at = (uintptr_t)allocate(bytes, false, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFree_v2(uintptr_t at) {
+    if (const int refused = outside_captures("memory given back")) return refused;
     const int before = cuCtxSynchronize();
     release(at, false);
     return before;
 }
 API int cuMemAllocAsync(uintptr_t* at, size_t bytes, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (bytes == 0) return INVALID_VALUE;
     *at = (uintptr_t)allocate(bytes, false, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
+    if (const int refused = outside_captures("memory given back")) return refused;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     // Of a context that is lost, too: its memory comes back when it is gone, here at once.
     if (const int not_ready = ready()) {
@@ -710,10 +729,14 @@ API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
 }
 API int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("an allocation")) return refused;
     *at = allocate(bytes, true, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
-API int cuMemFreeHost(void* at) { return release((uintptr_t)at, true) ? SUCCESS : INVALID_VALUE; }
+API int cuMemFreeHost(void* at) {
+    if (const int refused = outside_captures("memory given back")) return refused;
+    return release((uintptr_t)at, true) ? SUCCESS : INVALID_VALUE;
+}
 API int cuDeviceGetDefaultMemPool(void** pool, int ordinal) {
     *pool = &device(ordinal);
     return SUCCESS;
@@ -763,6 +786,7 @@ API int cuStreamCreate(Stream** out, unsigned) {
 }
 API int cuStreamDestroy_v2(Stream* stream) {
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
+    if (capturing == stream) capturing = nullptr;
     {
         Lock held(handle_lock());
         live<Stream>().erase(stream);
@@ -773,7 +797,7 @@ API int cuStreamDestroy_v2(Stream* stream) {
 API int cuStreamSynchronize(Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (const int refused = may_wait(stream)) return refused;
+    if (const int refused = outside_captures("a wait")) return refused;
     stream->wait();
     return ready();
 }
@@ -822,11 +846,13 @@ API int cuEventRecord(Event* event, Stream* stream) {
 }
 API int cuEventQuery(Event* event) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a look at an event")) return refused;
     if (!is_live(event, "event")) return INVALID_HANDLE;
     return event->is_reached(event->recorded) ? SUCCESS : NOT_READY;
 }
 API int cuEventSynchronize(Event* event) {
     if (const int not_ready = ready()) return not_ready;
+    if (const int refused = outside_captures("a wait")) return refused;
     if (!is_live(event, "event")) return INVALID_HANDLE;
     const uint64_t until = event->recorded;
     Context* context = current;
@@ -858,7 +884,7 @@ API int cuModuleGetFunction(Function** out, Module* module, const char* name) {
     if (!is_live(module, "module")) return INVALID_HANDLE;
     for (size_t at = 0; at < emu_variants[0].n; at++) {
         if (strcmp(emu_variants[0].kernels[at].name, name) != 0) continue;
-        module->functions.push_back(std::make_unique<Function>(Function{&emu_variants[0].kernels[at]}));
+        module->functions.push_back(std::make_unique<Function>(Function{&emu_variants[0].kernels[at], 48 << 10}));
         *out = module->functions.back().get();
         return SUCCESS;
     }
@@ -868,7 +894,7 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
                        unsigned block_z, unsigned shared, Stream* stream, void** parameters, void** extra) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (extra || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (extra || block_y != 1 || block_z != 1 || shared > function->most_shared) return INVALID_VALUE;
     if (stream->context != current) {
         misuse("%s is launched on a stream of another context", function->kernel->name);
         return INVALID_HANDLE;
@@ -879,6 +905,7 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
         values.emplace_back(from, from + function->kernel->sizes[at]);
     }
     const emu::Kernel* kernel = function->kernel;
+    if (!stream->capture) count(GIVEN, stream->context->ordinal);
     return stream->take({nullptr, [=] {
         const unsigned grid[3] = {grid_x, grid_y, grid_z};
         return launch(kernel, grid, block_x, shared, values, stream->context->ordinal);
@@ -896,9 +923,10 @@ API int cuLaunchHostFunc(Stream* stream, void (*function)(void*), void* data) {
 API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
-    if (stream->capture) return INVALID_VALUE;
-    stream->capture = std::make_unique<Graph>();
+    if (stream->capture || capturing) return INVALID_VALUE;
+    stream->capture = std::make_unique<Graph>(Graph{current, {}});
     stream->spoilt = false;
+    capturing = stream;
     return SUCCESS;
 }
 API int cuStreamEndCapture(Stream* stream, Graph** graph) {
@@ -906,15 +934,27 @@ API int cuStreamEndCapture(Stream* stream, Graph** graph) {
     if (!stream->capture) return INVALID_VALUE;
     *graph = nullptr;
     std::unique_ptr<Graph> captured = std::move(stream->capture);
+    capturing = nullptr;
     if (stream->spoilt) return CAPTURE_INVALIDATED;
-    *graph = captured.release();
+    *graph = add(captured.release());
     return SUCCESS;
 }
 API int cuGraphInstantiateWithFlags(Executable** out, Graph* graph, unsigned long long) {
-    *out = add(new Executable{current, *graph});
+    if (const int not_ready = ready()) return not_ready;
+    if (!is_live(graph, "graph")) return INVALID_HANDLE;
+    uint64_t value;
+    const int ordinal = current->ordinal;
+    const uint64_t n = count(INSTANTIATED, ordinal);
+    if (due("nograph", n, ordinal, counts_of[ordinal][INSTANTIATED], value)) return NOT_SUPPORTED;
+    *out = add(new Executable{current, graph->work});
     return SUCCESS;
 }
 API int cuGraphDestroy(Graph* graph) {
+    if (!is_live(graph, "graph")) return INVALID_HANDLE;
+    {
+        Lock held(handle_lock());
+        live<Graph>().erase(graph);
+    }
     delete graph;
     return SUCCESS;
 }
@@ -928,8 +968,15 @@ API int cuGraphLaunch(Executable* executable, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(executable, "graph") || !is_live(stream, "stream")) return INVALID_HANDLE;
     count(GRAPHS, executable->context->ordinal);
-    for (const Work& one : executable->graph) {
+    for (const Work& one : executable->work) {
         if (const int refused = stream->take(one)) return refused;
     }
+    return SUCCESS;
+}
+
+API int cuFuncSetAttribute(Function* function, int which, int value) {
+    if (const int not_ready = ready()) return not_ready;
+    if (which != 8 || value < 0 || value > 227 << 10) return INVALID_VALUE; // the most dynamic shared memory
+    function->most_shared = (unsigned)value;
     return SUCCESS;
 }

@@ -10,6 +10,7 @@
 // Not shown: the memory model (fibers see each other's writes at once), races in global memory, speed, what a GPU's compiler does.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -36,7 +37,13 @@ struct Dim {
 
 enum class Op : uint8_t {
     Shuffle, Any, All, Ballot, Add, MinUnsigned, MaxUnsigned, MinSigned, MaxSigned, And, Or, Xor, MatchAny, Sync,
-    Barrier, BarrierAnd, BarrierOr, BarrierCount,
+    Multiply, Barrier, BarrierAnd, BarrierOr, BarrierCount,
+};
+
+// What a lane holds of matrices that its warp multiplies: PTX's fragments.
+struct Fragments {
+    float sums[4];
+    uint32_t a[4], b[2];
 };
 
 // What threads of a block know of it.
@@ -301,4 +308,39 @@ inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll((unsigned
 inline unsigned __float_as_uint(float x) { return (unsigned)emu::bits_of(x); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned x) { return emu::from_bits<float>(x); }
+
+// What one access of shared memory loads or stores: four words at a 16-byte boundary, two at one of 8 bytes.
+inline uint4 shared_load4(const emu::Shared<unsigned>& words, unsigned at) {
+    if (at % 4) emu::fail("%s[%u] is loaded from as 16 bytes: a misaligned access", words.name, at);
+    return {words[at], words[at + 1], words[at + 2], words[at + 3]};
+}
+inline void shared_store4(const emu::Shared<unsigned>& words, unsigned at, uint4 v) {
+    if (at % 4) emu::fail("%s[%u] is stored to as 16 bytes: a misaligned access", words.name, at);
+    words[at] = v.x, words[at + 1] = v.y, words[at + 2] = v.z, words[at + 3] = v.w;
+}
+inline void shared_store2(const emu::Shared<unsigned>& words, unsigned at, uint2 v) {
+    if (at % 2) emu::fail("%s[%u] is stored to as 8 bytes: a misaligned access", words.name, at);
+    words[at] = v.x, words[at + 1] = v.y;
+}
+
+// Two bf16, rounded to the nearest, ties to even, the first in the low half; NaN is 0x7fff (PTX, `cvt.rn.bf16x2.f32`).
+inline unsigned bf16_pair(float low, float high) {
+    const auto round = [](float v) -> unsigned {
+        const unsigned bits = (unsigned)emu::bits_of(v);
+        return v != v ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    };
+    return round(low) | round(high) << 16;
+}
+
+// sums += a * b by a warp: PTX, `mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32`. Products are exact, their sum and the addend are
+// rounded once, here; a GPU rounds more often.
+inline void mma_bf16(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMU_PLACE) {
+    emu::Fragments mine;
+    memcpy(mine.sums, sums, sizeof sums), memcpy(mine.a, a, sizeof a), memcpy(mine.b, b, sizeof b);
+    emu::collective(emu::Op::Multiply, 0xffffffffu, (uint64_t)&mine, 0, file, line);
+    memcpy(sums, mine.sums, sizeof sums);
+}

@@ -220,6 +220,7 @@ const char* name_of(Op op) {
     case Op::Ballot: return "__ballot_sync";
     case Op::MatchAny: return "__match_any_sync";
     case Op::Sync: return "__syncwarp";
+    case Op::Multiply: return "mma.sync";
     case Op::Barrier: case Op::BarrierAnd: case Op::BarrierOr: case Op::BarrierCount: return "__syncthreads";
     default: return "a warp reduction";
     }
@@ -236,6 +237,35 @@ void entry() {
     run->fibers[run->current].state = State::Done;
     run->n_done++;
     change(run->abandoned, run->scheduler);
+}
+
+// The product of the matrices that a warp's lanes, from `first` on, hold fragments of: [16, 16] by [16, 8], onto [16, 8].
+void multiply(unsigned first) {
+    float a[16][16], b[16][8], sums[16][8];
+    const auto half = [](uint32_t word, unsigned upper) {
+        const uint32_t bits = upper ? word & 0xffff0000u : word << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        return value;
+    };
+    const auto fragments = [&](unsigned lane) { return reinterpret_cast<Fragments*>(run->fibers[first + lane].value); };
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Fragments& of = *fragments(lane);
+        const unsigned group = lane / 4, within = lane % 4 * 2;
+        for (unsigned i = 0; i < 8; i++) a[group + (i / 2 % 2) * 8][within + i % 2 + (i / 4) * 8] = half(of.a[i / 2], i % 2);
+        for (unsigned i = 0; i < 4; i++) b[within + i % 2 + (i / 2) * 8][group] = half(of.b[i / 2], i % 2);
+        for (unsigned i = 0; i < 4; i++) sums[group + (i / 2) * 8][within + i % 2] = of.sums[i];
+    }
+    for (unsigned row = 0; row < 16; row++) {
+        for (unsigned column = 0; column < 8; column++) {
+            double sum = sums[row][column];
+            for (unsigned k = 0; k < 16; k++) sum += (double)a[row][k] * (double)b[k][column];
+            sums[row][column] = (float)sum;
+        }
+    }
+    for (unsigned lane = 0; lane < 32; lane++) {
+        for (unsigned i = 0; i < 4; i++) fragments(lane)->sums[i] = sums[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
+    }
 }
 
 // Lets a warp's collective happen when all its lanes have come.
@@ -295,6 +325,7 @@ void meet(unsigned thread) {
             }
         }
     }
+    if (me.op == Op::Multiply) multiply(first);
     if (me.op == Op::Sync) run->warp_epochs[thread / 32]++;
     for (unsigned lane = 0; lane < 32; lane++) {
         if (me.mask >> lane & 1) run->make_ready(first + lane);

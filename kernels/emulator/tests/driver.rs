@@ -197,7 +197,7 @@ fn streams_wait_for_each_other_by_events_alone() {
 #[test]
 fn misuse_is_named() {
     type Planted = (&'static str, fn(&Driver, Handle, u64, &'static mut [u8]));
-    let planted: [Planted; 8] = [
+    let planted: [Planted; 12] = [
         ("not in one buffer of the device", |driver, stream, memory, host| {
             assert_ne!(driver.upload(memory + 1, host.as_ptr().cast(), N, stream), 0);
         }),
@@ -228,7 +228,30 @@ fn misuse_is_named() {
             let mut graph = null_mut();
             assert_ne!(driver.end_capture(stream, &mut graph), 0);
         }),
-        ("left over: 1 streams, 0 events, 0 modules", |_, _, _, _| {}),
+        ("an allocation inside a capture", |driver, stream, _, _| {
+            assert_eq!(driver.begin_capture(stream, 1), 0);
+            assert_ne!(driver.alloc(&mut 0, 64), 0);
+            let mut graph = null_mut();
+            assert_ne!(driver.end_capture(stream, &mut graph), 0);
+        }),
+        ("memory given back inside a capture", |driver, stream, memory, _| {
+            assert_eq!(driver.begin_capture(stream, 1), 0);
+            assert_ne!(driver.free(memory), 0);
+            let mut graph = null_mut();
+            assert_ne!(driver.end_capture(stream, &mut graph), 0);
+            assert_eq!(driver.free(memory), 0, "it is still there");
+        }),
+        ("a graph that is not there, or not any more", |driver, stream, _, _| {
+            assert_eq!(driver.begin_capture(stream, 1), 0);
+            let graph = driver.made(|at| driver.end_capture(stream, at));
+            assert_eq!(driver.graph_destroy(graph), 0);
+            assert_ne!(driver.instantiate(&mut null_mut(), graph, 0), 0);
+        }),
+        ("left over: 1 streams, 0 events, 0 modules, 1 graphs", |driver, stream, _, _| {
+            assert_eq!(driver.begin_capture(stream, 1), 0);
+            driver.made(|at| driver.end_capture(stream, at));
+        }),
+        ("left over: 1 streams, 0 events, 0 modules, 0 graphs", |_, _, _, _| {}),
     ];
     for (named, does) in planted {
         let Some(driver) = Driver::open(1) else { return };

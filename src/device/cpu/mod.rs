@@ -1,5 +1,6 @@
 //! The CPU engine: complete, always there, and the oracle for every other device.
 
+mod apart;
 mod live;
 mod rankers;
 pub mod twins;
@@ -28,6 +29,9 @@ use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
 use crate::state::fold_in::FoldInScratch;
+pub use apart::Weighted;
+#[cfg(test)]
+pub(crate) use apart::testing as apart_testing;
 #[cfg(test)]
 pub(crate) use live::with_changed;
 use rankers::LoadedRanker;
@@ -43,6 +47,10 @@ const FUSION_WEIGHTS: [f32; Source::COUNT] = [1.0, 1.0, 0.02, 1.0];
 pub trait Ahead {
     /// A list for each vector that the `job`-th job searches by; empty: it is searched here.
     fn of(&self, job: usize) -> &[Found<'_>];
+    /// Whether the `job`-th job is somebody else's.
+    fn skips(&self, _job: usize) -> bool {
+        false
+    }
     /// Counts what became of the lists.
     fn settled(&self) -> &Settled;
 }
@@ -55,11 +63,13 @@ static UNCOUNTED: Settled = Settled { yes: AtomicU64::new(0), no: AtomicU64::new
 struct Asked<'a> {
     found: &'a [Found<'a>],
     settled: &'a Settled,
+    /// Neighbours are not looked for here: somebody else does.
+    elsewhere: bool,
 }
 
 impl<'a> Asked<'a> {
     /// Nothing was looked for.
-    const NONE: Asked<'static> = Asked { found: &[], settled: &UNCOUNTED };
+    const NONE: Asked<'static> = Asked { found: &[], settled: &UNCOUNTED, elsewhere: false };
 
     /// The index that has been asked already, where it was.
     fn over(self, index: Option<&'a dyn VectorIndex>) -> Option<Prefetched<'a>> {
@@ -184,13 +194,19 @@ impl CpuDevice {
             }
         }
         for (at, job) in batch.iter_mut().enumerate() {
+            if ahead.is_some_and(|ahead| ahead.skips(at)) {
+                continue;
+            }
             self.load(&job.generation)?;
             let Some(loaded) = self.loaded.iter_mut().find(|l| Arc::ptr_eq(&l.generation, &job.generation)) else {
                 return Err(DeviceError::Failed("a generation was loaded and is not there".into()));
             };
             loaded.renew_index();
             let (config, scratch) = (&self.config, &mut self.scratch);
-            let lists = ahead.map_or(Asked::NONE, |ahead| Asked { found: ahead.of(at), settled: ahead.settled() });
+            let lists = ahead.map_or(Asked::NONE, |ahead| {
+                let (found, settled) = (ahead.of(at), ahead.settled());
+                Asked { found, settled, ..Asked::NONE }
+            });
             // A defect that one request finds must not take the others' worker with it.
             let done = catch_unwind(AssertUnwindSafe(|| loaded.execute(config, scratch, job, lists)));
             if done.is_err() {
@@ -283,15 +299,19 @@ impl Loaded {
 
     fn execute(&mut self, config: &PipelineConfig, scratch: &mut Scratch, job: &mut Job, lists: Asked<'_>) {
         fold_in(&self.generation, config, scratch, job);
-        scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
-        for &row in &job.user.seen {
-            scratch.seen.insert(row);
-        }
+        self.mark_seen(scratch, job);
         match job.task {
             Task::Recommend { top_m, explain } => self.recommend(config, scratch, job, top_m as usize, explain, lists),
             Task::Search { k, n_queries } => self.search(config, scratch, job, k as usize, n_queries, lists),
             Task::Rank { .. } => self.rank(scratch, job),
             Task::Infer { .. } => self.infer(job),
+        }
+    }
+
+    fn mark_seen(&self, scratch: &mut Scratch, job: &Job) {
+        scratch.seen.begin(n_rows(&self.generation, job.items.as_deref()));
+        for &row in &job.user.seen {
+            scratch.seen.insert(row);
         }
     }
 
@@ -320,8 +340,9 @@ impl Loaded {
         self.score(scratch, job, None);
 
         clock = Instant::now();
-        blend_search(config.search_weight, scratch);
-        let Scratch { order, scores, candidates, .. } = scratch;
+        let Scratch { order, scores, candidates, lists, .. } = scratch;
+        let best = lists[Source::Search as usize].first().map_or(0.0, |scored| scored.score);
+        blend_search(config.search_weight, best, &candidates.source_scores[Source::Search as usize], scores);
         order.clear();
         order.extend(candidates.rows.iter().zip(&*scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
         job.ranked.n_nan = scores.iter().filter(|s| s.is_nan()).count() as u32;
@@ -373,12 +394,14 @@ impl Loaded {
         let overlay = live::overlay(index, generation, items);
         let index = live::index(index, &overlay);
         let mut coverage = None;
-        source(Source::Ann, Stage::Ann, &mut |list| {
-            begin_search(search, config, *deadline);
-            ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
-            coverage = Some(search.coverage);
-            Ok(())
-        });
+        if !ahead.elsewhere {
+            source(Source::Ann, Stage::Ann, &mut |list| {
+                begin_search(search, config, *deadline);
+                ann::retrieve(index, &user.vector, config.ann_k as usize, Filter::predicate(&allowed), search, list);
+                coverage = Some(search.coverage);
+                Ok(())
+            });
+        }
         source(Source::Collaborative, Stage::Collaborative, &mut |list| {
             signals.gather(&generation.collaborative, &user.history, n);
             signals.retrieve(config.collaborative_k as usize, &allowed, list);
@@ -399,7 +422,7 @@ impl Loaded {
         }
         match coverage {
             Some(coverage) => report(coverage, degraded, ranked),
-            None if index.is_some() && !user.vector.is_empty() => ranked.uncovered = 1.0,
+            None if index.is_some() && !user.vector.is_empty() && !ahead.elsewhere => ranked.uncovered = 1.0,
             None => {}
         }
     }
@@ -700,6 +723,11 @@ fn gather(generation: &Generation, scratch: &mut Scratch, job: &mut Job) {
     candidates.rows.extend(rows.iter().copied().filter(|&row| row != NO_ROW));
     candidates.rows.sort_unstable();
     candidates.rows.dedup();
+    proposed_by_nobody(candidates);
+}
+
+/// Completes candidates of which there are rows alone.
+fn proposed_by_nobody(candidates: &mut Candidates) {
     let n = candidates.rows.len();
     candidates.sources.resize(n, Default::default());
     candidates.source_scores.iter_mut().for_each(|c| c.resize(n, 0.0));
@@ -750,17 +778,14 @@ impl Gathered<'_> {
     }
 }
 
-/// With a query, adds `weight` × the search score over the best search score: what was asked for comes before what
-/// is merely liked.
-fn blend_search(weight: f32, scratch: &mut Scratch) {
-    let Some(best) = scratch.lists[Source::Search as usize].first().map(|s| s.score).filter(|s| *s > 0.0) else {
-        return;
-    };
-    let finite = || scratch.scores.iter().copied().filter(|s| s.is_finite());
-    let range = finite().fold(f32::NEG_INFINITY, f32::max) - finite().fold(f32::INFINITY, f32::min);
-    let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
-    for (score, search) in scratch.scores.iter_mut().zip(&scratch.candidates.source_scores[Source::Search as usize]) {
-        *score += unit * search;
+/// With a query, whose `best` search score is above 0, adds `weight` × the search score over the best to each: what was asked for comes
+/// before what is merely liked.
+fn blend_search(weight: f32, best: f32, search: &[f32], scores: &mut [f32]) {
+    if best > 0.0 {
+        let finite = || scores.iter().copied().filter(|s| s.is_finite());
+        let range = finite().fold(f32::NEG_INFINITY, f32::max) - finite().fold(f32::INFINITY, f32::min);
+        let unit = weight * if range > 0.0 { range } else { 1.0 } / best;
+        scores.iter_mut().zip(search).for_each(|(score, search)| *score += unit * search);
     }
 }
 

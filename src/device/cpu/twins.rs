@@ -1,10 +1,15 @@
 //! What the GPU kernels compute, on the CPU: the oracle that each is held against. Flat arrays, as the kernels have them; the order is
 //! that of [`Packed`], by the functions that the CPU engine itself uses.
 
-use crate::candidates::{Candidates, Packed, Scored, Source, keep_best};
+pub mod dense;
+
+use crate::candidates::{Candidates, Packed, Scored, Source, SourceSet, keep_best};
 use crate::catalog::generation::NO_ROW;
+use crate::index::Exact;
+use crate::ranking::ensemble::WeightedMean;
+use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
-use tastemaker_kernels::ScoreBy;
+use tastemaker_kernels::{Column, CountBy, ScoreBy};
 
 /// A row that is none, and its score.
 const HOLE: Scored = Scored { row: NO_ROW, score: f32::NAN };
@@ -203,4 +208,107 @@ pub fn take_neighbors(
         out.push(best.into_iter(), k);
     }
     out
+}
+
+/// The scores of `rows`, NaN for those that there are not.
+pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32]) -> Vec<f32> {
+    let mut converted = Vec::new();
+    let score = |&row: &u32| {
+        let mut out = Vec::new();
+        if (row as usize) < exact.rows().n_rows() {
+            exact.scores(query, &[row], &mut converted, &mut out);
+        }
+        out.first().copied().unwrap_or(f32::NAN)
+    };
+    rows.iter().map(score).collect()
+}
+
+/// Takes the rows that each query's user has `seen` out of its scores (`[n_queries, n_rows]`).
+pub fn mask_seen(scores: &mut [f32], seen: &[&[u32]], n_rows: usize) {
+    let pairs: Vec<[u32; 2]> =
+        seen.iter().enumerate().flat_map(|(at, rows)| rows.iter().map(move |&row| [at as u32, row])).collect();
+    mask_scores(scores, &pairs, [seen.len(), n_rows, n_rows]);
+}
+
+/// The `k` best of a list by `exact` scores, and whether one that is not in it might be among them. `scores` are those by which the list
+/// is in order, rounded otherwise; `[shift, scale, error]` bound what they say of the others.
+pub fn settle_list(
+    rows: &[u32],
+    scores: &[f32],
+    exact: &[f32],
+    k: usize,
+    [shift, scale, error]: [f32; 3],
+) -> (Vec<Scored>, bool) {
+    let entries = rows.iter().zip(scores).zip(exact);
+    let entries = entries.filter(|((row, score), exact)| **row != NO_ROW && !score.is_nan() && !exact.is_nan());
+    let mut best: Vec<Packed> = entries.map(|((&row, _), &score)| Packed::from(Scored { row, score })).collect();
+    keep_best(&mut best, k);
+    let best: Vec<Scored> = best.into_iter().map(Scored::from).collect();
+    let all = rows.last().is_none_or(|row| *row == NO_ROW) || scores.last().is_none_or(|score| score.is_nan());
+    let most = scores.last().map_or(f32::NAN, |last| (last + shift) / scale + error);
+    let settled = best.len() == k && best.last().is_none_or(|last| most < last.score);
+    (best, !all && !settled)
+}
+
+/// What a ranker reads of each candidate: `[candidates, columns]`. `dots` are read of those that the first source did not propose.
+pub fn fill_columns(columns: &[Column], candidates: &Candidates, signals: &Signals, dots: &[f32]) -> Vec<f32> {
+    let value = |at: usize, column: Column| {
+        let signal = signals.of(candidates.rows[at]);
+        match column {
+            Column::SourceScore(source) => candidates.source_scores[usize::from(source)][at],
+            Column::SourceRank(source) => match candidates.source_ranks[usize::from(source)][at] {
+                0 => 0.0,
+                rank => 1.0 / f32::from(rank),
+            },
+            Column::SourcePresent(source) => f32::from(candidates.sources[at].0 >> source & 1),
+            Column::Dot if candidates.sources[at].contains(Source::Ann) => candidates.source_scores[0][at],
+            Column::Dot => dots[at],
+            Column::CoSum => signal.sum,
+            Column::CoMax => signal.largest[0],
+            Column::CoCount => (signal.count as f32).ln_1p(),
+            Column::CoMean => signal.sum / signal.count.max(1) as f32,
+            Column::CoTop3 => signal.largest.iter().sum(),
+            // Another kernel's.
+            Column::Counted => f32::NAN,
+        }
+    };
+    (0..candidates.len()).flat_map(|at| columns.iter().map(move |&column| value(at, column))).collect()
+}
+
+/// What of an item that has these `codes` the column says whose history holds codes so often, `times` being by code.
+pub fn fill_counts(by: CountBy, codes: &[u32], times: impl Fn(u32) -> u32, n_liked: usize) -> f32 {
+    let (liked, sum) = (n_liked.max(1) as f32, codes.iter().map(|&code| times(code)).sum::<u32>());
+    match by {
+        CountBy::Logarithm => (sum as f32).ln_1p(),
+        CountBy::First => codes.first().map_or(0.0, |&code| times(code) as f32 / liked),
+        CountBy::Share => sum as f32 / (liked * codes.len().max(1) as f32),
+    }
+}
+
+/// The sum of `members`, each with its weight, before it is divided by all of these.
+pub fn add_scores(members: &[(&[f32], f32)]) -> Vec<f32> {
+    let mut mean = WeightedMean::default();
+    mean.begin(members.first().map_or(0, |(scores, _)| scores.len()));
+    members.iter().for_each(|(scores, weight)| mean.add(scores, *weight));
+    mean.sum().to_vec()
+}
+
+/// The `m` best of the candidates with their sources, and how many scores are NaN. `best` is the search's first score, 0 without one.
+pub fn finish_slate(
+    candidates: &Candidates,
+    sums: &[f32],
+    weight: f32,
+    (search_weight, best): (f32, f32),
+    m: usize,
+) -> (Vec<(Scored, SourceSet)>, usize) {
+    let mut scores: Vec<f32> = sums.iter().map(|sum| sum / weight).collect();
+    super::blend_search(search_weight, best, &candidates.source_scores[Source::Search as usize], &mut scores);
+    let scored = candidates.rows.iter().zip(&scores).map(|(&row, &score)| Packed::from(Scored { row, score }));
+    let mut order: Vec<Packed> = scored.collect();
+    keep_best(&mut order, m);
+    let with_sources = order.into_iter().map(Scored::from).map(|scored| {
+        let at = candidates.rows.partition_point(|row| *row < scored.row);
+        (scored, candidates.sources[at])
+    });
+    (with_sources.collect(), scores.iter().filter(|score| score.is_nan()).count())
 }

@@ -12,7 +12,7 @@ use tastemaker_kernels::{PIECES, kernels_of};
 use crate::device::DeviceError;
 
 /// The functions of the driver that are called beside the probe's. cudarc panics where one is missing, so they are looked for first.
-const NEEDED: [&[u8]; 26] = [
+const NEEDED: [&[u8]; 33] = [
     b"cuDevicePrimaryCtxRetain\0",
     b"cuDevicePrimaryCtxRelease_v2\0",
     b"cuCtxSetCurrent\0",
@@ -39,7 +39,19 @@ const NEEDED: [&[u8]; 26] = [
     b"cuModuleUnload\0",
     b"cuModuleGetFunction\0",
     b"cuLaunchKernel\0",
+    b"cuStreamBeginCapture_v2\0",
+    b"cuStreamEndCapture\0",
+    b"cuGraphInstantiateWithFlags\0",
+    b"cuGraphDestroy\0",
+    b"cuGraphExecDestroy\0",
+    b"cuGraphLaunch\0",
+    b"cuFuncSetAttribute\0",
 ];
+
+/// Kernels that may ask for more shared memory than every GPU gives unasked.
+const DYNAMIC_SHARED: [&str; 1] = ["dense_rank"];
+const MAX_DYNAMIC_SHARED: sys::CUfunction_attribute =
+    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 
 /// The primary context of a GPU, which libraries share with us, and our kernels in it.
 #[derive(Debug)]
@@ -49,6 +61,7 @@ pub struct Context {
     module: sys::CUmodule,
     functions: Vec<(&'static str, sys::CUfunction)>,
     lost: AtomicBool,
+    shared_bytes: u32,
 }
 
 // SAFETY: the handles are the driver's, which takes them from any thread and several at once; what is theirs lives until `drop`, which no
@@ -81,8 +94,14 @@ impl Context {
         let device = result::device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", error))?;
         // SAFETY: the device is one that `get` returned. From here on `drop` releases.
         let raw = unsafe { result::primary_ctx::retain(device) }.map_err(|error| failed("the context", error))?;
-        let mut context =
-            Context { device, raw, module: std::ptr::null_mut(), functions: Vec::new(), lost: AtomicBool::new(false) };
+        let mut context = Context {
+            device,
+            raw,
+            module: std::ptr::null_mut(),
+            functions: Vec::new(),
+            lost: AtomicBool::new(false),
+            shared_bytes: 0,
+        };
         context.bind()?;
         // SAFETY: the context is current; the image is of the kind that the driver knows by its first bytes, made by nvcc or NVRTC, and
         // is read during the call alone.
@@ -94,6 +113,16 @@ impl Context {
             let function = unsafe { result::module::get_function(context.module, name) };
             let function = context.check(kernel, function)?;
             context.functions.push((kernel, function));
+        }
+        let most = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        // SAFETY: the device is one that `get` returned.
+        let most = context.check("cuDeviceGetAttribute", unsafe { result::device::get_attribute(device, most) })?;
+        context.shared_bytes = u32::try_from(most).unwrap_or(0);
+        for kernel in DYNAMIC_SHARED {
+            let (function, which) = (context.function(kernel)?, MAX_DYNAMIC_SHARED);
+            // SAFETY: the function is of the module above.
+            let set = unsafe { result::function::set_function_attribute(function, which, most) };
+            context.check(kernel, set)?;
         }
         // Memory that is given back stays with the pool: what a batch needs the next one needs again.
         // SAFETY: the device is one that `get` returned; the attribute is of 64 bits, read during the call.
@@ -137,7 +166,9 @@ impl Context {
     pub fn check<T>(&self, what: &str, answer: Result<T, DriverError>) -> Result<T, DeviceError> {
         use CUresult::{
             CUDA_ERROR_INVALID_HANDLE, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
-            CUDA_ERROR_NOT_FOUND, CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_OUT_OF_MEMORY,
+            CUDA_ERROR_NOT_FOUND, CUDA_ERROR_NOT_PERMITTED, CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_OUT_OF_MEMORY,
+            CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+            CUDA_ERROR_STREAM_CAPTURE_ISOLATION, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
         };
         answer.map_err(|error| match error.0 {
             CUDA_ERROR_OUT_OF_MEMORY => DeviceError::OutOfMemory,
@@ -147,7 +178,12 @@ impl Context {
                     CUDA_ERROR_INVALID_VALUE,
                     CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
                     CUDA_ERROR_NOT_FOUND,
+                    CUDA_ERROR_NOT_PERMITTED,
                     CUDA_ERROR_NOT_SUPPORTED,
+                    CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+                    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+                    CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+                    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
                 ];
                 if !passes.contains(&code) {
                     self.lost.store(true, Ordering::Release);
@@ -156,6 +192,11 @@ impl Context {
                 DeviceError::Failed(format!("{what}: {code:?}"))
             }
         })
+    }
+
+    /// The most shared memory of a block, bytes.
+    pub fn shared_bytes(&self) -> u32 {
+        self.shared_bytes
     }
 
     /// Memory that is left and that there is, bytes.

@@ -20,6 +20,8 @@ use super::cuvs::{Cuvs, Unavailable};
 use super::finder::{Asked, Failure, Finder, Indexed, Plan};
 use super::kernels::{Image, image};
 use super::ops::{Lists, ListsMut, Scoring, Vectors};
+use super::pipeline::ranker::Maker;
+use super::pipeline::{Pipeline, PipelineSizes, Place, Setting, Tables};
 use super::probe::Gpu;
 use super::stream::{Buffer, Flight, Pinned, Ring, Stream, Table};
 use crate::catalog::generation::{Generation, Matrix, MatrixData, Metric};
@@ -45,7 +47,7 @@ const MOST_QUERIES: usize = 64;
 /// Rows that are gone or changed from which the GPU is told of them, as a share of all: the CPU leaves fewer out by itself.
 const TOLD_FROM: usize = 8;
 /// The shortest time between two tellings: rows come and go all the time.
-const TOLD_EVERY: Duration = Duration::from_millis(100);
+const TOLD_EVERY: Duration = if cfg!(test) { Duration::from_secs(3600) } else { Duration::from_millis(100) };
 
 /// A GPU and what all workers that use it share.
 #[derive(Debug)]
@@ -107,8 +109,11 @@ impl Cuda {
         Ok(CudaDevice {
             name: format!("cuda:{}", self.gpu.ordinal),
             cuda: self.clone(),
-            ann_k: config.ann_k as usize,
+            config: config.clone(),
             rest,
+            make: super::pipeline::ranker::maker(),
+            pipeline: None,
+            places: Vec::new(),
             searcher: None,
             answers: Answers::default(),
             stream,
@@ -130,6 +135,19 @@ impl Cuda {
                 *held = Arc::downgrade(&shared);
                 Ok(shared)
             }
+        }
+    }
+
+    /// Bytes that may be used: of those that are free.
+    fn left(&self, shared: &Shared) -> Result<u64, DeviceError> {
+        Ok(self.may(shared.context.memory()?.0))
+    }
+
+    /// Of so many bytes that are free, those that may be used.
+    fn may(&self, free: u64) -> u64 {
+        match self.config.memory_bytes {
+            0 => free / 10 * 9,
+            limit => limit.min(free),
         }
     }
 
@@ -161,10 +179,7 @@ impl Cuda {
         });
         let mut budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers, plan.as_ref());
         let (free, _) = shared.context.memory()?;
-        let may = match self.config.memory_bytes {
-            0 => free / 10 * 9,
-            limit => limit.min(free),
-        };
+        let may = self.may(free);
         if plan.is_some() && budget.all() > may {
             exactly(format!("{budget}; {} may be used of the {} that are free", mib(may), mib(free)));
             plan = None;
@@ -195,7 +210,7 @@ impl Cuda {
     }
 }
 
-fn mib(bytes: u64) -> String {
+pub(super) fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
 }
 
@@ -253,7 +268,7 @@ fn padded(dim: usize) -> usize {
 }
 
 /// The square of a vector's length.
-fn square(vector: &[f32]) -> f64 {
+pub(super) fn square(vector: &[f32]) -> f64 {
     vector.iter().map(|&value| f64::from(value) * f64::from(value)).sum()
 }
 
@@ -273,25 +288,27 @@ fn longest(matrix: &Matrix) -> f64 {
 }
 
 #[derive(Debug)]
-enum Stored {
+pub(super) enum Stored {
     F32(Table<f32>),
     Bf16(Table<bf16>),
 }
 
 /// The item vectors of a generation in a GPU's memory.
 #[derive(Debug)]
-struct Resident {
-    generation: Arc<Generation>,
-    vectors: Stored,
+pub(super) struct Resident {
+    pub(super) generation: Arc<Generation>,
+    pub(super) vectors: Stored,
     /// Cosine: `1 / |x|`; L2: `|x|²`.
-    terms: Option<Table<f32>>,
-    by: ScoreBy,
-    n_rows: usize,
-    dim: usize,
-    width: usize,
+    pub(super) terms: Option<Table<f32>>,
+    pub(super) by: ScoreBy,
+    pub(super) n_rows: usize,
+    pub(super) dim: usize,
+    pub(super) width: usize,
     longest: f64,
     /// Where neighbours are not to be found exactly.
     indexed: Option<Arc<Indexed>>,
+    /// What recommendations need beside, once the first worker has looked; `None` in it: they can't be computed here.
+    tables: Mutex<Option<Option<Arc<Tables>>>>,
 }
 
 impl Resident {
@@ -336,7 +353,8 @@ impl Resident {
                 out.iter_mut().enumerate().for_each(|(at, out)| *out = term(start + at) as f32);
             })?),
         };
-        Ok(Resident { generation, vectors, terms, by, n_rows, dim, width, longest, indexed: None })
+        let tables = Mutex::default();
+        Ok(Resident { generation, vectors, terms, by, n_rows, dim, width, longest, indexed: None, tables })
     }
 
     /// How a device's scores for a query of length `norm` relate to the metric's: shift, scale, error, as in [`Found`].
@@ -344,7 +362,7 @@ impl Resident {
     /// Of `n` products that are summed up in any order the error is at most `n u Σ|ab|`, u = 2^-24 (Higham, Accuracy and Stability of
     /// Numerical Algorithms, 3.1), here and there; a value in bf16 is off by 2^-9 of itself. All of it is taken twice, which covers the
     /// few roundings beside.
-    fn tolerance(&self, norm: f64) -> (f32, f32, f32) {
+    pub(super) fn tolerance(&self, norm: f64) -> (f32, f32, f32) {
         let unit = 2f64.powi(-24);
         let sums = (self.dim + 8) as f64 * unit;
         let stored = match self.vectors {
@@ -366,7 +384,7 @@ impl Resident {
 
 /// How much a searcher takes at a time, and of memory.
 #[derive(Clone, Copy, Debug)]
-struct Sizes {
+pub(super) struct Sizes {
     n_rows: usize,
     width: usize,
     /// Queries whose scores of all rows have room.
@@ -374,16 +392,21 @@ struct Sizes {
     /// Queries at a time.
     queries: usize,
     by_index: bool,
+    /// Queries of whom there is room for the scores: as many as `chunk`, or a batch of recommendations.
+    scored: usize,
 }
 
 impl Sizes {
     fn new(n_rows: usize, width: usize, config: &DeviceConfig, by_index: bool) -> Self {
         let chunk = (config.workspace_bytes as usize / (4 * n_rows.max(1))).clamp(1, MOST_QUERIES);
-        Sizes { n_rows, width, chunk, queries: if by_index { MOST_QUERIES } else { chunk }, by_index }
+        let queries = if by_index { MOST_QUERIES } else { chunk };
+        // With an index, recommendations are not kept on the device.
+        let scored = if by_index { chunk } else { chunk.max(PipelineSizes::largest(config, n_rows)) };
+        Sizes { n_rows, width, chunk, queries, by_index, scored }
     }
 
     /// Parts that rows are selected in.
-    fn parts(&self, n_queries: usize) -> usize {
+    pub(super) fn parts(&self, n_queries: usize) -> usize {
         (BLOCKS / n_queries).clamp(1, self.n_rows.div_ceil(LEAST_COLUMNS))
     }
 
@@ -392,11 +415,11 @@ impl Sizes {
     }
 
     fn scores(&self) -> usize {
-        self.chunk * self.n_rows
+        self.scored * self.n_rows
     }
 
     fn lists(&self) -> usize {
-        (1..=self.chunk).map(|n| n * self.parts(n)).max().unwrap_or(0) * MAX_K as usize * 2
+        (1..=self.scored).map(|n| n * self.parts(n)).max().unwrap_or(0) * MAX_K as usize * 2
     }
 
     fn output(&self) -> usize {
@@ -416,7 +439,8 @@ impl Sizes {
 /// Rows that must not come out, as a worker's GPU memory has them.
 #[derive(Debug)]
 struct Told {
-    items: Arc<LiveItems>,
+    /// `None`: all may come out.
+    items: Option<Arc<LiveItems>>,
     when: Instant,
     /// Rows that may come out.
     n_left: usize,
@@ -424,18 +448,19 @@ struct Told {
 
 /// What one worker searches by.
 #[derive(Debug)]
-struct Searcher {
-    resident: Arc<Resident>,
-    sizes: Sizes,
+pub(super) struct Searcher {
+    pub(super) resident: Arc<Resident>,
+    pub(super) sizes: Sizes,
     /// f32 `[n, width]`, then pairs of query and row.
     input: Buffer<u32>,
     /// f32 `[n, n_rows]`
-    scores: Buffer<f32>,
+    pub(super) scores: Buffer<f32>,
     /// Rows and scores, `[n, n_parts, fetched]` each.
-    lists: Buffer<u32>,
+    pub(super) lists: Buffer<u32>,
     /// Rows and scores, `[n, fetched]` each.
     output: Buffer<u32>,
-    words: Buffer<u32>,
+    /// Bits of rows that may come out, as was told last.
+    pub(super) words: Buffer<u32>,
     told: Option<Told>,
     finder: Option<Finder>,
     /// A search lacked memory once, and that was said.
@@ -525,23 +550,39 @@ impl Searcher {
     /// Tells the GPU which rows must not come out, if that is worth it and not too soon; says whether it knows those of `items`.
     fn tell(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
         let Some(items) = items else { return Ok(false) };
-        if self.told.as_ref().is_some_and(|told| Arc::ptr_eq(&told.items, items)) {
+        let worth = (items.n_gone() + items.n_entries()) * TOLD_FROM >= self.sizes.n_rows;
+        if worth || self.knows(Some(items)) { self.know(stream, Some(items)) } else { Ok(false) }
+    }
+
+    fn knows(&self, items: Option<&Arc<LiveItems>>) -> bool {
+        self.told.as_ref().is_some_and(|told| told.items.as_ref().map(Arc::as_ptr) == items.map(Arc::as_ptr))
+    }
+
+    /// Tells the GPU which rows of `items` must not come out (`None`: all may), if it knows others and was not told of these just now;
+    /// says whether it knows.
+    pub(super) fn know(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
+        if self.knows(items) {
             return Ok(true);
         }
-        let worth = (items.n_gone() + items.n_entries()) * TOLD_FROM >= self.sizes.n_rows;
-        let soon = self.told.as_ref().is_some_and(|told| told.when.elapsed() < TOLD_EVERY);
-        if !worth || soon {
+        let soon = |told: &Told| told.items.is_some() && items.is_some() && told.when.elapsed() < TOLD_EVERY;
+        if self.told.as_ref().is_some_and(soon) {
             return Ok(false);
         }
         self.told = None;
-        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, 0);
-        host[..n].fill(0);
-        for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
-            host[row as usize / 32] |= 1 << (row % 32);
-            n_left += 1;
+        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, self.sizes.n_rows);
+        match items {
+            None => host[..n].fill(u32::MAX),
+            Some(items) => {
+                host[..n].fill(0);
+                n_left = 0;
+                for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
+                    host[row as usize / 32] |= 1 << (row % 32);
+                    n_left += 1;
+                }
+            }
         }
         self.up.give(stream.upload(host, n, self.words.part_mut(0..n))?);
-        self.told = Some(Told { items: items.clone(), when: Instant::now(), n_left });
+        self.told = Some(Told { items: items.cloned(), when: Instant::now(), n_left });
         Ok(true)
     }
 
@@ -744,8 +785,13 @@ fn try_out(stream: &Stream) -> Result<(), DeviceError> {
 pub struct CudaDevice {
     name: String,
     cuda: Arc<Cuda>,
-    ann_k: usize,
+    config: Arc<PipelineConfig>,
     rest: CpuDevice,
+    pub(super) make: Arc<Maker>,
+    /// Of the searcher's generation, where it can be.
+    pipeline: Option<Pipeline>,
+    /// By job of a batch.
+    places: Vec<Place>,
     /// Of the generation that was loaded last; jobs of another one are the CPU's.
     searcher: Option<Searcher>,
     answers: Answers,
@@ -759,6 +805,9 @@ struct FoundAhead<'a> {
     /// Ends of the jobs' lists.
     ends: Vec<usize>,
     settled: &'a Settled,
+    /// Who computes each job, and who computes here.
+    places: &'a [Place],
+    here: Place,
 }
 
 impl Ahead for FoundAhead<'_> {
@@ -769,6 +818,10 @@ impl Ahead for FoundAhead<'_> {
 
     fn settled(&self) -> &Settled {
         self.settled
+    }
+
+    fn skips(&self, job: usize) -> bool {
+        self.places[job] != self.here
     }
 }
 
@@ -787,21 +840,21 @@ fn question(job: &Job, dim: usize, ann_k: usize) -> Option<(&[f32], usize)> {
 }
 
 impl CudaDevice {
-    /// Looks for the neighbours of all jobs that want some; fills the answers and says how many lists each job has, and the lists' norms.
-    fn ask(&mut self, batch: &mut [Box<Job>]) -> Result<(Vec<usize>, Vec<f64>), DeviceError> {
+    /// Looks for the neighbours of all jobs of that place that want some; fills the answers and says how many lists each job has, and the
+    /// lists' norms.
+    fn ask(&mut self, batch: &mut [Box<Job>], here: Place) -> Result<(Vec<usize>, Vec<f64>), DeviceError> {
         let (mut ends, mut norms) = (Vec::new(), Vec::new());
         let Some(searcher) = &mut self.searcher else { return Ok((vec![0; batch.len()], norms)) };
-        self.rest.prepare(batch)?;
+        let (places, ann_k) = (&self.places, self.config.ann_k as usize);
         let clock = Instant::now();
         let Resident { generation, dim, .. } = &*searcher.resident;
         let (mut questions, mut wanted, mut n_lists) = (Vec::new(), 0, 0);
         let mut effort = SearchParams::default();
         // What the GPU is told of items holds for jobs that were planned with the same ones.
         let mut items: Option<Option<&Arc<LiveItems>>> = None;
-        for job in &*batch {
-            if let Some((vectors, k)) =
-                question(job, *dim, self.ann_k).filter(|_| Arc::ptr_eq(generation, &job.generation))
-            {
+        for (job, &place) in batch.iter().zip(places) {
+            let is_here = place == here && Arc::ptr_eq(generation, &job.generation);
+            if let Some((vectors, k)) = question(job, *dim, ann_k).filter(|_| is_here) {
                 let before = questions.len();
                 for query in vectors.chunks_exact(*dim) {
                     questions.push(Question { query, norm: square(query).sqrt(), seen: &job.user.seen });
@@ -854,21 +907,125 @@ impl Device for CudaDevice {
         self.rest.load(generation)?;
         if self.searcher.as_ref().is_none_or(|searcher| !Arc::ptr_eq(&searcher.resident.generation, generation)) {
             // The old one's memory first: both may not fit.
-            self.searcher = None;
+            (self.pipeline, self.searcher) = (None, None);
             let resident = self.cuda.resident(&self.shared, generation)?;
             let make = |resident| Searcher::new(&self.stream, self.cuda.gpu.ordinal, resident, &self.cuda.config);
             self.searcher = resident.map(make).transpose()?;
+            self.load_pipeline()?;
         }
         Ok(())
     }
 
     fn execute(&mut self, batch: &mut [Box<Job>]) -> Result<(), DeviceError> {
-        let (ends, norms) = self.ask(batch)?;
-        let Self { rest, searcher, answers, cuda, .. } = self;
+        let Self { rest, searcher, pipeline, cuda, stream, places, .. } = self;
+        rest.prepare(batch)?;
+        places.clear();
+        places.resize(batch.len(), Place::Cpu);
+        if let (Some(searcher), Some(pipeline)) = (searcher, &mut *pipeline) {
+            pipeline.begin(stream, searcher, rest, batch, places)?;
+        }
+        let slates = &cuda.counters.slates;
+        let jobs = batch.iter().zip(&*places);
+        let refused = jobs.filter(|(job, place)| **place == Place::Cpu && matches!(job.task, Task::Recommend { .. }));
+        slates.refused.fetch_add(refused.count() as u64, Relaxed);
+        // While the device computes its jobs, the CPU computes the others.
+        self.compute(batch, Place::Cpu)?;
+        let Self { rest, pipeline: Some(pipeline), cuda, places, .. } = self else { return Ok(()) };
+        pipeline.finish(rest, batch, places, &cuda.counters.slates)?;
+        self.compute(batch, Place::Again)
+    }
+}
+
+impl CudaDevice {
+    /// Makes what keeps recommendations on the device, where that can be; the log says why not.
+    fn load_pipeline(&mut self) -> Result<(), DeviceError> {
+        let Some(searcher) = &mut self.searcher else { return Ok(()) };
+        if searcher.resident.indexed.is_some() {
+            let reason = "neighbours are found by an index of cuVS";
+            tracing::info!(device = %self.name, reason, "recommendations are ranked on the CPU");
+            return Ok(());
+        }
+        let (resident, counters) = (searcher.resident.clone(), &self.cuda.counters);
+        // Under the lock: the others wait for the same tables.
+        let mut tables = resident.tables.lock();
+        let made = match &*tables {
+            Some(made) => made.clone(),
+            None => {
+                let left = self.cuda.left(&self.shared)?.saturating_sub(match self.cuda.config.memory_bytes {
+                    0 => 0,
+                    _ => counters.memory_bytes.load(Relaxed),
+                });
+                let (config, device, n_workers) = (&*self.config, &self.cuda.config, self.cuda.n_workers);
+                let setting = Setting { config, device, n_workers, left, make: &*self.make };
+                let made = match Tables::new(&self.stream, &resident, &mut self.rest, &setting) {
+                    Ok(made) => made,
+                    Err(DeviceError::OutOfMemory) => Err("there is no memory for it".to_owned()),
+                    Err(error) => return Err(error),
+                };
+                match made {
+                    Ok((made, bytes)) => {
+                        counters.memory_bytes.fetch_add(bytes, Relaxed);
+                        let memory = mib(bytes);
+                        tracing::info!(device = %self.name, memory, "recommendations are computed as a whole on the GPU");
+                        Some(Arc::new(made))
+                    }
+                    Err(reason) => {
+                        tracing::info!(device = %self.name, reason, "recommendations are ranked on the CPU");
+                        None
+                    }
+                }
+            }
+        };
+        *tables = Some(made.clone());
+        drop(tables);
+        let Some(made) = made else { return Ok(()) };
+        self.pipeline = match Pipeline::new(&self.stream, searcher, made) {
+            Ok(pipeline) => Some(pipeline),
+            Err(DeviceError::OutOfMemory) => {
+                tracing::warn!(device = %self.name, "no memory for a worker's recommendations: they are ranked on the CPU");
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(())
+    }
+
+    /// Computes the jobs of that place on the CPU, with neighbours from the device.
+    fn compute(&mut self, batch: &mut [Box<Job>], here: Place) -> Result<(), DeviceError> {
+        if !self.places.contains(&here) {
+            return Ok(());
+        }
+        let (ends, norms) = self.ask(batch, here)?;
+        let Self { rest, searcher, answers, cuda, places, .. } = self;
         let found = |(at, &norm)| Some(answers.found(at, &searcher.as_ref()?.resident, norm));
         let lists = norms.iter().enumerate().filter_map(found);
-        let ahead = FoundAhead { lists: lists.collect(), ends, settled: &cuda.counters.settled };
+        let ahead = FoundAhead { lists: lists.collect(), ends, settled: &cuda.counters.settled, places, here };
         rest.execute_after(batch, Some(&ahead))
+    }
+}
+
+/// For tests of what the engine is made of.
+#[cfg(test)]
+pub(super) mod testing {
+    use super::super::emulated::IMAGE;
+    use super::super::probe::probe;
+    use super::*;
+
+    /// The emulated GPU.
+    pub fn cuda(config: &DeviceConfig, n_workers: usize) -> Arc<Cuda> {
+        Cuda::with_image(probe(Some(0)).unwrap(), config, n_workers, Image::Embedded(IMAGE))
+    }
+
+    /// A generation's vectors on it.
+    pub fn with_resident<R>(
+        config: &DeviceConfig,
+        generation: &Arc<Generation>,
+        body: impl FnOnce(&Stream, &Resident) -> R,
+    ) -> R {
+        let cuda = cuda(config, 1);
+        let shared = cuda.shared().unwrap();
+        let resident = cuda.resident(&shared, generation).unwrap().unwrap();
+        body(&Stream::new(&shared.context).unwrap(), &resident)
     }
 }
 
@@ -878,16 +1035,12 @@ pub(super) mod tests {
     use proptest::prelude::*;
     use rten::ThreadPool;
 
-    use super::super::emulated::{Emulated, IMAGE};
-    use super::super::probe::probe;
+    use super::super::emulated::Emulated;
+    pub(crate) use super::testing::cuda;
     use super::*;
     use crate::catalog::generation::testing;
     use crate::context::Deadline;
     use crate::device::Ranked;
-
-    pub(crate) fn cuda(config: &DeviceConfig, n_workers: usize) -> Arc<Cuda> {
-        Cuda::with_image(probe(Some(0)).unwrap(), config, n_workers, Image::Embedded(IMAGE))
-    }
 
     pub(crate) fn cpu(config: &Arc<PipelineConfig>) -> CpuDevice {
         CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)))

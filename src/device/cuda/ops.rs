@@ -56,18 +56,59 @@ pub struct Lists<'a> {
     pub scores: Part<'a, f32>,
 }
 
+/// A compiled ranker's memory, and how it is launched.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranking<'a> {
+    /// u32: the program's words.
+    pub program: Part<'a, u32>,
+    /// u32
+    pub params: Part<'a, u32>,
+    /// f32 or pairs of bf16; `None`: the program reads none.
+    pub table: Option<Part<'a, u32>>,
+    /// Columns of a candidate.
+    pub n_columns: usize,
+    /// Values of a request's row.
+    pub shared_width: usize,
+    /// Candidates of a block.
+    pub block_rows: u32,
+    /// Words of shared memory of a candidate.
+    pub units: u32,
+    /// What scores are multiplied by.
+    pub weight: f32,
+    /// Whether scores are written, or added to what is there.
+    pub first: bool,
+}
+
+/// Candidates of requests, `width` places for each.
+#[derive(Clone, Copy, Debug)]
+pub struct RankBatch<'a> {
+    /// Items' rows, u32 `[n_requests, width]`; a place with `NO_ROW`, with a row that the ranker's table does not have, or beyond the count
+    /// is a hole.
+    pub rows: Part<'a, u32>,
+    /// u32 `[n_requests]`
+    pub counts: Part<'a, u32>,
+    /// Requests; 1 to 65,535.
+    pub n_requests: usize,
+    /// Places for candidates of a request.
+    pub width: usize,
+    /// f32 `[n_requests, shared_width]`: what `DenseRanker::share` computes of a request.
+    pub shared: Part<'a, f32>,
+    /// f32 `[n_requests, width, n_columns]`: candidates' own columns; what holes have is not read.
+    pub columns: Part<'a, f32>,
+}
+
 /// A number for a launch; what does not fit is out of every range.
-fn count(n: usize) -> u32 {
+pub(super) fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
-fn shaped(launch: Result<Launch, ShapeError>) -> Result<Launch, DeviceError> {
+pub(super) fn shaped(launch: Result<Launch, ShapeError>) -> Result<Launch, DeviceError> {
     launch.map_err(|error| DeviceError::Failed(error.to_string()))
 }
 
 /// Whether a part is long enough.
 #[track_caller]
-fn holds(len: usize, rows: usize, columns: usize) {
+pub(super) fn holds(len: usize, rows: usize, columns: usize) {
     assert!(rows.checked_mul(columns).is_some_and(|n| n <= len), "{rows} x {columns} in {len}");
 }
 
@@ -243,6 +284,50 @@ impl Stream {
             out_scores: self.of(&out.scores.0).0,
         };
         // SAFETY: as in `scores`.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// Scores of candidates by a compiled ranker, f32 `[n_requests, width]`: NaN in holes.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    ///
+    /// # Safety
+    /// Program and parameters are what one `tastemaker_kernels::dense::Program` gives, which `n_columns`, `shared_width` and `units` are of;
+    /// the table is of the shape that the program was given, and no piece of it or of the shared values ends beyond its row.
+    pub(super) unsafe fn dense_rank(
+        &self,
+        ranking: Ranking<'_>,
+        batch: RankBatch<'_>,
+        scores: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let RankBatch { rows, counts, n_requests, width, shared, columns } = batch;
+        let slots = n_requests.saturating_mul(width);
+        holds(rows.len(), n_requests, width);
+        holds(scores.0.len(), n_requests, width);
+        holds(counts.len(), n_requests, 1);
+        holds(shared.len(), n_requests, ranking.shared_width);
+        holds(columns.len(), slots, ranking.n_columns);
+        let shape = kernels::dense::DenseRank {
+            program: self.of(&ranking.program).0,
+            params: self.of(&ranking.params).0,
+            table: ranking.table.map(|table| self.of(&table).0),
+            rows: self.of(&rows).0,
+            counts: self.of(&counts).0,
+            columns: self.of(&columns).0,
+            shared: self.of(&shared).0,
+            n_requests: count(n_requests),
+            width: count(width),
+            block_rows: ranking.block_rows,
+            units: ranking.units,
+            weight: ranking.weight,
+            first: ranking.first,
+            scores: self.of(&scores.0).0,
+        };
+        // SAFETY: as in `scores`, and by contract.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 }

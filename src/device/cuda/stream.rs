@@ -7,6 +7,7 @@
 //!   stream, which keeps it that long.
 //! - A [`Table`] is written before it is one, and only read from then on, by any stream. A stream that reads it keeps it until it has.
 //! - A [`Stream`] is one thread's at a time; it may be sent, not shared.
+//! - A [`Graph`] is work that was recorded; it keeps all memory that it reads and writes, and runs on its own stream alone.
 //!
 //! None of these compiles:
 //!
@@ -77,18 +78,18 @@
 #![allow(unsafe_code)] // Calls of the driver, through cudarc, and memory that it gives.
 
 use std::any::Any;
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
 use parking_lot::Mutex;
-use tastemaker_kernels::{DevicePtr, Launch};
+use tastemaker_kernels::{DevicePtr, Launch, MOST_ARGUMENTS};
 
 use super::context::Context;
 use crate::device::DeviceError;
@@ -102,8 +103,9 @@ impl<T: Pod + Send + Sync> Plain for T {}
 #[derive(Debug)]
 pub struct Stream {
     lane: Arc<Lane>,
-    /// Not `Sync`: between the calls that make up one piece of work nobody else's may come.
-    not_shared: PhantomData<Cell<()>>,
+    /// What the recorded work needs, while some is recorded. Not `Sync`: between the calls that make up one piece of work nobody else's
+    /// may come.
+    recorded: RefCell<Vec<Arc<dyn Any + Send + Sync>>>,
 }
 
 /// What a stream and its memory share.
@@ -113,6 +115,8 @@ struct Lane {
     raw: sys::CUstream,
     /// Marks that were set.
     marks: AtomicU64,
+    /// Work is not done, but recorded.
+    records: AtomicBool,
     held: Mutex<Held>,
 }
 
@@ -121,6 +125,8 @@ struct Held {
     /// What is needed until a mark is reached, by the mark's number.
     kept: Vec<(u64, Arc<dyn Any + Send + Sync>)>,
     events: Vec<Event>,
+    /// Memory that was given back while work was recorded: done at once it would become part of that.
+    unfreed: Vec<DevicePtr>,
 }
 
 /// An event that nobody waits for.
@@ -209,6 +215,17 @@ impl Drop for Mark {
     }
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.lane.context.bind_anyway();
+        // What is kept may hold the lane itself: it would keep itself alive.
+        // SAFETY: the stream lives, and this was the only way to give it work.
+        let _ = unsafe { result::stream::synchronize(self.lane.raw) };
+        let kept = std::mem::take(&mut self.lane.held.lock().kept);
+        drop(kept);
+    }
+}
+
 impl Stream {
     /// A stream that runs beside others.
     ///
@@ -217,8 +234,9 @@ impl Stream {
     pub fn new(context: &Arc<Context>) -> Result<Self, DeviceError> {
         context.bind()?;
         let raw = context.check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
-        let lane = Lane { context: context.clone(), raw, marks: AtomicU64::new(0), held: Mutex::default() };
-        Ok(Stream { lane: Arc::new(lane), not_shared: PhantomData })
+        let (marks, records) = (AtomicU64::new(0), AtomicBool::new(false));
+        let lane = Lane { context: context.clone(), raw, marks, records, held: Mutex::default() };
+        Ok(Stream { lane: Arc::new(lane), recorded: RefCell::default() })
     }
 
     /// The context.
@@ -244,7 +262,61 @@ impl Stream {
         self.mark()?.wait()
     }
 
+    /// Whether work is done, and not recorded, of which only kernels can be.
+    fn works(&self) -> Result<(), DeviceError> {
+        match self.lane.records.load(Ordering::Relaxed) {
+            true => Err(DeviceError::Failed("only kernels can be recorded".into())),
+            false => Ok(()),
+        }
+    }
+
+    /// Records the kernels that `give` gives the stream, which are not run. What `give` looked up on the host stays as it was then.
+    ///
+    /// # Errors
+    /// What `give` returns, something that can't be recorded, or what the driver says. The stream can be used as before.
+    pub fn record(&self, give: impl FnOnce() -> Result<(), DeviceError>) -> Result<Graph, DeviceError> {
+        self.works()?;
+        self.lane.context.bind()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives, and captures nothing yet. `Recording` ends it, whatever happens in between.
+        let begun = unsafe { result::stream::begin_capture(self.lane.raw, mode) };
+        self.lane.context.check("cuStreamBeginCapture", begun)?;
+        self.lane.records.store(true, Ordering::Relaxed);
+        let mut recording = Recording { stream: self, graph: std::ptr::null_mut() };
+        let given = give();
+        let ended = recording.end();
+        given.and(ended)?;
+        if recording.graph.is_null() {
+            return Err(DeviceError::Failed("nothing was recorded".into()));
+        }
+        // SAFETY: the graph is one that the driver has just made; it is destroyed when `recording` is dropped, which its executable
+        // outlives.
+        let made = unsafe { result::graph::instantiate(recording.graph, sys::CUgraphInstantiate_flags(0)) };
+        let executable = self.lane.context.check("cuGraphInstantiate", made)?;
+        let kept = std::mem::take(&mut *self.recorded.borrow_mut());
+        Ok(Graph { lane: self.lane.clone(), executable, kept: Arc::new(kept) })
+    }
+
+    /// Gives the stream all that was recorded.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Panics
+    /// If it was recorded on another stream.
+    pub fn launch_graph(&self, graph: &Graph) -> Result<(), DeviceError> {
+        assert!(Arc::ptr_eq(&graph.lane, &self.lane), "a graph of another stream");
+        self.works()?;
+        self.lane.context.bind()?;
+        self.lane.keep(graph.kept.clone());
+        // SAFETY: the executable is the graph's, which is not destroyed meanwhile; a driver frees it when what was launched is done. All
+        // that its kernels touch is kept until then: buffers are freed in the stream's order, tables when the next mark was reached.
+        let launched = unsafe { result::graph::launch(graph.executable, self.lane.raw) };
+        self.lane.context.check("cuGraphLaunch", launched)
+    }
+
     fn mark(&self) -> Result<Mark, DeviceError> {
+        self.works()?;
         let mut mark = Mark { lane: self.lane.clone(), event: Some(self.lane.event()?), number: 0 };
         mark.number = self.lane.marks.fetch_add(1, Ordering::Relaxed) + 1;
         self.lane.context.bind()?;
@@ -260,12 +332,14 @@ impl Stream {
     /// # Errors
     /// Out of memory, or what the driver says.
     pub fn buffer<T: Plain>(&self, len: usize) -> Result<Buffer<T>, DeviceError> {
+        self.works()?;
         self.lane.context.bind()?;
         let bytes = size_of::<T>().checked_mul(len.max(1)).ok_or(DeviceError::OutOfMemory)?;
         // SAFETY: no requirement but a stream that lives. The memory is this stream's alone, as the buffer is.
         let address = unsafe { result::malloc_async(self.lane.raw, bytes) };
         let address = self.lane.context.check("cuMemAllocAsync", address)?;
-        Ok(Buffer { lane: self.lane.clone(), address, len, holds: PhantomData })
+        let memory = Arc::new(BufferMemory { lane: self.lane.clone(), address });
+        Ok(Buffer { memory, len, holds: PhantomData })
     }
 
     /// Host memory for `len` values, zeros, that a GPU copies from and to by itself.
@@ -284,6 +358,7 @@ impl Stream {
     /// # Panics
     /// If either is shorter, or the buffer is another stream's.
     pub fn upload<T: Plain>(&self, from: Pinned<T>, n: usize, to: PartMut<'_, T>) -> Result<Flight<T>, DeviceError> {
+        self.works()?;
         let (address, len) = self.of(&to.0);
         assert!(n <= from.len() && n <= len, "{n} values from {} to {len}", from.len());
         self.lane.context.bind()?;
@@ -304,6 +379,7 @@ impl Stream {
     /// # Panics
     /// If the host's is shorter, or the buffer is another stream's.
     pub fn download<T: Plain>(&self, from: Part<'_, T>, mut to: Pinned<T>) -> Result<Flight<T>, DeviceError> {
+        self.works()?;
         let (address, n) = self.of(&from);
         assert!(n <= to.len(), "{n} values to {}", to.len());
         self.lane.context.bind()?;
@@ -332,11 +408,20 @@ impl Stream {
     /// Where a part lies, for a kernel: the part is this stream's to use, or a table's, which is kept until it is done.
     pub(super) fn of<T: Plain>(&self, part: &Part<'_, T>) -> (DevicePtr, usize) {
         match part.owner {
-            Owner::Lane(lane) => assert!(Arc::ptr_eq(lane, &self.lane), "a buffer of another stream"),
+            Owner::Buffer(memory) => {
+                assert!(Arc::ptr_eq(&memory.lane, &self.lane), "a buffer of another stream");
+                if self.lane.records.load(Ordering::Relaxed) {
+                    self.recorded.borrow_mut().push(memory.clone());
+                }
+            }
             Owner::Table(memory) => {
                 assert!(Arc::ptr_eq(&memory.context, &self.lane.context), "a table of another context");
-                self.lane.keep(memory.clone());
+                match self.lane.records.load(Ordering::Relaxed) {
+                    true => self.recorded.borrow_mut().push(memory.clone()),
+                    false => self.lane.keep(memory.clone()),
+                }
             }
+            Owner::Fresh => {}
         }
         (part.address, part.len)
     }
@@ -351,7 +436,7 @@ impl Stream {
     pub(super) unsafe fn launch(&self, launch: &Launch) -> Result<(), DeviceError> {
         self.lane.context.bind()?;
         let function = self.lane.context.function(launch.kernel)?;
-        let mut parameters: smallvec::SmallVec<[*mut c_void; 12]> =
+        let mut parameters: smallvec::SmallVec<[*mut c_void; MOST_ARGUMENTS]> =
             launch.arguments().iter().map(|argument| std::ptr::from_ref(argument).cast_mut().cast()).collect();
         let [x, y, z] = launch.grid;
         let (block, shared) = ((launch.block, 1, 1), launch.shared_bytes);
@@ -363,13 +448,96 @@ impl Stream {
     }
 }
 
+/// A recording under way.
+struct Recording<'a> {
+    stream: &'a Stream,
+    graph: sys::CUgraph,
+}
+
+impl Recording<'_> {
+    /// Has the stream work again.
+    fn end(&mut self) -> Result<(), DeviceError> {
+        let lane = &self.stream.lane;
+        if !lane.records.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        lane.context.bind_anyway();
+        // SAFETY: the stream captures; afterwards it does not, whatever the answer.
+        let ended = unsafe { result::stream::end_capture(lane.raw) };
+        for address in std::mem::take(&mut lane.held.lock().unfreed) {
+            BufferMemory::free(lane, address);
+        }
+        self.graph = lane.context.check("cuStreamEndCapture", ended)?;
+        Ok(())
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        // After a panic; else it has ended.
+        let _ = self.end();
+        self.stream.recorded.borrow_mut().clear();
+        if !self.graph.is_null() {
+            // SAFETY: the graph is this recording's, and destroyed once.
+            let _ = unsafe { result::graph::destroy(self.graph) };
+        }
+    }
+}
+
+/// Kernels that were recorded, with their arguments and all memory that they read and write: one call of the driver instead of one each.
+#[derive(Debug)]
+pub struct Graph {
+    lane: Arc<Lane>,
+    executable: sys::CUgraphExec,
+    kept: Arc<Vec<Arc<dyn Any + Send + Sync>>>,
+}
+
+// SAFETY: the driver takes graphs from any thread, one at a time; a graph is not shared, and neither is the stream that launches it.
+unsafe impl Send for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        self.lane.context.bind_anyway();
+        // SAFETY: made by `record`, destroyed once; what was launched goes on.
+        let _ = unsafe { result::graph::exec_destroy(self.executable) };
+    }
+}
+
 /// Device memory of one stream.
 #[derive(Debug)]
 pub struct Buffer<T: Plain> {
-    lane: Arc<Lane>,
-    address: DevicePtr,
+    memory: Arc<BufferMemory>,
     len: usize,
     holds: PhantomData<T>,
+}
+
+/// Held by the buffer, and by graphs that use it.
+#[derive(Debug)]
+struct BufferMemory {
+    lane: Arc<Lane>,
+    address: DevicePtr,
+}
+
+impl BufferMemory {
+    fn free(lane: &Lane, address: DevicePtr) {
+        lane.context.bind_anyway();
+        // SAFETY: the memory was allocated on this stream and is freed once, behind all that the stream was given before.
+        let freed = unsafe { result::free_async(address, lane.raw) };
+        if let Err(error) = freed
+            && !lane.context.is_lost()
+        {
+            tracing::warn!(error = ?error.0, "a GPU's memory can't be freed");
+        }
+    }
+}
+
+impl Drop for BufferMemory {
+    fn drop(&mut self) {
+        match self.lane.records.load(Ordering::Relaxed) {
+            true => self.lane.held.lock().unfreed.push(self.address),
+            false => Self::free(&self.lane, self.address),
+        }
+    }
 }
 
 impl<T: Plain> Buffer<T> {
@@ -388,7 +556,8 @@ impl<T: Plain> Buffer<T> {
     /// # Panics
     /// Beyond the end.
     pub fn part(&self, range: Range<usize>) -> Part<'_, T> {
-        let whole = Part { owner: Owner::Lane(&self.lane), address: self.address, len: self.len, holds: PhantomData };
+        let memory = &self.memory;
+        let whole = Part { owner: Owner::Buffer(memory), address: memory.address, len: self.len, holds: PhantomData };
         whole.part(range)
     }
 
@@ -401,24 +570,13 @@ impl<T: Plain> Buffer<T> {
     }
 }
 
-impl<T: Plain> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        self.lane.context.bind_anyway();
-        // SAFETY: the memory was allocated on this stream and is freed once, behind all that the stream was given before.
-        let freed = unsafe { result::free_async(self.address, self.lane.raw) };
-        if let Err(error) = freed
-            && !self.lane.context.is_lost()
-        {
-            tracing::warn!(error = ?error.0, "a GPU's memory can't be freed");
-        }
-    }
-}
-
 /// Whose memory a part is of.
 #[derive(Clone, Copy, Debug)]
 enum Owner<'a> {
-    Lane(&'a Arc<Lane>),
+    Buffer(&'a Arc<BufferMemory>),
     Table(&'a Arc<TableMemory>),
+    /// A table's that nobody else knows of yet.
+    Fresh,
 }
 
 /// Some values of a [`Buffer`] or a [`Table`], to read.
@@ -608,8 +766,7 @@ impl<T: Plain> Table<T> {
             let n = piece.min(len - start);
             let mut host = ring.take()?;
             fill(start, &mut host[..n]);
-            // Written as if it were this stream's, which nobody else knows of yet.
-            let to = Part { owner: Owner::Lane(&stream.lane), ..table.part(0..len) };
+            let to = Part { owner: Owner::Fresh, ..table.part(0..len) };
             ring.give(stream.upload(host, n, PartMut(to.part(start..start + n)))?);
         }
         // Whoever reads it from now on, on whatever stream, finds it written.
@@ -745,6 +902,84 @@ mod tests {
         let (one, other) = (Stream::new(&context).unwrap(), Stream::new(&context).unwrap());
         let buffer = one.buffer::<f32>(8).unwrap();
         let _ = other.download(buffer.part(0..8), other.pinned(8).unwrap());
+    }
+
+    /// Takes the scores of the `n` pairs in `pairs` away.
+    fn mask(stream: &Stream, pairs: &Buffer<u32>, scores: &mut Buffer<f32>) -> Result<(), DeviceError> {
+        stream.mask_scores(pairs.part(0..2), 1, scores.part_mut(0..64), [1, 64])
+    }
+
+    #[test]
+    fn what_was_recorded_runs_as_often_as_it_is_launched_on_what_is_there_then() {
+        for seed in 0..8 {
+            let Some(emulated) = Emulated::open(&format!("seed={seed},delay_us=200")) else { return };
+            let context = context();
+            let stream = Stream::new(&context).unwrap();
+            let (mut pairs, mut scores) = (stream.buffer(2).unwrap(), stream.buffer::<f32>(64).unwrap());
+            let graph = stream.record(|| mask(&stream, &pairs, &mut scores)).unwrap();
+            assert_eq!(emulated.count("launches"), 0, "nothing runs while it is recorded");
+            for round in 0..3 {
+                let (mut to, mut from) = (stream.pinned(2).unwrap(), stream.pinned::<f32>(64).unwrap());
+                to.copy_from_slice(&[0, round]);
+                from.fill(1.0);
+                let up = stream.upload(from, 64, scores.part_mut(0..64)).unwrap();
+                let also = stream.upload(to, 2, pairs.part_mut(0..2)).unwrap();
+                stream.launch_graph(&graph).unwrap();
+                let got = stream.download(scores.part(0..64), stream.pinned(64).unwrap()).unwrap().wait().unwrap();
+                drop((up, also));
+                let masked: Vec<usize> = (0..64).filter(|&at| got[at].is_nan()).collect();
+                assert_eq!(masked, [round as usize]);
+            }
+            assert_eq!((emulated.count("graph_launches"), emulated.count("single_launches")), (3, 0));
+            // Buffers that are dropped stay as long as the graph, and what was launched.
+            drop((pairs, scores));
+            stream.launch_graph(&graph).unwrap();
+            drop(graph);
+            drop(stream);
+        }
+    }
+
+    #[test]
+    fn only_kernels_are_recorded() {
+        let Some(emulated) = Emulated::open("delay_us=0,nograph@1") else { return };
+        let context = context();
+        let stream = Stream::new(&context).unwrap();
+        let (pairs, mut scores) = (stream.buffer(2).unwrap(), stream.buffer::<f32>(64).unwrap());
+        let refused = |graph: Result<Graph, DeviceError>| graph.unwrap_err().to_string();
+        let text = "device failed: only kernels can be recorded";
+        assert_eq!(refused(stream.record(|| stream.synchronize())), text);
+        assert_eq!(refused(stream.record(|| stream.buffer::<u32>(8).map(drop))), text);
+        assert_eq!(refused(stream.record(|| stream.record(|| Ok(())).map(drop))), text);
+        // What is dropped meanwhile is freed, once.
+        let (other, before) = (stream.buffer::<u32>(1000).unwrap(), emulated.count("used_bytes"));
+        let error = refused(stream.record(|| {
+            drop(other);
+            mask(&stream, &pairs, &mut scores)
+        }));
+        assert_eq!(error, "device failed: cuGraphInstantiate: CUDA_ERROR_NOT_SUPPORTED");
+        stream.synchronize().unwrap();
+        assert_eq!(emulated.count("used_bytes"), before - 4000);
+        // A panic ends a recording, too.
+        let panicked =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| stream.record(|| panic!("on purpose"))));
+        assert!(panicked.is_err() && !context.is_lost());
+        let graph = stream.record(|| mask(&stream, &pairs, &mut scores)).unwrap();
+        stream.launch_graph(&graph).unwrap();
+        stream.synchronize().unwrap();
+    }
+
+    #[test]
+    fn a_lost_context_is_not_kept_by_what_was_launched() {
+        let Some(_emulated) = Emulated::open("delay_us=0,fail@1") else { return };
+        let context = context();
+        let stream = Stream::new(&context).unwrap();
+        let (pairs, mut scores) = (stream.buffer(2).unwrap(), stream.buffer::<f32>(64).unwrap());
+        let graph = stream.record(|| mask(&stream, &pairs, &mut scores)).unwrap();
+        stream.launch_graph(&graph).unwrap();
+        assert!(stream.synchronize().is_err() && context.is_lost());
+        let held = Arc::downgrade(&context);
+        drop((graph, pairs, scores, stream, context));
+        assert!(held.upgrade().is_none());
     }
 
     #[test]

@@ -210,6 +210,18 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
+/// A function of one value.
+pub fn value(unary: Unary, v: f32) -> f32 {
+    let mut out = [0.0];
+    apply(unary, &[v], &mut out);
+    out[0]
+}
+
+/// `e^v` as all functions here have it.
+pub fn exponential(v: f32) -> f32 {
+    exp(v)
+}
+
 #[inline(always)]
 fn apply(unary: Unary, x: &[f32], out: &mut [f32]) {
     match unary {

@@ -822,6 +822,16 @@ impl Table {
         self.units.len() * size_of::<Line>()
     }
 
+    /// Values of a row, padding included.
+    pub fn width(&self) -> usize {
+        self.stride * LANES * self.precision.per_unit()
+    }
+
+    /// All rows as units: `[rows, width]` of f32, or of pairs of bf16.
+    pub fn units(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.units)
+    }
+
     /// In which numbers it is kept.
     pub fn precision(&self) -> Precision {
         self.precision

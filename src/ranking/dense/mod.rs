@@ -4,13 +4,13 @@
 //! or, where it was split, the columns that depend on candidates alone: what depends on the request is computed once per request,
 //! what depends on the item lies in a table made at load.
 
-mod elementwise;
+pub(crate) mod elementwise;
 pub mod kernels;
 pub mod ops;
 mod program;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,7 +24,8 @@ use crate::candidates::Dependence;
 use crate::index::Kernel;
 use kernels::{Precision, Table};
 use ops::Graph;
-use program::{Given, Plan, Program, Ranges, Scratch, places};
+use program::{Given, Plan, Program, Ranges, Scratch};
+pub use program::{LEAST_INPUTS, places};
 use split::Split;
 
 /// Items whose part of a table is computed at a time.
@@ -71,6 +72,8 @@ pub struct Setting<'a> {
 /// A compiled model; immutable.
 pub struct Model {
     name: String,
+    /// As it was given; other back ends begin with it.
+    graph: Graph,
     whole: Program,
     split: Option<SplitModel>,
     report: Report,
@@ -78,6 +81,8 @@ pub struct Model {
 
 /// A model in parts.
 struct SplitModel {
+    /// What `candidate` was compiled from.
+    graph: Graph,
     request: Program,
     candidate: Program,
     table: Option<Arc<Table>>,
@@ -137,7 +142,8 @@ impl Model {
         is_native: impl Fn(Precision) -> bool,
     ) -> Self {
         let whole = Program::compile(graph, Plan::f32(kernel));
-        let mut model = Model { name: name.to_owned(), whole, split: None, report: Report::dense() };
+        let mut model =
+            Model { name: name.to_owned(), graph: graph.clone(), whole, split: None, report: Report::dense() };
         let reference = model.scores(&setting.samples);
         let mut parts = Parts::new(graph, setting);
         let wanted = match model.whole.flops() {
@@ -150,6 +156,7 @@ impl Model {
             let plan = Plan { precision: trial, ranges: ranges.as_ref(), ..Plan::f32(kernel) };
             let rounded = Model {
                 name: name.to_owned(),
+                graph: graph.clone(),
                 whole: Program::compile(graph, plan),
                 split: parts.as_mut().and_then(|parts| parts.build(trial, setting, kernel)),
                 report: Report::dense(),
@@ -191,6 +198,21 @@ impl Model {
     /// Of every input, what each column is to be filled for by [`DenseRanker::score_split`]; `None` where it is not split.
     pub fn columns(&self) -> Option<&[Vec<Dependence>]> {
         self.split.as_ref().map(|split| &split.columns[..])
+    }
+
+    /// What is computed of every candidate, for other back ends: the candidates' part of a model that is split, else all of it.
+    pub fn candidate_graph(&self) -> &Graph {
+        self.split.as_ref().map_or(&self.graph, |split| &split.graph)
+    }
+
+    /// The pieces that items give to [`Self::candidate_graph`], where it reads any.
+    pub fn table(&self) -> Option<&Table> {
+        self.split.as_ref().and_then(|split| split.table.as_deref())
+    }
+
+    /// Values that a request gives to [`Self::candidate_graph`]: see [`DenseRanker::share`].
+    pub fn shared_width(&self) -> usize {
+        self.split.as_ref().map_or(0, |split| split.shared.1)
     }
 
     /// Multiplications and additions per row: of the whole model, of a candidate where it is split.
@@ -303,6 +325,7 @@ impl Parts {
             _ => None,
         };
         let model = |program: Program, columns: &[Vec<Dependence>], split: &Split| SplitModel {
+            graph: split.candidate.clone(),
             request: Program::compile(&split.request, Plan::f32(kernel)),
             candidate: program,
             table: table.clone(),
@@ -320,6 +343,7 @@ impl Parts {
             for sample in &setting.samples {
                 let (one, each) = (observed.of_request(sample), observed.of_candidates(sample));
                 let mut shared = Vec::new();
+                shared.resize(observed.shared.1, 0.0);
                 observed.prepare(&mut request, &mut shared, &one);
                 let given = observed.given(&shared, (observed.table.as_deref(), &sample.rows));
                 let n = sample.rows.len();
@@ -378,9 +402,8 @@ impl SplitModel {
         picked
     }
 
-    /// Computes what is the same for all candidates.
-    fn prepare(&self, scratch: &mut Scratch, shared: &mut Vec<f32>, request: &[f32]) {
-        shared.resize(self.shared.1, 0.0);
+    /// Computes what is the same for all candidates, and leaves what lies between the pieces.
+    fn prepare(&self, scratch: &mut Scratch, shared: &mut [f32], request: &[f32]) {
         let (starts, widths) = (&self.shared.0, &self.shared_widths);
         self.request.run(scratch, &[request], Given::default(), 1, |_, _, of| {
             for (at, &start) in starts.iter().enumerate() {
@@ -402,6 +425,7 @@ impl SplitModel {
         candidates: &[f32],
         scores: &mut Vec<f32>,
     ) {
+        shared.resize(self.shared.1, 0.0);
         self.prepare(first, shared, request);
         self.candidate.run(second, &[candidates], self.given(shared, items), items.1.len(), |_, n, of| {
             scores.extend((0..n).map(|at| of(0).floats(at, 1)[0]));
@@ -463,6 +487,25 @@ impl DenseRanker {
         }
         let scratch = (&mut self.request, &mut self.candidate, &mut self.shared);
         split.score(scratch, request, (split.table.as_deref(), rows), candidates, scores);
+        Ok(())
+    }
+
+    /// Computes what the columns of a request, in order of inputs and of columns therein, give to all candidates: `[shared width]`, each
+    /// piece where [`places`] says and zeros between. Nothing for a model that is not split.
+    ///
+    /// # Errors
+    /// Columns or room of another number; `out` is then as it was.
+    pub fn share(&mut self, request: &[f32], out: &mut [f32]) -> Result<(), RankError> {
+        let one = self.model.split.as_ref().map_or(0, |split| split.request.inputs()[0]);
+        let width = self.model.shared_width();
+        if request.len() != one || out.len() != width {
+            let reason = format!("{} and {} values for {one} and {width}", request.len(), out.len());
+            return Err(RankError { ranker: self.model.name.clone(), reason });
+        }
+        out.fill(0.0);
+        if let Some(split) = &self.model.split {
+            split.prepare(&mut self.request, out, request);
+        }
         Ok(())
     }
 

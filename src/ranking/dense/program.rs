@@ -13,7 +13,7 @@ const BLOCK: usize = 96;
 /// 32-bit units that the largest value of a block takes, at most.
 const BLOCK_UNITS: usize = BLOCK * 1024;
 /// Products over fewer inputs stay in f32: rounding them would cost more than it saves.
-const LEAST_INPUTS: usize = 16;
+pub const LEAST_INPUTS: usize = 16;
 
 /// What values were seen to be, over a sample: least and largest, by column for inputs, else over all columns.
 pub type Ranges = HashMap<Id, (Vec<f32>, Vec<f32>)>;

@@ -139,7 +139,7 @@ fn nan_and_infinities_are_what_the_docs_say() {
     }
 }
 
-fn dense(graph: &mut Graph, x: Id, m: usize, next: &mut impl FnMut() -> f32) -> Id {
+pub(crate) fn dense(graph: &mut Graph, x: Id, m: usize, next: &mut impl FnMut() -> f32) -> Id {
     let k = graph.width(x);
     let scale = 2.0 / (k as f32).sqrt();
     let weights = Arc::new((0..k * m).map(|_| next() * scale).collect::<Vec<_>>());
@@ -147,7 +147,7 @@ fn dense(graph: &mut Graph, x: Id, m: usize, next: &mut impl FnMut() -> f32) -> 
     graph.push(Op::Dense { x, weights, bias, base: None, repeat: 1 })
 }
 
-fn inputs(widths: &[usize]) -> (Graph, Vec<Id>) {
+pub(crate) fn inputs(widths: &[usize]) -> (Graph, Vec<Id>) {
     let mut graph = Graph::default();
     graph.inputs = widths.to_vec();
     let ids = (0..widths.len()).map(|at| graph.push(Op::Input(at))).collect();
@@ -155,7 +155,7 @@ fn inputs(widths: &[usize]) -> (Graph, Vec<Id>) {
 }
 
 /// A perceptron over all inputs side by side.
-fn perceptron(widths: &[usize], hidden: &[usize], seed: u64) -> Graph {
+pub(crate) fn perceptron(widths: &[usize], hidden: &[usize], seed: u64) -> Graph {
     let mut next = noise(seed);
     let (mut graph, ids) = inputs(widths);
     let mut x = graph.push(Op::Concat(ids));
@@ -169,7 +169,7 @@ fn perceptron(widths: &[usize], hidden: &[usize], seed: u64) -> Graph {
 }
 
 /// Cross layers beside a tower, a dot product of two inputs, a norm: values of every kind that mix.
-fn crossed(widths: &[usize], seed: u64) -> Graph {
+pub(crate) fn crossed(widths: &[usize], seed: u64) -> Graph {
     let mut next = noise(seed);
     let (mut graph, ids) = inputs(widths);
     let x0 = graph.push(Op::Concat(ids.clone()));
@@ -198,7 +198,7 @@ fn crossed(widths: &[usize], seed: u64) -> Graph {
     graph
 }
 
-struct Catalogue {
+pub(crate) struct Catalogue {
     columns: Vec<f32>,
     width: usize,
 }
@@ -215,7 +215,13 @@ impl Items for Catalogue {
 }
 
 /// Requests over a catalogue: request columns the same in a request, item columns of the item's.
-fn samples(columns: &[Vec<Dependence>], catalogue: &Catalogue, n_requests: usize, n: usize, seed: u64) -> Vec<Sample> {
+pub(crate) fn samples(
+    columns: &[Vec<Dependence>],
+    catalogue: &Catalogue,
+    n_requests: usize,
+    n: usize,
+    seed: u64,
+) -> Vec<Sample> {
     let mut next = noise(seed);
     let sample = |_| {
         let mut rows: Vec<u32> = (0..n).map(|_| ((next() + 0.5) * (catalogue.len() - 1) as f32) as u32).collect();
@@ -249,16 +255,28 @@ fn scored(program: &Program, inputs: &[Vec<f32>]) -> Vec<f32> {
     scores
 }
 
+/// The columns that a split model takes of a sample: its request's, its candidates'; of one that is not split all for each candidate.
+pub(crate) fn parts(model: &Model, sample: &Sample) -> (Vec<f32>, Vec<f32>) {
+    match &model.split {
+        Some(split) => (split.of_request(sample), split.of_candidates(sample)),
+        None => {
+            let n = sample.rows.len();
+            let row = |at| sample.inputs.iter().flat_map(move |v| &v[at * (v.len() / n)..(at + 1) * (v.len() / n)]);
+            (Vec::new(), (0..n).flat_map(row).copied().collect())
+        }
+    }
+}
+
 /// Interleaved, so that no class is in one piece.
-fn classes(widths: &[usize]) -> Vec<Vec<Dependence>> {
+pub(crate) fn classes(widths: &[usize]) -> Vec<Vec<Dependence>> {
     widths.iter().map(|&width| (0..width).map(|at| Dependence::ALL[at * 7 % 3]).collect()).collect()
 }
 
-fn with_items<'a>(columns: &[Vec<Dependence>], catalogue: &'a Catalogue, samples: &[Sample]) -> Setting<'a> {
+pub(crate) fn with_items<'a>(columns: &[Vec<Dependence>], catalogue: &'a Catalogue, samples: &[Sample]) -> Setting<'a> {
     Setting { columns: columns.to_vec(), items: Some(catalogue), table_bytes: 1 << 20, samples: samples.to_vec() }
 }
 
-fn catalogue(columns: &[Vec<Dependence>]) -> Catalogue {
+pub(crate) fn catalogue(columns: &[Vec<Dependence>]) -> Catalogue {
     let width = columns.iter().flatten().filter(|c| **c == Dependence::Item).count();
     let mut next = noise(99);
     Catalogue { columns: (0..300 * width).map(|_| next()).collect(), width }

@@ -146,6 +146,12 @@ impl Machine for Gpu {
         let name = CString::new(launch.kernel)?;
         // SAFETY: the module is loaded, and stays.
         let function = unsafe { result::module::get_function(self.module, name) }.context(launch.kernel)?;
+        if launch.shared_bytes > 48 << 10 {
+            let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of a module that is loaded.
+            let set = unsafe { result::function::set_function_attribute(function, which, launch.shared_bytes as i32) };
+            set.with_context(|| format!("{} with {} bytes of shared memory", launch.kernel, launch.shared_bytes))?;
+        }
         let mut arguments = launch.arguments().to_vec();
         let mut arguments: Vec<*mut c_void> = arguments.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
         let ([x, y, z], block) = (launch.grid, (launch.block, 1, 1));

@@ -20,7 +20,7 @@ use tastemaker::catalog::generation::Generation;
 use tastemaker::catalog::synthetic::{self, SyntheticOptions};
 use tastemaker::catalog::{build, bundle};
 use tastemaker::config::Config;
-use tastemaker::device::batcher::BatchLimits;
+use tastemaker::device::batcher::{BatchLimits, Load};
 use tastemaker::device::sim::{Script, SimDevice};
 use tastemaker::device::worker::{self, JobSink};
 use tastemaker::server::ring::{ConnId, Engine, EngineConfig, Handler, Verdict};
@@ -67,7 +67,8 @@ fn serve_raw(generation: Arc<Generation>) {
         move || {
             signals::pin(0);
             let sink: Arc<dyn JobSink> = shared.clone();
-            worker::run(&mut SimDevice::new(Script::default()), &shared.jobs, 0, BatchLimits::CPU, &sink);
+            let (mut device, load) = (SimDevice::new(Script::default()), Load::default());
+            worker::run(&mut device, &shared.jobs, 0, BatchLimits::CPU, &load, &sink);
         }
     });
     signals::pin(0);

@@ -1,0 +1,153 @@
+//! Recommendations of which another device finds the neighbours and ranks: what depends on neither.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Asked, CpuDevice, Gathered, Loaded, Scratch, fold_in, proposed_by_nobody};
+use crate::candidates::{Scored, Source};
+use crate::catalog::generation::Generation;
+use crate::context::Stage;
+use crate::device::{Device, DeviceError, Job};
+use crate::pipeline::PipelineConfig;
+use crate::ranking::dense::Model;
+
+/// A ranker of which a recommendation's score is made.
+#[derive(Clone)]
+pub struct Weighted {
+    /// Position in [`Generation::rankers`].
+    pub at: usize,
+    /// Its name.
+    pub name: String,
+    /// Its share in the mean.
+    pub weight: f32,
+    /// Names of the columns of candidates, each one value wide; `None`: it is not computed in parts.
+    pub columns: Option<Vec<String>>,
+    /// What computes it here, where that is the engine for dense networks.
+    pub model: Option<Arc<Model>>,
+}
+
+impl CpuDevice {
+    /// The rankers of which a recommendation's score is made, in their order.
+    ///
+    /// # Errors
+    /// As [`Device::load`].
+    pub fn weighted(&mut self, generation: &Arc<Generation>) -> Result<Vec<Weighted>, DeviceError> {
+        self.load(generation)?;
+        let loaded = self.loaded.iter_mut().find(|loaded| Arc::ptr_eq(&loaded.generation, generation));
+        let rankers = loaded.into_iter().flat_map(|loaded| loaded.rankers.iter_mut().enumerate());
+        let weighted = rankers.filter(|(_, ranker)| ranker.weight > 0.0).map(|(at, ranker)| Weighted {
+            at,
+            name: ranker.ranker.name().to_owned(),
+            weight: ranker.weight,
+            columns: ranker.parts.as_ref().map(|[_, candidates]| candidates.names().to_vec()),
+            model: ranker.ranker.dense().map(|dense| dense.model().clone()),
+        });
+        Ok(weighted.collect())
+    }
+
+    /// Asks all sources but the neighbours for a job's candidates and hands over, by `rankers`, what the request gives to their scores.
+    /// `None`: that can't be had, and the job is better computed here as a whole.
+    ///
+    /// # Errors
+    /// As [`Device::load`].
+    pub fn begin(
+        &mut self,
+        job: &mut Job,
+        rankers: &[Weighted],
+        put: &mut dyn FnMut(usize, &[f32]),
+    ) -> Result<Option<&[Vec<Scored>; Source::COUNT]>, DeviceError> {
+        self.load(&job.generation)?;
+        let Self { loaded, scratch, config, .. } = self;
+        let Some(loaded) = loaded.iter_mut().find(|loaded| Arc::ptr_eq(&loaded.generation, &job.generation)) else {
+            return Ok(None);
+        };
+        loaded.renew_index();
+        match catch_unwind(AssertUnwindSafe(|| loaded.begin(config, scratch, job, rankers, put))) {
+            Ok(true) => Ok(Some(&scratch.lists)),
+            Ok(false) => Ok(None),
+            Err(_) => {
+                *scratch = Scratch::default();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Fills up what a job that was begun got from elsewhere, where that is less than it wants.
+    pub fn fill_up(&mut self, job: &mut Job, top_m: usize) {
+        let loaded = self.loaded.iter().find(|loaded| Arc::ptr_eq(&loaded.generation, &job.generation));
+        if let Some(loaded) = loaded.filter(|_| job.ranked.items.len() < top_m) {
+            loaded.mark_seen(&mut self.scratch, job);
+            loaded.backfill(&mut self.scratch, job, top_m);
+        }
+    }
+}
+
+impl Loaded {
+    fn begin(
+        &mut self,
+        config: &PipelineConfig,
+        scratch: &mut Scratch,
+        job: &mut Job,
+        rankers: &[Weighted],
+        put: &mut dyn FnMut(usize, &[f32]),
+    ) -> bool {
+        fold_in(&self.generation, config, scratch, job);
+        self.mark_seen(scratch, job);
+        self.retrieve(config, scratch, job, Asked { elsewhere: true, ..Asked::NONE });
+        // Columns of the request are the same for whatever candidate.
+        let clock = Instant::now();
+        scratch.candidates.clear();
+        scratch.candidates.rows.push(0);
+        proposed_by_nobody(&mut scratch.candidates);
+        let Scratch { signals, candidates, features, inputs, part, .. } = scratch;
+        inputs.resize_with(inputs.len().max(1), Vec::new);
+        let mut all = true;
+        for (nth, weighted) in rankers.iter().enumerate() {
+            let Some(loaded) = self.rankers.get_mut(weighted.at) else { return false };
+            let Some([request, _]) = &loaded.parts else { return false };
+            let gathered = Gathered { generation: &self.generation, index: None, job, signals, candidates };
+            gathered.fill(request, 1, features, &mut inputs[0]);
+            match loaded.ranker.dense() {
+                Some(dense) => {
+                    part.clear();
+                    part.resize(dense.model().shared_width(), 0.0);
+                    match dense.share(&inputs[0], part) {
+                        Ok(()) => put(nth, part),
+                        Err(error) => {
+                            tracing::warn!(%error, "ranker failed");
+                            all = false;
+                        }
+                    }
+                }
+                // Its columns are all that there is.
+                None => put(nth, &inputs[0]),
+            }
+        }
+        job.timings.lap(Stage::Features, clock);
+        all
+    }
+}
+
+/// Rankers that tests make.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::super::rankers::LoadedRanker;
+    use super::*;
+    use crate::features::assemble::Layout;
+    use crate::ranking::Ranker;
+
+    /// A ranker in parts, with the columns of requests and of candidates, which it is given as its two inputs, and its weight.
+    pub(crate) type Made = (Box<dyn Ranker>, [Vec<String>; 2], f32);
+
+    /// Loads the generation with these rankers.
+    pub(crate) fn load(device: &mut CpuDevice, generation: &Arc<Generation>, rankers: Vec<Made>) {
+        let of = |(ranker, columns, weight): Made| {
+            let layouts = columns.map(|columns| Layout::compile(&columns, generation).unwrap());
+            LoadedRanker { layouts: layouts.to_vec(), ranker, parts: Some(layouts), items: None, weight }
+        };
+        let rankers = rankers.into_iter().map(of).collect();
+        let (index_changes, index) = (generation.index_changes(), generation.index());
+        device.loaded.push_front(Loaded { generation: generation.clone(), index, index_changes, rankers });
+    }
+}

@@ -1,0 +1,85 @@
+//! What the pipeline needs of a ranker on the device, and the dense ranker as one.
+
+use std::sync::Arc;
+
+use super::super::ops::RankBatch;
+use super::super::ranker::{DeviceRanker, RankerOptions, RankerPlan, StreamRanker};
+use super::super::stream::{PartMut, Stream};
+use crate::device::DeviceError;
+use crate::device::cpu::Weighted;
+
+/// Tables and weights of a ranker on one GPU, for all workers.
+pub trait ResidentRanker: Send + Sync {
+    /// Values that the CPU computes for a request.
+    fn shared_width(&self) -> usize;
+    /// Columns of a candidate.
+    fn columns_width(&self) -> usize;
+    /// Memory of all of it, and of what a worker adds for `n_slots` candidates, bytes.
+    fn bytes(&self, n_slots: usize) -> [u64; 2];
+    /// What a worker scores up to `n_slots` candidates with.
+    ///
+    /// # Errors
+    /// Out of memory, or what the driver says.
+    fn on(self: Arc<Self>, stream: &Stream, n_slots: usize) -> Result<Box<dyn WorkerRanker>, DeviceError>;
+}
+
+/// A ranker with one worker's buffers.
+pub trait WorkerRanker: Send {
+    /// Gives the stream what scores all candidates: f32 `[n_requests, width]`, NaN or anything behind a request's count. Allocates nothing
+    /// and waits for nothing, so that it can be recorded.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn enqueue(&mut self, stream: &Stream, batch: RankBatch<'_>, scores: PartMut<'_, f32>) -> Result<(), DeviceError>;
+}
+
+impl ResidentRanker for DeviceRanker {
+    fn shared_width(&self) -> usize {
+        DeviceRanker::shared_width(self)
+    }
+
+    fn columns_width(&self) -> usize {
+        DeviceRanker::columns_width(self)
+    }
+
+    fn bytes(&self, n_slots: usize) -> [u64; 2] {
+        [DeviceRanker::bytes(self), StreamRanker::bytes(self, n_slots)]
+    }
+
+    fn on(self: Arc<Self>, _: &Stream, n_slots: usize) -> Result<Box<dyn WorkerRanker>, DeviceError> {
+        Ok(Box::new(StreamRanker::new(self, n_slots)))
+    }
+}
+
+impl WorkerRanker for StreamRanker {
+    fn enqueue(&mut self, stream: &Stream, batch: RankBatch<'_>, scores: PartMut<'_, f32>) -> Result<(), DeviceError> {
+        StreamRanker::enqueue(self, stream, batch, scores)
+    }
+}
+
+/// What became of a ranker that was to be put into the GPU's memory; a reason where it can't be there.
+pub type Made = Result<Result<Arc<dyn ResidentRanker>, String>, DeviceError>;
+/// Puts a ranker there that may take so many bytes.
+pub type Make<'a> = dyn Fn(&Stream, &Weighted, u64) -> Made + 'a;
+/// As [`Make`], for all workers.
+pub type Maker = dyn Fn(&Stream, &Weighted, u64) -> Made + Send + Sync;
+
+/// Makes the rankers that there are for GPUs.
+pub fn maker() -> Arc<Maker> {
+    Arc::new(|stream, weighted, left| {
+        let Some(model) = &weighted.model else {
+            return Ok(Err("no engine for GPUs computes it".to_owned()));
+        };
+        let options = RankerOptions::default();
+        // Before anything is allocated.
+        let bytes = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
+            Ok(plan) => plan.bytes(),
+            Err(reason) => return Ok(Err(reason)),
+        };
+        if bytes > left {
+            return Ok(Err(format!("it takes {bytes} bytes of GPU memory, and {left} are left")));
+        }
+        let made = DeviceRanker::new(stream, model, options)?;
+        Ok(made.map(|ranker| Arc::new(ranker) as Arc<dyn ResidentRanker>))
+    })
+}

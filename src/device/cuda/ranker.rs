@@ -1,0 +1,676 @@
+//! The dense ranker on a GPU: tables and weights of a compiled model, and scores of candidates that lie on the GPU.
+//!
+//! A request's part is computed on the CPU ([`DenseRanker::share`]) and uploaded, the item's lies in a table that is copied from the CPU's,
+//! and a kernel computes the rest, all layers in one launch (`kernels/dense.cu`).
+//!
+//! [`DenseRanker::share`]: crate::ranking::dense::DenseRanker::share
+#![allow(unsafe_code)] // Launches of programs that were compiled here.
+
+use std::sync::Arc;
+
+use half::bf16;
+use tastemaker_kernels::dense::{Program, TableShape};
+
+use super::dense::{Arithmetic, compile};
+pub use super::ops::RankBatch;
+use super::ops::Ranking;
+use super::stream::{PartMut, Stream, Table};
+use crate::device::DeviceError;
+use crate::ranking::dense::{Model, kernels};
+use crate::ranking::precision::Precision;
+
+/// Candidates of a block, the preferred number first.
+const BLOCK_ROWS: [u32; 3] = [64, 32, 16];
+
+/// How a model is to be computed on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RankerOptions {
+    /// bf16 is taken where the model's calibration allowed it, or int8, on the CPU; else f32.
+    pub arithmetic: Arithmetic,
+    /// In which numbers the items' table is kept. One that the CPU has in bf16 is of bf16 in any case.
+    pub table: Arithmetic,
+}
+
+impl Default for RankerOptions {
+    /// Products in bf16 where that is allowed, the table as the CPU has it.
+    fn default() -> Self {
+        RankerOptions { arithmetic: Arithmetic::Bf16, table: Arithmetic::F32 }
+    }
+}
+
+/// A model compiled for GPUs: what it takes is known before anything is allocated.
+#[derive(Debug)]
+pub struct RankerPlan {
+    program: Program,
+    table: TableShape,
+    block_rows: u32,
+    arithmetic: Arithmetic,
+}
+
+impl RankerPlan {
+    /// Compiles a model for GPUs that give a block so much shared memory, bytes.
+    ///
+    /// # Errors
+    /// What the GPU does not have.
+    pub fn new(model: &Model, shared_bytes: u32, options: RankerOptions) -> Result<Self, String> {
+        let arithmetic = match model.report().precision {
+            Precision::F32 => Arithmetic::F32,
+            Precision::Bf16 | Precision::Int8 => options.arithmetic,
+        };
+        let graph = model.candidate_graph();
+        let program = compile(graph, arithmetic)?;
+        let mut table = TableShape::default();
+        if !graph.item_widths.is_empty() {
+            let Some(from) = model.table() else { return Err("items' parts without a table of them".into()) };
+            let number =
+                |n: usize| u32::try_from(n).map_err(|_| format!("a table of {} x {}", from.n_rows(), from.width()));
+            let is_bf16 = from.precision() != Precision::F32 || options.table == Arithmetic::Bf16;
+            table = TableShape { n_rows: number(from.n_rows())?, stride: number(from.width())?, is_bf16 };
+        }
+        // Two blocks on a multiprocessor hide each other's waiting.
+        let fits = |rows: u32, of: u32| program.shared_bytes(rows) <= u64::from(shared_bytes / of);
+        let block_rows = BLOCK_ROWS.into_iter().find(|&rows| fits(rows, 2));
+        let block_rows = block_rows.or_else(|| BLOCK_ROWS.into_iter().find(|&rows| fits(rows, 1)));
+        let Some(block_rows) = block_rows else {
+            let least = program.shared_bytes(BLOCK_ROWS[BLOCK_ROWS.len() - 1]);
+            return Err(format!(
+                "{least} bytes of shared memory for a block of candidates; the GPU has {shared_bytes}"
+            ));
+        };
+        Ok(RankerPlan { program, table, block_rows, arithmetic })
+    }
+
+    /// Device memory that the ranker takes.
+    pub fn bytes(&self) -> u64 {
+        let TableShape { n_rows, stride, is_bf16 } = self.table;
+        let table = u64::from(n_rows) * u64::from(stride) * if is_bf16 { 2 } else { 4 };
+        4 * (self.program.words(self.table).len() + self.program.params.len()) as u64 + table
+    }
+
+    /// In which numbers it computes.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    /// Multiplications and additions of all products, per candidate.
+    pub fn flops(&self) -> usize {
+        self.program.flops
+    }
+}
+
+/// One model on one GPU, for all streams.
+#[derive(Debug)]
+pub struct DeviceRanker {
+    plan: RankerPlan,
+    program: Table<u32>,
+    params: Table<u32>,
+    table: Option<Table<u32>>,
+}
+
+/// A table's units from `start` on, in the numbers of the GPU's.
+fn fill(table: &kernels::Table, is_bf16: bool, start: usize, out: &mut [u32]) {
+    let units = table.units();
+    if table.precision() == Precision::F32 && is_bf16 {
+        let pairs = units[2 * start..].as_chunks::<2>().0;
+        let round = |bits: u32| u32::from(bf16::from_f32(f32::from_bits(bits)).to_bits());
+        out.iter_mut().zip(pairs).for_each(|(out, [low, high])| *out = round(*low) | round(*high) << 16);
+    } else {
+        out.copy_from_slice(&units[start..start + out.len()]);
+    }
+}
+
+impl DeviceRanker {
+    /// Compiles a model and brings it to the stream's GPU; waits until it is there.
+    ///
+    /// # Errors
+    /// Of the driver; within, what the GPU does not have, and the CPU therefore has to compute.
+    pub fn new(stream: &Stream, model: &Model, options: RankerOptions) -> Result<Result<Self, String>, DeviceError> {
+        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
+            Ok(plan) => plan,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let upload = |from: &[u32]| {
+            Table::new(stream, from.len(), |start, out: &mut [u32]| {
+                out.copy_from_slice(&from[start..start + out.len()])
+            })
+        };
+        let (program, params) = (upload(&plan.program.words(plan.table))?, upload(&plan.program.params)?);
+        let TableShape { n_rows, stride, is_bf16 } = plan.table;
+        let table = match model.table().filter(|_| stride > 0) {
+            Some(from) => {
+                let units = n_rows as usize * stride as usize / if is_bf16 { 2 } else { 1 };
+                Some(Table::new(stream, units, |start, out: &mut [u32]| fill(from, is_bf16, start, out))?)
+            }
+            None => None,
+        };
+        Ok(Ok(DeviceRanker { plan, program, params, table }))
+    }
+
+    /// Values per request that the CPU computes, by [`DenseRanker::share`].
+    ///
+    /// [`DenseRanker::share`]: crate::ranking::dense::DenseRanker::share
+    pub fn shared_width(&self) -> usize {
+        self.plan.program.shared_width
+    }
+
+    /// Columns per candidate: those that [`Model::columns`] classes under candidates, or all of a model that is not split, each in the order of
+    /// inputs and of columns therein.
+    pub fn columns_width(&self) -> usize {
+        self.plan.program.n_columns
+    }
+
+    /// How it is computed.
+    pub fn plan(&self) -> &RankerPlan {
+        &self.plan
+    }
+
+    /// Device memory that it takes.
+    pub fn bytes(&self) -> u64 {
+        self.plan.bytes()
+    }
+}
+
+/// A member of an ensemble: rankers whose scores are added up in memory, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Member {
+    /// What its scores are multiplied by.
+    pub weight: f32,
+    /// The first one writes, others add to what is there.
+    pub first: bool,
+}
+
+impl Member {
+    /// One that is no ensemble.
+    pub const ONLY: Member = Member { weight: 1.0, first: true };
+}
+
+/// A worker's own view of a [`DeviceRanker`]. It needs no memory: what lies between layers stays in the GPU's multiprocessors.
+#[derive(Clone, Debug)]
+pub struct StreamRanker {
+    ranker: Arc<DeviceRanker>,
+    most_slots: usize,
+}
+
+impl StreamRanker {
+    /// For at most so many places for candidates in a batch.
+    pub fn new(ranker: Arc<DeviceRanker>, most_slots: usize) -> Self {
+        StreamRanker { ranker, most_slots }
+    }
+
+    /// The ranker.
+    pub fn ranker(&self) -> &Arc<DeviceRanker> {
+        &self.ranker
+    }
+
+    /// Device memory that one takes beside the ranker's.
+    pub fn bytes(_ranker: &DeviceRanker, _most_slots: usize) -> u64 {
+        0
+    }
+
+    /// Gives the stream what scores a batch: f32 `[n_requests, width]`, NaN in holes. Nothing is allocated, copied or waited for, so that it may be
+    /// captured; what varies beneath a captured shape is in `counts`.
+    ///
+    /// # Errors
+    /// More places than it is for, a number that the kernel does not take, or what the driver says.
+    ///
+    /// # Panics
+    /// If something is too short for the shapes, or another stream's.
+    pub fn enqueue(
+        &mut self,
+        stream: &Stream,
+        batch: RankBatch<'_>,
+        scores: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        self.enqueue_member(stream, batch, Member::ONLY, scores)
+    }
+
+    /// The same as a member of an ensemble.
+    ///
+    /// # Errors
+    /// As [`Self::enqueue`].
+    ///
+    /// # Panics
+    /// As [`Self::enqueue`].
+    pub fn enqueue_member(
+        &mut self,
+        stream: &Stream,
+        batch: RankBatch<'_>,
+        member: Member,
+        scores: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let slots = batch.n_requests.saturating_mul(batch.width);
+        if slots > self.most_slots {
+            return Err(DeviceError::Failed(format!("{slots} candidates where there is room for {}", self.most_slots)));
+        }
+        let DeviceRanker { plan, program, params, table } = &*self.ranker;
+        let ranking = Ranking {
+            program: program.part(0..program.len()),
+            params: params.part(0..params.len()),
+            table: table.as_ref().map(|table| table.part(0..table.len())),
+            n_columns: plan.program.n_columns,
+            shared_width: plan.program.shared_width,
+            block_rows: plan.block_rows,
+            units: plan.program.units,
+            weight: member.weight,
+            first: member.first,
+        };
+        // SAFETY: program, parameters and table are of one plan; pieces lie where `places` of the graph's widths says, in rows as wide as that.
+        unsafe { stream.dense_rank(ranking, batch, scores) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::context::Context;
+    use super::super::emulated::{Emulated, IMAGE};
+    use super::super::stream::Buffer;
+    use super::*;
+    use crate::candidates::Dependence;
+    use crate::catalog::generation::NO_ROW;
+    use crate::index::Kernel;
+    use crate::ranking::dense::ops::{Binary, Graph, Id, Op, Unary};
+    use crate::ranking::dense::tests::{
+        catalogue, classes, crossed, dense, inputs, parts, perceptron, samples, with_items,
+    };
+    use crate::ranking::dense::{DenseRanker, Sample, Setting};
+    use crate::ranking::manifest::Calibration;
+    use crate::ranking::onnx::OnnxRanker;
+    use crate::ranking::precision::{Fidelity, Wanted};
+    use crate::ranking::{Ranker as _, recognise};
+    use crate::testing::noise;
+
+    /// What is scored by the CPU, and where.
+    struct Case {
+        name: &'static str,
+        graph: Graph,
+        widths: Vec<usize>,
+    }
+
+    fn hidden(graph: &mut Graph, x: Id, width: usize, next: &mut impl FnMut() -> f32) -> Id {
+        let x = dense(graph, x, width, next);
+        graph.push(Op::Unary(Unary::Relu, x))
+    }
+
+    /// DCN-v2: cross layers `x0 * (W x + b) + x` beside a deep part (Wang et al. 2021).
+    fn cross_network(widths: &[usize]) -> Graph {
+        let next = &mut noise(21);
+        let (mut graph, ids) = inputs(widths);
+        let x0 = graph.push(Op::Concat(ids));
+        let (mut x, width) = (x0, graph.width(x0));
+        for _ in 0..3 {
+            let w = dense(&mut graph, x, width, next);
+            let gated = graph.push(Op::Binary(Binary::Mul, x0, w));
+            x = graph.push(Op::Binary(Binary::Add, gated, x));
+        }
+        let deep = hidden(&mut graph, x0, 48, next);
+        let deep = hidden(&mut graph, deep, 24, next);
+        let both = graph.push(Op::Concat(vec![x, deep]));
+        let score = dense(&mut graph, both, 1, next);
+        graph.outputs = vec![graph.push(Op::Unary(Unary::Sigmoid, score))];
+        graph
+    }
+
+    /// DLRM: fields embedded by small towers, products of all pairs beside them, a top (Naumov et al. 2019).
+    fn pairwise(widths: &[usize]) -> Graph {
+        let next = &mut noise(22);
+        let (mut graph, ids) = inputs(widths);
+        let all = graph.push(Op::Concat(ids));
+        let fields: Vec<Id> = (0..4).map(|_| hidden(&mut graph, all, 8, next)).collect();
+        let stacked = graph.push(Op::Concat(fields.clone()));
+        let dots = graph.push(Op::MatMul { a: stacked, b: stacked, m: 4, k: 8, n: 4, turned: true });
+        let below = (1..4u32).flat_map(|row| (0..row).map(move |column| row * 4 + column)).collect();
+        let dots = graph.push(Op::Take { x: dots, columns: Arc::new(below) });
+        let joined = graph.push(Op::Concat(vec![dots, fields[0]]));
+        let top = hidden(&mut graph, joined, 20, next);
+        let score = dense(&mut graph, top, 1, next);
+        graph.outputs = vec![score];
+        graph
+    }
+
+    /// DeepFM: half of the square of a sum less the sum of squares over fields of embeddings, and a deep part (Guo et al. 2017).
+    fn factorised(widths: &[usize]) -> Graph {
+        let next = &mut noise(23);
+        let (mut graph, ids) = inputs(widths);
+        let all = graph.push(Op::Concat(ids));
+        let fields = dense(&mut graph, all, 5 * 12, next);
+        let whole = graph.push(Op::Sum { x: fields, len: 5, inner: 12, scale: 1.0 });
+        let whole = graph.push(Op::Unary(Unary::Pow { power: 2.0 }, whole));
+        let squares = graph.push(Op::Unary(Unary::Pow { power: 2.0 }, fields));
+        let squares = graph.push(Op::Sum { x: squares, len: 5, inner: 12, scale: 1.0 });
+        let both = graph.push(Op::Binary(Binary::Sub, whole, squares));
+        let second = graph.push(Op::Sum { x: both, len: 12, inner: 1, scale: 0.5 });
+        let deep = hidden(&mut graph, fields, 40, next);
+        let deep = dense(&mut graph, deep, 1, next);
+        let sum = graph.push(Op::Binary(Binary::Add, second, deep));
+        graph.outputs = vec![graph.push(Op::Unary(Unary::Sigmoid, sum))];
+        graph
+    }
+
+    /// The demo's ranker.
+    fn demo(widths: &[usize]) -> Graph {
+        let engines = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("engines");
+        let manifest = std::fs::read_to_string(engines.join("demo.toml")).unwrap();
+        let (manifest, onnx) = (toml::from_str(&manifest).unwrap(), engines.join("demo.onnx"));
+        let pool = Arc::new(rten::ThreadPool::with_num_threads(1));
+        let mut general = OnnxRanker::load("demo", &onnx, &manifest, widths, pool).unwrap();
+        recognise(&mut general, &onnx, &manifest).unwrap()
+    }
+
+    fn cases() -> Vec<Case> {
+        let case = |name, widths: &[usize], graph: fn(&[usize]) -> Graph| Case {
+            name,
+            graph: graph(widths),
+            widths: widths.to_vec(),
+        };
+        vec![
+            case("perceptron", &[44], |widths| perceptron(widths, &[70, 33], 3)),
+            case("of two inputs", &[30, 21], |widths| perceptron(widths, &[96, 64, 20], 4)),
+            case("crossed", &[40, 24], |widths| crossed(widths, 5)),
+            case("DCN-v2", &[20, 17], cross_network),
+            case("DLRM", &[18, 12], pairwise),
+            case("DeepFM", &[22, 13], factorised),
+            case("demo", &[13], demo),
+        ]
+    }
+
+    /// A model, in another precision than f32 where that is asked for and has products to round; split, with a table, unless `whole`.
+    fn model(case: &Case, wanted: Wanted, whole: bool) -> (Arc<Model>, Vec<Sample>) {
+        let columns = classes(&case.widths);
+        let items = catalogue(&columns);
+        let samples = samples(&columns, &items, 3, 60, 17);
+        let calibration = Calibration { precision: wanted, min_ndcg: 0.0 };
+        let setting = with_items(&columns, &items, &samples);
+        let setting = if whole { Setting { columns: Vec::new(), ..setting } } else { setting };
+        (Arc::new(Model::new(case.name, &case.graph, &calibration, &setting, Kernel::detect())), samples)
+    }
+
+    fn on_device(stream: &Stream, model: &Model, options: RankerOptions) -> StreamRanker {
+        let ranker = DeviceRanker::new(stream, model, options).unwrap().unwrap();
+        StreamRanker::new(Arc::new(ranker), 4096)
+    }
+
+    const F32: RankerOptions = RankerOptions { arithmetic: Arithmetic::F32, table: Arithmetic::F32 };
+
+    fn upload<T: super::super::stream::Plain>(stream: &Stream, values: &[T]) -> Buffer<T> {
+        let mut host = stream.pinned(values.len()).unwrap();
+        host.copy_from_slice(values);
+        let mut buffer = stream.buffer(values.len()).unwrap();
+        stream.upload(host, values.len(), buffer.part_mut(0..values.len())).unwrap().wait().unwrap();
+        buffer
+    }
+
+    /// Requests on the host, `width` places for each.
+    struct Host {
+        width: usize,
+        rows: Vec<u32>,
+        counts: Vec<u32>,
+        shared: Vec<f32>,
+        columns: Vec<f32>,
+    }
+
+    /// What samples are to the device: each with `spare` places that hold anything.
+    fn host(model: &Arc<Model>, ranker: &DeviceRanker, samples: &[Sample], spare: usize) -> Host {
+        let (mut cpu, each) = (DenseRanker::new(model.clone()), ranker.columns_width());
+        let width = samples.iter().map(|sample| sample.rows.len()).max().unwrap() + spare;
+        let mut host = Host { width, rows: vec![], counts: vec![], shared: vec![], columns: vec![] };
+        for (at, sample) in samples.iter().enumerate() {
+            let (request, columns) = parts(model, sample);
+            let first = host.shared.len();
+            host.shared.resize(first + ranker.shared_width(), f32::NAN);
+            cpu.share(&request, &mut host.shared[first..]).unwrap();
+            host.rows.extend(&sample.rows);
+            host.rows.resize((at + 1) * width, 1);
+            host.columns.extend(columns);
+            host.columns.resize((at + 1) * width * each, f32::NAN);
+            host.counts.push(sample.rows.len() as u32);
+        }
+        host
+    }
+
+    /// Scores of the batch, onto `before` as a member.
+    fn run(stream: &Stream, ranker: &mut StreamRanker, host: &Host, member: Member, before: &[f32]) -> Vec<f32> {
+        let (rows, counts) = (upload(stream, &host.rows), upload(stream, &host.counts));
+        let (shared, columns) = (upload(stream, &host.shared), upload(stream, &host.columns));
+        let mut scores = upload(stream, before);
+        let batch = RankBatch {
+            rows: rows.part(0..rows.len()),
+            counts: counts.part(0..counts.len()),
+            n_requests: host.counts.len(),
+            width: host.width,
+            shared: shared.part(0..shared.len()),
+            columns: columns.part(0..columns.len()),
+        };
+        ranker.enqueue_member(stream, batch, member, scores.part_mut(0..before.len())).unwrap();
+        let all = stream.download(scores.part(0..before.len()), stream.pinned(before.len()).unwrap()).unwrap();
+        all.wait().unwrap().to_vec()
+    }
+
+    /// The scores of each request without what lies behind them, which must be holes.
+    fn by_request(host: &Host, scores: &[f32]) -> Vec<Vec<f32>> {
+        let requests = scores.chunks(host.width).zip(&host.counts);
+        requests
+            .map(|(scores, &n)| {
+                let (scores, holes) = scores.split_at(n as usize);
+                assert!(holes.iter().all(|score| score.is_nan()));
+                scores.to_vec()
+            })
+            .collect()
+    }
+
+    fn cpu(model: &Arc<Model>, samples: &[Sample]) -> Vec<Vec<f32>> {
+        let mut ranker = DenseRanker::new(model.clone());
+        let score = |sample: &Sample| {
+            let mut scores = Vec::new();
+            match model.columns() {
+                Some(_) => {
+                    let (request, columns) = parts(model, sample);
+                    ranker.score_split(&request, &sample.rows, &columns, &mut scores).unwrap();
+                }
+                None => ranker.score(&sample.inputs, sample.rows.len(), &mut scores).unwrap(),
+            }
+            scores
+        };
+        samples.iter().map(score).collect()
+    }
+
+    /// How far sums of a network in another order may be apart, over the spread of its scores: each of up to 200 terms is rounded by 2^-24 of
+    /// what the sum has come to (Higham), through up to 5 layers whose weights do not enlarge errors more than values.
+    const REORDERED: f64 = 200.0 * 5.0 / (1 << 24) as f64;
+
+    #[test]
+    fn the_device_scores_as_the_cpu_does_and_alone_as_in_the_batch() {
+        let Some(emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        for (case, whole) in cases().iter().flat_map(|case| [(case, false), (case, true)]) {
+            let (model, samples) = model(case, Wanted::F32, whole);
+            assert_eq!(model.columns().is_none(), whole, "{}", case.name);
+            let ranker = &mut on_device(&stream, &model, F32);
+            let host = host(&model, ranker.ranker(), &samples, 9);
+            let before = vec![7.0; host.rows.len()];
+            let moved = |what| emulated.count(what);
+            let all = run(&stream, ranker, &host, Member::ONLY, &before);
+            let got = by_request(&host, &all);
+            let fidelity = Fidelity::of(&cpu(&model, &samples), &got);
+            println!("{}, whole {whole}: {:.1e}", case.name, fidelity.error);
+            assert!(fidelity.error <= REORDERED, "{}, whole {whole}: {}", case.name, fidelity.error);
+            assert_eq!(moved("misuses"), 0);
+            let each = ranker.ranker().columns_width();
+            for (request, sample) in samples.iter().enumerate() {
+                let shared = ranker.ranker().shared_width();
+                for at in [0, 17, sample.rows.len() - 1] {
+                    let slot = request * host.width + at;
+                    let one = Host {
+                        width: 1,
+                        rows: vec![sample.rows[at]],
+                        counts: vec![1],
+                        shared: host.shared[request * shared..(request + 1) * shared].to_vec(),
+                        columns: host.columns[slot * each..(slot + 1) * each].to_vec(),
+                    };
+                    let alone = run(&stream, ranker, &one, Member::ONLY, &[0.0]);
+                    assert_eq!(alone[0].to_bits(), got[request][at].to_bits(), "{}, {request}, {at}", case.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_keeps_the_order_and_is_taken_only_where_the_model_allows_it() {
+        let Some(_emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        for case in &cases() {
+            let exact = cpu(&model(case, Wanted::F32, false).0, &model(case, Wanted::F32, false).1);
+            let (rounded, samples) = model(case, Wanted::Bf16, false);
+            if rounded.report().precision == Precision::F32 {
+                // Too few products to round, or a CPU that has none of them.
+                println!("{}: f32 on this CPU", case.name);
+                continue;
+            }
+            let ranker = &mut on_device(&stream, &rounded, RankerOptions::default());
+            assert_eq!(ranker.ranker().plan().arithmetic(), Arithmetic::Bf16);
+            let host = host(&rounded, ranker.ranker(), &samples, 0);
+            let got = by_request(&host, &run(&stream, ranker, &host, Member::ONLY, &vec![0.0; host.rows.len()]));
+            let fidelity = Fidelity::of(&exact, &got);
+            println!("{}: ndcg@10 {:.5}, error {:.4}", case.name, fidelity.ndcg, fidelity.error);
+            assert!(fidelity.ndcg >= 0.999 && fidelity.error < 0.05, "{}: {fidelity:?}", case.name);
+        }
+        let (exact, _) = model(&cases()[0], Wanted::F32, false);
+        let ranker = on_device(&stream, &exact, RankerOptions::default());
+        assert_eq!(ranker.ranker().plan().arithmetic(), Arithmetic::F32);
+    }
+
+    #[test]
+    fn holes_and_nan_stay_where_they_are() {
+        let Some(_emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        let (model, samples) = model(&cases()[1], Wanted::F32, false);
+        let ranker = &mut on_device(&stream, &model, F32);
+        let mut host = host(&model, ranker.ranker(), &samples, 3);
+        let n_rows = model.table().unwrap().n_rows() as u32;
+        let before = vec![0.0; host.rows.len()];
+        let clean = run(&stream, ranker, &host, Member::ONLY, &before);
+        let (each, shared) = (ranker.ranker().columns_width(), ranker.ranker().shared_width());
+        // Of the first request: none of three is there, three have odd columns. The last has none, and NaN of its own.
+        (host.rows[3], host.rows[4], host.rows[5]) = (NO_ROW, n_rows, n_rows + 70_000);
+        host.columns[7 * each] = f32::NAN;
+        host.columns[8 * each + 1] = f32::INFINITY;
+        host.columns[9 * each] = f32::NEG_INFINITY;
+        *host.counts.last_mut().unwrap() = 0;
+        host.shared[2 * shared..].fill(f32::NAN);
+        let got = run(&stream, ranker, &host, Member::ONLY, &before);
+        let odd = cpu(&model, &odd_sample(&model, &host, &samples[0], each));
+        for (at, score) in got.iter().enumerate() {
+            let (request, place) = (at / host.width, at % host.width);
+            let hole = place >= host.counts[request] as usize || (request == 0 && (3..6).contains(&place));
+            match (request, place) {
+                _ if hole => assert!(score.is_nan(), "{at}"),
+                (0, 7..10) => {
+                    let want = odd[0][place];
+                    let same = (score - want).abs() <= 1e-4 || *score == want || (score.is_nan() && want.is_nan());
+                    assert!(same, "{at}: {score} {want}");
+                }
+                _ => assert_eq!(score.to_bits(), clean[at].to_bits(), "{at}"),
+            }
+        }
+        assert!(got[7].is_nan());
+    }
+
+    /// The first request with the columns of the host's first places, as a sample of its own.
+    fn odd_sample(model: &Arc<Model>, host: &Host, sample: &Sample, each: usize) -> Vec<Sample> {
+        let mut sample = sample.clone();
+        let columns = model.columns().unwrap();
+        for place in 7..10 {
+            let mut own = host.columns[place * each..(place + 1) * each].iter();
+            for (values, columns) in sample.inputs.iter_mut().zip(columns) {
+                let line = values[place * columns.len()..(place + 1) * columns.len()].iter_mut().zip(columns);
+                let candidates = line.filter(|(_, column)| **column == Dependence::Candidate);
+                candidates.zip(&mut own).for_each(|((value, _), own)| *value = *own);
+            }
+        }
+        vec![sample]
+    }
+
+    #[test]
+    fn members_of_an_ensemble_are_added_up() {
+        let Some(_emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        let cases = cases();
+        let (one, samples) = model(&cases[0], Wanted::F32, false);
+        // Another model of the same columns.
+        let other =
+            Case { graph: perceptron(&cases[0].widths, &[20], 9), name: "other", widths: cases[0].widths.clone() };
+        let (other, _) = model(&other, Wanted::F32, false);
+        let (first, second) = (&mut on_device(&stream, &one, F32), &mut on_device(&stream, &other, F32));
+        let (of_first, of_second) =
+            (host(&one, first.ranker(), &samples, 2), host(&other, second.ranker(), &samples, 2));
+        let before = vec![9.0; of_first.rows.len()];
+        let only = [
+            run(&stream, first, &of_first, Member::ONLY, &before),
+            run(&stream, second, &of_second, Member::ONLY, &before),
+        ];
+        let sum = run(&stream, first, &of_first, Member { weight: 0.7, first: true }, &before);
+        let sum = run(&stream, second, &of_second, Member { weight: 0.3, first: false }, &sum);
+        for ((sum, one), other) in sum.iter().zip(&only[0]).zip(&only[1]) {
+            let want = 0.7f32 * one + 0.3f32 * other;
+            assert!(sum.to_bits() == want.to_bits() || (sum.is_nan() && want.is_nan()), "{sum} {want}");
+        }
+    }
+
+    #[test]
+    fn memory_is_what_was_said_and_scoring_takes_none() {
+        let Some(emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        let (model, samples) = model(&cases()[1], Wanted::F32, false);
+        let mut sizes = Vec::new();
+        for table in [Arithmetic::F32, Arithmetic::Bf16] {
+            let before = emulated.count("used_bytes");
+            let ranker = &mut on_device(&stream, &model, RankerOptions { table, ..F32 });
+            assert_eq!(emulated.count("used_bytes") - before, ranker.ranker().bytes());
+            assert_eq!(StreamRanker::bytes(ranker.ranker(), 4096), 0);
+            sizes.push(ranker.ranker().bytes());
+            let host = host(&model, ranker.ranker(), &samples, 0);
+            let all = host.rows.len();
+            let got = by_request(&host, &run(&stream, ranker, &host, Member::ONLY, &vec![0.0; all]));
+            let fidelity = Fidelity::of(&cpu(&model, &samples), &got);
+            assert!(fidelity.ndcg >= 0.999 && fidelity.error < 0.02, "{table:?}: {fidelity:?}");
+            // What scores takes no memory and copies nothing.
+            let (rows, counts) = (upload(&stream, &host.rows), upload(&stream, &host.counts));
+            let (shared, columns) = (upload(&stream, &host.shared), upload(&stream, &host.columns));
+            let mut scores = upload(&stream, &vec![0.0; all]);
+            let batch = RankBatch {
+                rows: rows.part(0..all),
+                counts: counts.part(0..3),
+                n_requests: 3,
+                width: host.width,
+                shared: shared.part(0..shared.len()),
+                columns: columns.part(0..columns.len()),
+            };
+            let counted = || ["allocations", "uploads", "downloads", "launches"].map(|what| emulated.count(what));
+            let before = counted();
+            ranker.enqueue(&stream, batch, scores.part_mut(0..all)).unwrap();
+            stream.synchronize().unwrap();
+            assert_eq!(counted(), [before[0], before[1], before[2], before[3] + 1]);
+            let few = &mut StreamRanker::new(ranker.ranker().clone(), all - 1);
+            let error = few.enqueue(&stream, batch, scores.part_mut(0..all)).unwrap_err().to_string();
+            assert!(error.contains(&format!("{all} candidates where there is room for {}", all - 1)), "{error}");
+        }
+        let table = model.table().unwrap();
+        assert_eq!(sizes[0] - sizes[1], (table.n_rows() * table.width() * 2) as u64);
+    }
+
+    #[test]
+    fn what_a_gpu_does_not_have_is_said() {
+        let plan = |width: usize, shared_bytes: u32| {
+            let graph = perceptron(&[24], &[width, 8], 1);
+            RankerPlan::new(&Model::plain("wide", &graph, Kernel::detect()), shared_bytes, F32)
+        };
+        let rows = |width, shared_bytes| plan(width, shared_bytes).unwrap().block_rows;
+        assert_eq!([rows(64, 227 << 10), rows(700, 227 << 10), rows(1500, 227 << 10)], [64, 32, 16]);
+        let said = plan(1500, 48 << 10).unwrap_err();
+        assert!(said.contains("bytes of shared memory for a block of candidates; the GPU has 49152"), "{said}");
+    }
+}
