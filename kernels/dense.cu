@@ -48,28 +48,37 @@ struct Block {
 DEVICE float low_half(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Adds N neighbouring values, which lie at a boundary of their own size.
-template <u32 N>
-DEVICE void add_floats(float (&to)[N], const float* from) {
-    if constexpr (N == 4) {
-        const float4 v = *(const float4*)from;
-        to[0] = __fadd_rn(to[0], v.x), to[1] = __fadd_rn(to[1], v.y), to[2] = __fadd_rn(to[2], v.z), to[3] = __fadd_rn(to[3], v.w);
-    } else {
-        const float2 v = *(const float2*)from;
-        to[0] = __fadd_rn(to[0], v.x), to[1] = __fadd_rn(to[1], v.y);
-    }
+// N neighbouring values, which lie at a boundary of their own size.
+DEVICE void floats_of(float (&to)[4], const float* from) {
+    const float4 v = __ldg((const float4*)from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
+DEVICE void floats_of(float (&to)[2], const float* from) {
+    const float2 v = __ldg((const float2*)from);
+    to[0] = v.x, to[1] = v.y;
+}
+DEVICE void halves_of(float (&to)[4], const u32* from) {
+    const uint2 v = __ldg((const uint2*)from);
+    to[0] = low_half(v.x), to[1] = high_half(v.x), to[2] = low_half(v.y), to[3] = high_half(v.y);
+}
+DEVICE void halves_of(float (&to)[2], const u32* from) {
+    const u32 v = __ldg(from);
+    to[0] = low_half(v), to[1] = high_half(v);
+}
+template <class Words>
+DEVICE void values_of(float (&to)[4], Words arena, u32 at) {
+    const uint4 v = shared_load4(arena, at);
+    to[0] = __uint_as_float(v.x), to[1] = __uint_as_float(v.y), to[2] = __uint_as_float(v.z), to[3] = __uint_as_float(v.w);
+}
+template <class Words>
+DEVICE void values_of(float (&to)[2], Words arena, u32 at) {
+    to[0] = __uint_as_float(arena[at]), to[1] = __uint_as_float(arena[at + 1]);
+}
+
 template <u32 N>
-DEVICE void add_halves(float (&to)[N], const u32* from) {
-    u32 pairs[N / 2];
-    if constexpr (N == 4) {
-        const uint2 v = *(const uint2*)from;
-        pairs[0] = v.x, pairs[1] = v.y;
-    } else {
-        pairs[0] = *from;
-    }
+DEVICE void add(float (&to)[N], const float (&values)[N]) {
 #pragma unroll
-    for (u32 e = 0; e < N; e++) to[e] = __fadd_rn(to[e], e % 2 ? high_half(pairs[e / 2]) : low_half(pairs[e / 2]));
+    for (u32 e = 0; e < N; e++) to[e] = __fadd_rn(to[e], values[e]);
 }
 
 // The first word of a row, or of a part of one, of a value.
@@ -77,29 +86,41 @@ DEVICE u32 place(const Block& in, u32 value, u32 stride, u32 part, u32 repeat, u
     return value * in.n + (repeat == 1 ? row * stride : row / repeat * stride + row % repeat * part);
 }
 
-// What the sums of N columns of a row start with. The arena begins with the items' rows.
-template <u32 N, class Words>
-DEVICE void start(float (&sums)[N], const Step& s, const Block& in, Words arena, u32 row, u32 column) {
+// What the sums of N columns of R rows start with. The arena begins with the items' rows. All rows of a table are asked for before the first
+// is used.
+template <u32 R, u32 N, class Words>
+DEVICE void start(float (&sums)[R][N], const Step& s, const Block& in, Words arena, const u32 (&rows)[R], u32 column) {
+    float values[R][N] = {};
+    if (s.b != NONE) floats_of(values[0], (const float*)in.params + s.b + column);
 #pragma unroll
-    for (u32 e = 0; e < N; e++) sums[e] = 0;
-    if (s.b != NONE) add_floats(sums, (const float*)in.params + s.b + column);
+    for (u32 j = 0; j < R; j++) {
+#pragma unroll
+        for (u32 e = 0; e < N; e++) sums[j][e] = values[0][e];
+    }
     if (column >= s.width) return;
     if (s.item != NONE) {
-        const u32 item = arena[row];
-        const u64 at = (u64)item * in.table_stride + s.item + column;
-        if (item != NO_ROW && in.table_flags & BF16_TABLE) add_halves(sums, in.table + at / 2);
-        else if (item != NO_ROW) add_floats(sums, (const float*)in.table + at);
-    }
-    if (s.shared != NONE) add_floats(sums, in.shared + s.shared + column);
-    if (s.y != NONE) {
-        const u32 at = place(in, s.y, s.y_stride, 0, 1, row) + column;
-        if constexpr (N == 4) {
-            const uint4 v = shared_load4(arena, at);
-            sums[0] = __fadd_rn(sums[0], __uint_as_float(v.x)), sums[1] = __fadd_rn(sums[1], __uint_as_float(v.y));
-            sums[2] = __fadd_rn(sums[2], __uint_as_float(v.z)), sums[3] = __fadd_rn(sums[3], __uint_as_float(v.w));
-        } else {
+        // Where there is no candidate, the first item: one has been there in this block, and what comes of it is not kept.
+        const bool halves = in.table_flags & BF16_TABLE;
 #pragma unroll
-            for (u32 e = 0; e < N; e++) sums[e] = __fadd_rn(sums[e], __uint_as_float(arena[at + e]));
+        for (u32 j = 0; j < R; j++) {
+            const u32 item = arena[rows[j]];
+            const u64 at = (u64)(item == NO_ROW ? 0 : item) * in.table_stride + s.item + column;
+            if (halves) halves_of(values[j], in.table + at / 2);
+            else floats_of(values[j], (const float*)in.table + at);
+        }
+#pragma unroll
+        for (u32 j = 0; j < R; j++) add(sums[j], values[j]);
+    }
+    if (s.shared != NONE) {
+        floats_of(values[0], in.shared + s.shared + column);
+#pragma unroll
+        for (u32 j = 0; j < R; j++) add(sums[j], values[0]);
+    }
+    if (s.y != NONE) {
+#pragma unroll
+        for (u32 j = 0; j < R; j++) {
+            values_of(values[0], arena, place(in, s.y, s.y_stride, 0, 1, rows[j]) + column);
+            add(sums[j], values[0]);
         }
     }
 }
@@ -150,16 +171,15 @@ DEVICE void layer(const Step& s, const Block& in, Words arena) {
         u32 at[8];
         float sums[8][4];
 #pragma unroll
-        for (u32 j = 0; j < 8; j++) {
-            const u32 row = at_most(first + 4 * j, n_rows - 1);
-            at[j] = place(in, s.x, s.x_stride, s.x_part, s.repeat, row);
-            start(sums[j], s, in, arena, row, column);
-        }
+        for (u32 j = 0; j < 8; j++) at[j] = at_most(first + 4 * j, n_rows - 1);
+        start(sums, s, in, arena, at, column);
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) at[j] = place(in, s.x, s.x_stride, s.x_part, s.repeat, at[j]);
         const float4* weights = (const float4*)(in.params + s.a) + (u64)(tile / tiles_down) * depth * 32 + lane / 4;
         float4 next[4] = {};
         if (depth > 0) {
 #pragma unroll
-            for (u32 e = 0; e < 4; e++) next[e] = weights[8 * e];
+            for (u32 e = 0; e < 4; e++) next[e] = __ldg(weights + 8 * e);
         }
         for (u32 k = 0; k < depth; k++) {
             float4 now[4];
@@ -167,7 +187,7 @@ DEVICE void layer(const Step& s, const Block& in, Words arena) {
             for (u32 e = 0; e < 4; e++) now[e] = next[e];
             if (k + 1 < depth) {
 #pragma unroll
-                for (u32 e = 0; e < 4; e++) next[e] = weights[(k + 1) * 32 + 8 * e];
+                for (u32 e = 0; e < 4; e++) next[e] = __ldg(weights + (k + 1) * 32 + 8 * e);
             }
 #pragma unroll
             for (u32 j = 0; j < 8; j++) {
@@ -196,27 +216,27 @@ DEVICE void rounded_layer(const Step& s, const Block& in, Words arena) {
         u32 at[4];
         float sums[2][4][4];
 #pragma unroll
-        for (u32 j = 0; j < 4; j++) {
-            const u32 row = at_most(first + 8 * j, n_rows - 1);
-            at[j] = place(in, s.x, s.x_stride, s.x_part, s.repeat, row) + within;
+        for (u32 j = 0; j < 4; j++) at[j] = at_most(first + 8 * j, n_rows - 1);
 #pragma unroll
-            for (u32 c = 0; c < 4; c++) {
-                float two[2];
-                start(two, s, in, arena, row, column + 8 * c);
-                sums[j / 2][c][j % 2 * 2] = two[0], sums[j / 2][c][j % 2 * 2 + 1] = two[1];
-            }
+        for (u32 c = 0; c < 4; c++) {
+            float two[4][2];
+            start(two, s, in, arena, at, column + 8 * c);
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) sums[j / 2][c][j % 2 * 2] = two[j][0], sums[j / 2][c][j % 2 * 2 + 1] = two[j][1];
         }
+#pragma unroll
+        for (u32 j = 0; j < 4; j++) at[j] = place(in, s.x, s.x_stride, s.x_part, s.repeat, at[j]) + within;
         const uint4* weights = (const uint4*)(in.params + s.a) + (u64)(tile / tiles_down) * depth * 128 + lane;
         uint4 next[4];
 #pragma unroll
-        for (u32 c = 0; c < 4; c++) next[c] = weights[32 * c];
+        for (u32 c = 0; c < 4; c++) next[c] = __ldg(weights + 32 * c);
         for (u32 k = 0; k < depth; k++) {
             u32 now[4][2][2];
 #pragma unroll
             for (u32 c = 0; c < 4; c++) now[c][0][0] = next[c].x, now[c][0][1] = next[c].y, now[c][1][0] = next[c].z, now[c][1][1] = next[c].w;
             if (k + 1 < depth) {
 #pragma unroll
-                for (u32 c = 0; c < 4; c++) next[c] = weights[(k + 1) * 128 + 32 * c];
+                for (u32 c = 0; c < 4; c++) next[c] = __ldg(weights + (k + 1) * 128 + 32 * c);
             }
 #pragma unroll
             for (u32 half = 0; half < 2; half++) {
@@ -250,15 +270,16 @@ DEVICE void narrow_layer(const Step& s, const Block& in, Words arena) {
         const u32 at = place(in, s.x, s.x_stride, s.x_part, s.repeat, row);
         const float* weights = (const float*)in.params + s.a + column * s.k;
         float sum = 0;
-        for (u32 k = part; k < s.k; k += 4) sum = __fmaf_rn(__uint_as_float(arena[at + k]), weights[k], sum);
+        for (u32 k = part; k < s.k; k += 4) sum = __fmaf_rn(__uint_as_float(arena[at + k]), __ldg(weights + k), sum);
         sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, 1u));
         sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, 2u));
         if (sum_at >= n_sums) continue;
         const u32 to = place(in, s.out, s.out_stride, s.width, s.repeat, row);
         if (part == 0) {
-            float before[2];
-            start(before, s, in, arena, row, column & ~1u);
-            sum = __fadd_rn(column & 1 ? before[1] : before[0], sum);
+            float before[1][2];
+            const u32 rows[1] = {row};
+            start(before, s, in, arena, rows, column & ~1u);
+            sum = __fadd_rn(column & 1 ? before[0][1] : before[0][0], sum);
             arena[to + column] = __float_as_uint(s.flags & RELU ? rectified(sum) : sum);
         } else if (s.repeat == 1 && column + 1 == s.width && column + part < s.fill) {
             arena[to + column + part] = 0;
@@ -531,10 +552,13 @@ KERNEL(dense_rank, 2)
     if (t < left && begin + t < counts[blockIdx.y]) item = rows[slot + t];
     if (item != NO_ROW && table && item >= header.table_rows) item = NO_ROW;
     if (t < n) arena[t] = item;
-    const bool some = __syncthreads_or(item != NO_ROW);
+    if (!__syncthreads_or(item != NO_ROW)) {
+        if (t < left) scores[slot + t] = __uint_as_float(0x7fc00000u);
+        return;
+    }
     const Block in = {n, params, table, header.table_stride, header.flags, columns + slot * header.n_columns, header.n_columns, left,
                       shared + (u64)blockIdx.y * header.shared_width};
-    for (u32 at = 0; some && at < header.n_steps; at++) {
+    for (u32 at = 0; at < header.n_steps; at++) {
         const Step& s = steps[at];
         switch (s.op) {
         case LAYER: layer(s, in, arena); break;
@@ -550,12 +574,11 @@ KERNEL(dense_rank, 2)
         case EMBED: embed(s, in, arena); break;
         case MULTIPLY: multiply(s, in, arena); break;
         }
-        if (s.op == SCORE && t < left) {
+        if (s.op == SCORE && t < in.left) {
             const float score = __fmul_rn(weight, __uint_as_float(arena[place(in, s.x, s.x_stride, 0, 1, t)]));
             const float all = first ? score : __fadd_rn(scores[slot + t], score);
-            scores[slot + t] = item == NO_ROW ? __uint_as_float(0x7fc00000u) : all;
+            scores[slot + t] = arena[t] == NO_ROW ? __uint_as_float(0x7fc00000u) : all;
         }
         __syncthreads();
     }
-    if (!some && t < left) scores[slot + t] = __uint_as_float(0x7fc00000u);
 }

@@ -90,7 +90,9 @@ impl Network<'_> {
     fn add(&mut self, operation: usize) {
         let x = self.any();
         let width = self.graph.width(x);
-        let n = self.random.random_range(1..70usize);
+        // Wide ones have more tiles than a block has warps.
+        let n = if self.random.random_ratio(1, 8) { 300 } else { 70 };
+        let n = self.random.random_range(1..n);
         let at = match operation {
             0 => self.dense(x, n, None, 1),
             1 => {

@@ -365,8 +365,8 @@ pub const PLANTED: &[Planted] = &[
         name: "steps_overtake",
         kernel: "dense_rank",
         file: "dense.cu",
-        from: "        __syncthreads();\n    }\n    if (!some",
-        to: "    }\n    if (!some",
+        from: "        __syncthreads();\n    }\n}",
+        to: "    }\n}",
         noticed: "no barrier between|before it was written",
     },
     Planted {
@@ -381,8 +381,8 @@ pub const PLANTED: &[Planted] = &[
         name: "the_same_weights_again",
         kernel: "dense_rank",
         file: "dense.cu",
-        from: "next[c] = weights[(k + 1) * 128 + 32 * c];",
-        to: "next[c] = weights[k * 128 + 32 * c];",
+        from: "next[c] = __ldg(weights + (k + 1) * 128 + 32 * c);",
+        to: "next[c] = __ldg(weights + k * 128 + 32 * c);",
         noticed: "",
     },
     Planted {

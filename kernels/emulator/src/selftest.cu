@@ -60,6 +60,35 @@ KERNEL(memories, 1)(u32* out, u32* counters) {
     if (t < 9) out[64 + t] = small[t];
 }
 
+// A product of matrices by each warp, of fragments that lie in device memory: 4 words of a, 2 of b and 4 sums a lane; and words of shared
+// memory by several at once.
+KERNEL(matrices, 1)(const u32* a, const u32* b, float* sums, u32* out) {
+    SHARED(u32, words, 256);
+    const u32 t = threadIdx.x;
+    const u32 left[4] = {a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3]}, right[2] = {b[2 * t], b[2 * t + 1]};
+    float own[4] = {sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3]};
+    mma_bf16(own, left, right);
+    for (u32 i = 0; i < 4; i++) sums[4 * t + i] = own[i];
+    shared_store2(words, 4 * t + 2, make_uint2(t, bf16_pair(own[0], own[1])));
+    words[4 * t] = 7, words[4 * t + 1] = bf16_pair(__uint_as_float(0x7f800001u), -0.0f);
+    __syncthreads();
+    const uint4 four = shared_load4(words, 4 * (63 - t));
+    __syncthreads();
+    shared_store4(words, 4 * t, make_uint4(four.w, four.z, four.y, four.x));
+    for (u32 i = 0; i < 4; i++) out[4 * t + i] = words[4 * t + i];
+}
+
+KERNEL(matrices_of_some, 1)(u32 lanes) {
+    float sums[4] = {};
+    const u32 a[4] = {}, b[2] = {};
+    if (threadIdx.x % 32 < lanes) mma_bf16(sums, a, b);
+}
+
+KERNEL(misaligned_words, 1)(u32 at) {
+    SHARED(u32, words, 256);
+    shared_store4(words, 4 * threadIdx.x + at, make_uint4(1, 2, 3, 4));
+}
+
 // Lanes hand values on through shared memory, with and without __syncwarp.
 KERNEL(handed_on, 1)(u32* out, u32 synced) {
     SHARED(u32, values, 64);

@@ -74,6 +74,58 @@ fn memories_and_atomics() {
     }
 }
 
+/// Rounded to the nearest bf16, ties to even.
+fn bf16(value: f32) -> u32 {
+    (value.to_bits() + 0x7fff + (value.to_bits() >> 16 & 1)) >> 16
+}
+
+/// What PTX's documentation says of `mma.m16n8k16`: row and column of the `i`-th value of a lane's fragment of the left operand, of the
+/// right one, and of the sums.
+fn places(lane: usize, i: usize) -> [(usize, usize); 3] {
+    let (group, within) = (lane / 4, lane % 4);
+    let left = (if i % 4 < 2 { group } else { group + 8 }, within * 2 + i % 2 + if i < 4 { 0 } else { 8 });
+    let right = (within * 2 + i % 2 + if i < 2 { 0 } else { 8 }, group);
+    [left, right, (if i < 2 { group } else { group + 8 }, within * 2 + i % 2)]
+}
+
+#[test]
+fn warps_multiply_matrices_and_words_go_together() {
+    // Small integers over 8: products and sums are exact.
+    let value = |seed: usize, row: usize, column: usize| ((row * 31 + column * 17 + seed * 7) % 15) as f32 / 8.0 - 1.0;
+    for seed in 0..8 {
+        let half = |of: usize, warp: usize, (row, column)| bf16(value(seed + of + 50 * warp, row, column));
+        let (mut a, mut b, mut sums, mut want) = (vec![], vec![], vec![], vec![]);
+        for (warp, lane) in (0..64).map(|t| (t / 32, t % 32)) {
+            let left = |i| half(0, warp, places(lane, i)[0]);
+            let right = |i| half(1, warp, places(lane, i)[1]);
+            a.extend((0..4).map(|r| left(2 * r) | left(2 * r + 1) << 16));
+            b.extend((0..2).map(|r| right(2 * r) | right(2 * r + 1) << 16));
+            for (row, column) in (0..4).map(|i| places(lane, i)[2]) {
+                let seed = seed + 50 * warp;
+                let products = (0..16).map(|k| value(seed, row, k) * value(seed + 1, k, column));
+                sums.push(value(seed + 2, row, column));
+                want.push(value(seed + 2, row, column) + products.sum::<f32>());
+            }
+        }
+        let (a, b, sums) = (Buffer::new(&a), Buffer::new(&b), Buffer::new(&sums));
+        let out = Buffer::new(&[0u32; 256]);
+        run("matrices", 1, [a.address(), b.address(), sums.address(), out.address()], seed as u64).unwrap();
+        assert_eq!(sums[..], want[..]);
+        for t in 0..64 {
+            let pair = bf16(want[4 * (63 - t)]) | bf16(want[4 * (63 - t) + 1]) << 16;
+            assert_eq!(out[4 * t..4 * t + 4], [pair, 63 - t as u32, 0x8000_7fff, 7]);
+        }
+        let says = |result: Result<(), Finding>, words: &str| {
+            let finding = result.expect_err(words).0;
+            assert!(finding.contains(words), "{finding}");
+        };
+        assert_eq!(run("matrices_of_some", 1, [32], seed as u64), Ok(()));
+        says(run("matrices_of_some", 1, [20], seed as u64), "mma.sync at selftest.cu");
+        assert_eq!(run("misaligned_words", 1, [0], seed as u64), Ok(()));
+        says(run("misaligned_words", 1, [2], seed as u64), "as 16 bytes: a misaligned access");
+    }
+}
+
 #[test]
 fn misuse_is_reported() {
     let out = Buffer::new(&[0u32; 64]);

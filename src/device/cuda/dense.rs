@@ -69,6 +69,9 @@ pub fn compile(graph: &Graph, arithmetic: Arithmetic) -> Result<Program, String>
     }
     let score = compiler.wide(output);
     compiler.step(Step { width: 1, ..Step::new(Does::Score) }, [Some(score), None], None);
+    if u32::try_from(compiler.params.len()).is_err() {
+        return Err(format!("{} parameters", compiler.params.len()));
+    }
     Ok(compiler.finished())
 }
 

@@ -388,6 +388,9 @@ fn what_does_not_fit_is_an_error_and_nan_stays_with_its_row() {
         assert!(error.contains("5 values for 2 x 3") && scores.is_empty(), "{error}");
         assert!(ranker.score(&[Vec::new(), Vec::new()], 0, &mut scores).is_err());
         assert!(ranker.score_split(&[], &[], &[], &mut scores).is_err());
+        assert!(ranker.share(&[], &mut []).is_ok());
+        let error = ranker.share(&[1.0], &mut [2.0]).unwrap_err().to_string();
+        assert!(error.contains("1 and 1 values for 0 and 0"), "{error}");
         ranker.score(&[vec![1.0, 1.0, 1.0, f32::NAN, 0.0, 0.0, -1.0, 0.0, 0.0]], 3, &mut scores).unwrap();
         assert_eq!(scores.iter().map(|s| s.is_nan()).collect::<Vec<_>>(), [false, true, false]);
     }

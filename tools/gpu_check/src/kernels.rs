@@ -8,13 +8,14 @@ use tastemaker::candidates::{Packed, Scored};
 use tastemaker::device::cpu::twins::{self, Lists};
 use tastemaker_kernels as kernels;
 
+use crate::dense;
 use crate::machine::{Machine, Memory, get, put};
 use crate::report::KernelTime;
 
 const NO_ROW: u32 = u32::MAX;
 
 /// The kernels that are checked.
-pub const KERNELS: [&str; 10] = [
+pub const KERNELS: [&str; 11] = [
     "topk_select",
     "partition_merge",
     "merge_candidates",
@@ -25,6 +26,7 @@ pub const KERNELS: [&str; 10] = [
     "scores_bf16",
     "mask_scores",
     "take_neighbors",
+    "dense_rank",
 ];
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -100,6 +102,7 @@ pub fn check(machine: &mut dyn Machine, kernel: &str, size: usize, seed: u64) ->
         "scores_bf16" => score(machine, size, random, true, false),
         "mask_scores" => score(machine, size, random, false, true),
         "take_neighbors" => neighbors(machine, random),
+        "dense_rank" => dense::check(machine, size, random),
         _ => anyhow::bail!("there is no {kernel}"),
     };
     machine.clear()?;
@@ -387,7 +390,10 @@ fn gather(machine: &mut dyn Machine, size: usize, random: &mut SmallRng, widen: 
 }
 
 /// Median seconds of `repeats` runs, each of as many launches as take a millisecond or more.
-fn median(
+///
+/// # Errors
+/// What the machine says.
+pub fn median(
     machine: &mut dyn Machine,
     repeats: usize,
     work: &mut dyn FnMut(&mut dyn Machine) -> Result<()>,
@@ -423,7 +429,14 @@ pub fn bench(machine: &mut dyn Machine, copied: f64, [n_rows, n_cols, batch]: [u
     let (random, mut all) = (&mut SmallRng::seed_from_u64(1), Vec::new());
     let mut note = |kernel: &str, shape: String, seconds: f64, bytes: usize| {
         let floor = bytes as f64 / (2.0 * copied);
-        all.push(KernelTime { kernel: kernel.into(), shape, seconds, bytes: bytes as u64, of_copy: floor / seconds });
+        all.push(KernelTime {
+            kernel: kernel.into(),
+            shape,
+            seconds,
+            bytes: bytes as u64,
+            of_copy: floor / seconds,
+            flops: 0,
+        });
     };
     let row: Vec<f32> = (0..n_cols).map(|_| random.random()).collect();
     let values = machine.reserve(n_rows * n_cols * 4)?;
@@ -529,6 +542,7 @@ pub fn bench(machine: &mut dyn Machine, copied: f64, [n_rows, n_cols, batch]: [u
     let seconds = median(machine, 9, &mut |machine| machine.launch(&launch))?;
     note("gather_rows", format!("{n} rows of 512 bytes"), seconds, n * (4 + 2 * dim * 4));
     machine.clear()?;
+    all.extend(dense::bench(machine, copied, [n_cols, batch])?);
     Ok(all)
 }
 
@@ -557,9 +571,11 @@ mod tests {
         let times = bench(machine, copied, [2, 3000, 2]).unwrap();
         let kernels: Vec<&str> = times.iter().map(|time| time.kernel.as_str()).collect();
         assert_eq!(
-            kernels[3..],
+            kernels[3..8],
             ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows"]
         );
+        assert_eq!(kernels[8..], ["dense_rank"; 4]);
+        assert!(times[8..].iter().all(|time| time.flops > 0), "{times:?}");
         assert!(times.iter().all(|time| time.seconds > 0.0 && time.of_copy > 0.0 && time.bytes > 0), "{times:?}");
     }
 }

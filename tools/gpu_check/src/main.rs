@@ -1,5 +1,6 @@
 //! Carries the GPU's tests to a machine with a GPU, runs them there against the CPU, and measures. README.md says how.
 
+mod dense;
 mod engine;
 mod kernels;
 mod machine;

@@ -115,6 +115,9 @@ pub struct KernelTime {
     pub bytes: u64,
     /// That traffic's share of what a copy moves in the same time; 1 is the floor of the time.
     pub of_copy: f64,
+    /// Multiplications and additions of its products, where there are any.
+    #[serde(default)]
+    pub flops: u64,
 }
 
 /// Speed of a search.
@@ -182,10 +185,12 @@ impl Report {
         if !self.kernels.is_empty() {
             let bandwidth = 2.0 * self.copy_bytes_per_second / 1e9;
             let _ = writeln!(out, "\nA copy on the GPU moves {bandwidth:.0} GB/s, read and written.\n");
-            let _ = writeln!(out, "| kernel | shape | µs | MB | of the copy's bandwidth |\n|---|---|--:|--:|--:|");
-            for KernelTime { kernel, shape, seconds, bytes, of_copy } in &self.kernels {
+            let _ = writeln!(out, "| kernel | shape | µs | MB | of the copy's bandwidth | TFLOP/s |");
+            let _ = writeln!(out, "|---|---|--:|--:|--:|--:|");
+            for KernelTime { kernel, shape, seconds, bytes, of_copy, flops } in &self.kernels {
                 let (us, mb, share) = (seconds * 1e6, *bytes as f64 / 1e6, of_copy * 100.0);
-                let _ = writeln!(out, "| {kernel} | {shape} | {us:.1} | {mb:.1} | {share:.0} % |");
+                let speed = if *flops > 0 { format!("{:.1}", *flops as f64 / seconds / 1e12) } else { String::new() };
+                let _ = writeln!(out, "| {kernel} | {shape} | {us:.1} | {mb:.1} | {share:.0} % | {speed} |");
             }
         }
         if !self.engine_speeds.is_empty() {

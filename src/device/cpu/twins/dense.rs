@@ -101,7 +101,7 @@ impl Row<'_> {
 
     /// What the sum of a column starts with.
     fn start(&self, step: &Step, column: usize) -> f32 {
-        let mut sum = if step.b == NONE { 0.0 } else { 0.0 + self.param(step.b, column) };
+        let mut sum = if step.b == NONE { 0.0 } else { self.param(step.b, column) };
         if let (true, Some(item)) = (step.item != NONE, self.item) {
             sum += item[step.item as usize + column];
         }
