@@ -22,6 +22,9 @@ use crate::ranking::precision::Precision;
 /// Candidates of a block, the preferred number first.
 const BLOCK_ROWS: [u32; 3] = [64, 32, 16];
 
+/// Shared memory that the driver takes of every block.
+const RESERVED_BYTES: u32 = 1 << 10;
+
 /// How a model is to be computed on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RankerOptions {
@@ -67,10 +70,10 @@ impl RankerPlan {
             let is_bf16 = from.precision() != Precision::F32 || options.table == Arithmetic::Bf16;
             table = TableShape { n_rows: number(from.n_rows())?, stride: number(from.width())?, is_bf16 };
         }
-        // Two blocks on a multiprocessor hide each other's waiting.
-        let fits = |rows: u32, of: u32| program.shared_bytes(rows) <= u64::from(shared_bytes / of);
-        let block_rows = BLOCK_ROWS.into_iter().find(|&rows| fits(rows, 2));
-        let block_rows = block_rows.or_else(|| BLOCK_ROWS.into_iter().find(|&rows| fits(rows, 1)));
+        // Two blocks on a multiprocessor hide each other's waiting; there is room for them where either leaves half, but for what each
+        // takes for itself.
+        let most_of = |bytes: u32| BLOCK_ROWS.into_iter().find(|&rows| program.shared_bytes(rows) <= bytes.into());
+        let block_rows = most_of(shared_bytes.saturating_sub(RESERVED_BYTES) / 2).or_else(|| most_of(shared_bytes));
         let Some(block_rows) = block_rows else {
             let least = program.shared_bytes(BLOCK_ROWS[BLOCK_ROWS.len() - 1]);
             return Err(format!(
