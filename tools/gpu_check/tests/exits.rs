@@ -79,7 +79,7 @@ fn on_the_emulated_driver_kernels_and_engine_agree_with_the_cpu() {
     let Some((code, said, json)) = on_the_emulated_driver("seed=1,delay_us=0", out.path(), &arguments) else { return };
     assert_eq!(code, Some(0), "{said}");
     assert_eq!(json["cuvs"], "26.10.7");
-    assert_eq!(json["kernel_checks"].as_array().unwrap().len(), 10, "{said}");
+    assert_eq!(json["kernel_checks"].as_array().unwrap().len(), 11, "{said}");
     let engines = json["engines"].as_array().unwrap();
     let found: Vec<_> =
         engines.iter().map(|check| (check["what"].as_str().unwrap(), check["recall"].as_f64())).collect();
