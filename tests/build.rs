@@ -742,7 +742,7 @@ fn every_kind_of_index_comes_back_as_it_was_built() {
                     BuildOptions { overwrite: true, index: index.clone(), partitions, ..BuildOptions::default() };
                 versions.push(build::build(&work.data(), &work.out(), &options, &Silent).unwrap().version);
                 let info = bundle::describe(&work.out()).unwrap();
-                assert_eq!(info.format_version, if partitions > 1 { 4 } else { 3 });
+                assert_eq!(info.format_version, if partitions > 1 { 6 } else { 5 });
                 assert_eq!(info.to_string().contains("in 3 partitions"), partitions > 1);
                 let generation = bundle::open(&work.out()).unwrap();
                 let (read, items) = (generation.index().unwrap(), generation.item_embeddings.as_ref().unwrap());

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use serde_json::{Value, json};
+use tastemaker::catalog::build::BuildOptions;
+use tastemaker::index::{IndexKind, IndexOptions};
 use tastemaker::server::Options;
 
 /// How long a server may take to start: kernels are emulated.
@@ -29,10 +31,10 @@ struct Served {
 }
 
 impl Served {
-    fn command(folder: &Path, device: &str, script: &str, config: &str) -> Option<Command> {
+    fn command(folder: &Path, bundle: &Path, device: &str, script: &str, config: &str, cpus: &str) -> Option<Command> {
         let Some(libraries) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
             return None;
         };
         let file = folder.join("t.toml");
@@ -40,14 +42,18 @@ impl Served {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tastemaker"));
         command.env("LD_LIBRARY_PATH", libraries).env("EMU_CUDA", script);
         command.env("EMU_CUDA_REPORT", folder.join("report"));
-        command.arg("serve").arg(bundle_path()).args(["--device", device, "--no-cache", "--config"]).arg(file);
-        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cpus", "0"]);
+        command.arg("serve").arg(bundle).args(["--device", device, "--no-cache", "--config"]).arg(file);
+        command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--cpus", cpus]);
         Some(command)
     }
 
     fn start(device: &str, script: &str, config: &str) -> Option<Self> {
+        Self::start_on(bundle_path(), "0", device, script, config)
+    }
+
+    fn start_on(bundle: &Path, cpus: &str, device: &str, script: &str, config: &str) -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
-        let mut command = Self::command(folder.path(), device, script, config)?;
+        let mut command = Self::command(folder.path(), bundle, device, script, config, cpus)?;
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
         let (mut log, began) = (Vec::new(), Instant::now());
@@ -274,7 +280,8 @@ fn what_can_t_be_used_is_left_or_refused() {
     auto.stop();
 
     let folder = tempfile::tempdir().unwrap();
-    let ran = Served::command(folder.path(), "cuda:0", "delay_us=0", little).unwrap().output().unwrap();
+    let ran =
+        Served::command(folder.path(), bundle_path(), "cuda:0", "delay_us=0", little, "0").unwrap().output().unwrap();
     let said = String::from_utf8(ran.stderr).unwrap();
     assert_eq!(ran.status.code(), Some(1), "{said}");
     assert!(said.contains("device cuda:0") && said.contains("may be used of the"), "{said}");
@@ -282,4 +289,136 @@ fn what_can_t_be_used_is_left_or_refused() {
     let auto = Served::start("auto", "delay_us=0", "[device]\npatience_ms = 20000\n").unwrap();
     assert_eq!(auto.said("serving")[0]["device"], "cuda:0");
     auto.stop();
+}
+
+#[test]
+fn a_gpu_of_several_that_fails_is_fenced_alone() {
+    // The second one fails, and comes back; the first goes on.
+    let script = "seed=4,delay_us=20,devices=3,fail/1@12";
+    let config = "[device]\npatience_ms = 20000\n";
+    let Some(gpus) = Served::start_on(bundle_path(), "0,1", "cuda:0,cuda:1", script, config) else { return };
+    assert_eq!(gpus.said("device chosen")[0]["device"], "cuda:0,cuda:1");
+    assert_eq!(gpus.said("tables loaded").len(), 2);
+    let of = |device: usize, name: &str| gpus.metric(&format!("tastemaker_device_{name}{{device=\"cuda:{device}\"}}"));
+    let computed =
+        |device: usize| gpus.metric(&format!("tastemaker_device_jobs_total{{device=\"cuda:{device}\",by=\"device\"}}"));
+    let until = Instant::now() + Duration::from_secs(40);
+    let mut came_back_at = None;
+    let mut asked = 0;
+    while Instant::now() < until {
+        // Both workers take part only where there is work for both.
+        std::thread::scope(|scope| {
+            for user in 0..6 {
+                let addr = gpus.http;
+                scope.spawn(move || {
+                    let ask =
+                        json!({"user_id": format!("user-{}", (asked + user) % 80), "n_items": 10, "deadline_ms": 5000});
+                    let answer = post(addr, "/v1/recommend", &ask);
+                    assert_eq!(answer["items"].as_array().unwrap().len(), 10, "{answer}");
+                });
+            }
+        });
+        asked += 6;
+        if came_back_at.is_none() && of(1, "fenced_total") >= 1.0 && of(1, "up") == 1.0 {
+            came_back_at = Some(computed(1));
+        }
+        if came_back_at.is_some_and(|before| computed(1) > before) {
+            break;
+        }
+    }
+    assert!(came_back_at.is_some_and(|before| computed(1) > before), "{came_back_at:?} of {asked}");
+    assert_eq!((of(0, "fenced_total"), of(0, "up"), of(1, "up")), (0.0, 1.0, 1.0));
+    assert!(computed(0) > 0.0 && of(0, "memory_bytes") > 0.0 && of(1, "memory_bytes") > 0.0);
+    let report = gpus.stop();
+    assert!(!report.contains("misuse:"), "{report}");
+}
+
+#[test]
+fn gpus_are_taken_as_far_as_they_can_be_used() {
+    // All that there are; no more than workers; of `auto`, those that have room.
+    let Some(all) =
+        Served::start_on(bundle_path(), "0,1", "cuda", "delay_us=0,devices=2", "[device]\npatience_ms = 20000\n")
+    else {
+        return;
+    };
+    assert_eq!(all.said("serving")[0]["device"], "cuda:0,cuda:1");
+    all.stop();
+    let one = Served::start_on(bundle_path(), "0", "auto", "delay_us=0,devices=3", "[device]\npatience_ms = 20000\n")
+        .unwrap();
+    assert_eq!(one.said("serving")[0]["device"], "cuda:0");
+    assert_eq!(one.said("more GPUs than workers: the last ones are not used").len(), 1);
+    one.stop();
+    // The second has no memory for the first thing that it is asked for.
+    let script = "delay_us=0,devices=2,oom/1@1";
+    let left = Served::start_on(bundle_path(), "0,1", "auto", script, "[device]\npatience_ms = 20000\n").unwrap();
+    assert_eq!(left.said("serving")[0]["device"], "cuda:0", "{:?}", left.log);
+    assert_eq!(left.said("the device can't be used: the CPU computes")[0]["ordinal"], 1);
+    let answer = post(left.http, "/v1/recommend", &json!({"user_id": "user-1"}));
+    assert_eq!(answer["degraded"].as_array().map_or(0, Vec::len), 0, "{answer}");
+    left.stop();
+    let folder = tempfile::tempdir().unwrap();
+    let ran =
+        Served::command(folder.path(), bundle_path(), "cuda:0,cuda:1", script, "", "0,1").unwrap().output().unwrap();
+    let said = String::from_utf8(ran.stderr).unwrap();
+    assert!(ran.status.code() == Some(1) && said.contains("device cuda:1: "), "{said}");
+}
+
+#[test]
+fn an_index_of_cuvs_answers_and_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    // It stands in for cuVS, exactly: what comes out is what an exact index finds.
+    std::fs::write(path("fake.c"), include_str!("../src/device/cuda/cuvs/fake.c")).unwrap();
+    let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let library = path("libcuvs_c.so");
+    let ran = Command::new(&cc)
+        .args(["-DEMULATED", "-shared", "-fPIC", "-w", "-O1", &path("fake.c"), "-o", &library, "-lm", "-ldl"])
+        .status();
+    if !ran.is_ok_and(|status| status.success()) {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {cc} makes no library");
+        return;
+    }
+    // What cuVS opens for its files, and the stand-in does not need.
+    std::fs::copy(&library, path("libcufile.so.0")).unwrap();
+    let index = IndexOptions::of(IndexKind::IvfFlat);
+    let (_work, bundle) = build_bundle(&BuildOptions { index, ..BuildOptions::default() });
+    let config = format!(
+        "[device]\npatience_ms = 20000\nindex = \"bundle\"\ncuvs = {:?}\nindex_cache = {:?}\n[pipeline]\ntrending_k = 0\n",
+        folder.path(),
+        path("kept")
+    );
+    let mut exact = common::config();
+    exact.cache.enabled = false;
+    exact.pipeline.trending_k = 0;
+    let cpu = start(exact, Options::default());
+    // cuVS does without files where this is missing.
+    let is_kept = Path::new("/proc/modules").exists();
+    for from in ["made", if is_kept { "read" } else { "made" }] {
+        let Some(gpu) = Served::start_on(&bundle, "0", "cuda:0", "seed=1,delay_us=50", &config) else { return };
+        let ready = gpu.said("index of cuVS ready");
+        assert_eq!(
+            (ready.len(), &ready[0]["kind"], &ready[0]["from"]),
+            (1, &json!("ivf_flat"), &json!(from)),
+            "{:?}",
+            gpu.log
+        );
+        let questions = questions(0..30);
+        for (path, ask) in &questions {
+            let [got, want] = [gpu.http, cpu.addrs.http].map(|addr| {
+                let mut answer = plain(post(addr, path, ask));
+                // The bundles differ in their indexes.
+                answer.as_object_mut().unwrap().remove("model_version");
+                answer
+            });
+            assert_eq!(got, want, "{path} {ask}");
+        }
+        let searches = |settled: &str| {
+            gpu.metric(&format!("tastemaker_device_searches_total{{device=\"cuda:0\",settled=\"{settled}\"}}"))
+        };
+        assert!(searches("yes") >= 30.0, "{}, {} not", searches("yes"), searches("no"));
+        assert!(gpu.metric("tastemaker_device_index_searches_total{device=\"cuda:0\"}") >= 30.0);
+        let report = gpu.stop();
+        assert!(!report.contains("misuse:"), "{report}");
+    }
+    cpu.shut_down().unwrap();
 }

@@ -122,14 +122,15 @@ fn each_outcome_has_its_line() {
         ),
         (&["MAJOR=7"], "Fake 0 has compute capability 7.0; 8.0 or later is needed (Ampere)"),
         (&["MEMORY=2147483648"], "Fake 0 has 2048 MiB of memory; 4096 are needed"),
-        // The first of two that are unfit, the larger of two that are fit, the first of two that are alike.
+        // The first of two that are unfit, both that are fit, the one that is.
         (&["COUNT=2", "MAJOR=7"], "Fake 0 has compute capability 7.0; 8.0 or later is needed (Ampere)"),
         (
             &["COUNT=2", "MEMORY=(device?80ull<<30:8ull<<30)"],
-            "cuda:1: Fake 1, 80.0 GiB, compute capability 9.0, driver for CUDA 13.0",
+            "cuda:0,cuda:1: Fake 0, 8.0 GiB, compute capability 9.0, driver for CUDA 13.0; \
+             Fake 1, 80.0 GiB, compute capability 9.0, driver for CUDA 13.0",
         ),
         (&["COUNT=2", "MAJOR=(device?9:7)"], "cuda:1: Fake 1, 141.0 GiB, compute capability 9.0, driver for CUDA 13.0"),
-        (&["COUNT=2", "VERSION=13020"], "cuda:0: Fake 0, 141.0 GiB, compute capability 9.0, driver for CUDA 13.2"),
+        (&["COUNT=2", "MAJOR=(device?7:9)"], "cuda:0: Fake 0, 141.0 GiB, compute capability 9.0, driver for CUDA 13.0"),
     ];
     for (at, &(macros, line)) in outcomes.iter().enumerate() {
         // Both names that a driver may have.
@@ -137,12 +138,19 @@ fn each_outcome_has_its_line() {
         assert_eq!(check(folder.path(), "auto").as_deref(), Ok(line), "{macros:?}");
         if !macros.contains(&"COUNT=2") {
             assert_eq!(check(folder.path(), "cuda:0"), Err(format!("cuda:0: {line}")), "{macros:?}");
+            assert_eq!(check(folder.path(), "cuda"), Err(format!("cuda: {line}")), "{macros:?}");
         }
     }
     let Some(folder) = driver("libcuda.so.1", &["COUNT=2"]) else { return };
     assert_eq!(check(folder.path(), "cuda:2"), Err("cuda:2: no GPU 2: the driver sees 2, from 0 on".into()));
     let second = "cuda:1: Fake 1, 141.0 GiB, compute capability 9.0, driver for CUDA 13.0";
     assert_eq!(check(folder.path(), "cuda:1"), Ok(second.into()));
+    for both in ["cuda", "cuda:0,cuda:1", "cuda:1,cuda:0"] {
+        let line = check(folder.path(), both).unwrap();
+        assert!(line.starts_with("cuda:0,cuda:1: Fake 0, ") && line.contains("; Fake 1, "), "{both}: {line}");
+    }
+    let one_too_many = "cuda:2: no GPU 2: the driver sees 2, from 0 on";
+    assert_eq!(check(folder.path(), "cuda:1,cuda:2"), Err(one_too_many.into()));
     let Some(folder) = driver("libcuda.so.1", &["ENDLESS"]) else { return };
     assert!(check(folder.path(), "auto").unwrap().contains(&format!(": {}, ", "x".repeat(128))));
 }
@@ -182,10 +190,15 @@ fn serving_on_a_gpu_or_without() {
     assert_eq!(ran.status.code(), Some(1), "{said}");
     assert!(said.starts_with("tastemaker: device cuda:0: libcuda.so is the CUDA toolkit's stub"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    for wrong in ["gpu", "cuda", "cuda:", "cuda:x", "cuda:+1", "cuda:99999999999"] {
+    for wrong in
+        ["gpu", "cuda:", "cuda:x", "cuda:+1", "cuda:64", "cuda:99999999999", "cuda:0,", "cuda:0,cuda:0", "cuda:0,cpu"]
+    {
         let ran = serve(wrong).output().unwrap();
         let said = String::from_utf8(ran.stderr).unwrap();
-        assert!(ran.status.code() == Some(2) && said.contains("expected auto, cpu or cuda:N"), "{wrong}: {said}");
+        assert!(
+            ran.status.code() == Some(2) && said.contains("expected auto, cpu, cuda, cuda:N or several"),
+            "{wrong}: {said}"
+        );
     }
     // Whatever there is: one line says it, and the CPU serves. A driver that has no more than what is looked for first is not found out
     // before it is used.

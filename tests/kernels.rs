@@ -597,6 +597,76 @@ impl Scoring {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Neighbors {
+    n_lists: usize,
+    width: usize,
+    k: usize,
+    n_rows: u32,
+    scores: Scores,
+    factor: f32,
+    with_available: bool,
+}
+
+impl Neighbors {
+    fn any() -> impl Strategy<Value = Neighbors> {
+        let width = prop_oneof![1usize..12, 1usize..=1024, Just(1024usize)];
+        let k = prop_oneof![1usize..12, 1usize..=1024, Just(1024usize)];
+        let n_rows = prop_oneof![0u32..40, 0u32..5000, Just(u32::MAX - 1)];
+        let factor = prop::sample::select(vec![1.0f32, -1.0]);
+        (1usize..4, width, k, n_rows, Scores::any(), factor, any::<bool>()).prop_map(
+            |(n_lists, width, k, n_rows, scores, factor, available)| Neighbors {
+                n_lists,
+                width,
+                k,
+                n_rows,
+                scores,
+                factor,
+                // Bits of 2^32 rows are more than a test needs.
+                with_available: available && n_rows < 1 << 20,
+            },
+        )
+    }
+
+    fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
+        let &Neighbors { n_lists, width, k, n_rows, factor, .. } = self;
+        let (random, offset) = (&mut SmallRng::seed_from_u64(seed), 0.25);
+        // Of few rows, so that some occur again; some that are none, also by their high half alone.
+        const NONE: [i64; 5] = [-1, i64::MAX, i64::MIN, 1 << 32, u32::MAX as i64];
+        let most = (n_rows / 8 + 2).min(n_rows).max(1);
+        let row = |_| match random.random_range(0..24) {
+            0 => NONE[random.random_range(0..NONE.len())],
+            1 => i64::from(n_rows),
+            2 => i64::from(n_rows) - 1,
+            _ => i64::from(random.random_range(0..most)),
+        };
+        let neighbors: Vec<i64> = (0..n_lists * width).map(row).collect();
+        let distances = self.scores.take(n_lists * width, random);
+        let words: Vec<u32> = (0..(n_rows as usize).min(1 << 20).div_ceil(32)).map(|_| random.random()).collect();
+        let words = self.with_available.then_some(&words[..]);
+        let want = twins::take_neighbors(&neighbors, &distances, [factor, offset], [width, k], n_rows, words);
+        let (neighbors, distances) = (Buffer::new(&neighbors), Buffer::new(&distances));
+        let words = words.map(Buffer::new);
+        let rows = Buffer::new(&vec![UNTOUCHED; n_lists * k]);
+        let best = Buffer::new(&vec![0.5f32; n_lists * k]);
+        let launch = kernels::TakeNeighbors {
+            neighbors: neighbors.address(),
+            distances: distances.address(),
+            factor,
+            offset,
+            n_lists: n_lists as u32,
+            width: width as u32,
+            n_rows,
+            available: words.as_ref().map(Buffer::address),
+            k: k as u32,
+            out_rows: rows.address(),
+            out_scores: best.address(),
+        };
+        run(variant, launch.launch(), seed)?;
+        same_lists(&rows, &best, &want)
+    }
+}
+
 fn held(result: Result<(), String>) -> Result<(), TestCaseError> {
     result.map_err(TestCaseError::fail)
 }
@@ -628,6 +698,11 @@ proptest! {
 
     #[test]
     fn filter_candidates_equals_its_twin(shape in Filter::any(), seed in any::<u64>()) {
+        held(shape.check("plain", seed))?;
+    }
+
+    #[test]
+    fn take_neighbors_equals_its_twin(shape in Neighbors::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
     }
 
@@ -689,6 +764,11 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
             .check(variant, seed)
         }
         "dense_rank" => Dense::every(seed).check(variant, seed),
+        "take_neighbors" => {
+            let (width, k) = ([1024, 700, 40, 9][seed as usize % 4], [1024, 300, 64, 9][seed as usize / 2 % 4]);
+            Neighbors { n_lists: 2, width, k, n_rows: 3000, scores, factor: -1.0, with_available: odd }
+                .check(variant, seed)
+        }
         _ => slates::check(kernel, variant, seed),
     }
 }
@@ -703,6 +783,7 @@ fn planted_bugs_are_noticed() {
         "gather_rows",
         "scores_f32",
         "dense_rank",
+        "take_neighbors",
     ];
     let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
     for kernel in old.into_iter().chain(slates) {

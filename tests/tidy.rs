@@ -47,6 +47,7 @@ fn unsafe_is_fenced() {
         "src/device/cuda/cuvs/resources.rs",
         "src/device/cuda/cuvs/sys.rs",
         "src/device/cuda/cuvs/tests.rs",
+        "src/device/cuda/finder.rs",
         "src/device/cuda/kernels.rs",
         "src/device/cuda/ops.rs",
         "src/device/cuda/pipeline/mod.rs",

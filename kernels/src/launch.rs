@@ -513,3 +513,60 @@ impl MaskScores {
         ))
     }
 }
+
+/// kernels/take_neighbors.cu
+#[derive(Clone, Copy, Debug)]
+pub struct TakeNeighbors {
+    /// i64 `[n_lists, width]`, at an 8-byte boundary.
+    pub neighbors: DevicePtr,
+    /// f32 `[n_lists, width]`
+    pub distances: DevicePtr,
+    /// A score is `factor * distance + offset`.
+    pub factor: f32,
+    /// See [`Self::factor`].
+    pub offset: f32,
+    /// 1 to 2^31 - 1.
+    pub n_lists: u32,
+    /// Entries of a list that is read, 1 to 1,024.
+    pub width: u32,
+    /// Neighbours from here on are none.
+    pub n_rows: u32,
+    /// `n_rows` bits; `None`: all are available.
+    pub available: Option<DevicePtr>,
+    /// Entries of a list that is written, 1 to 1,024.
+    pub k: u32,
+    /// u32 `[n_lists, k]`
+    pub out_rows: DevicePtr,
+    /// f32 `[n_lists, k]`
+    pub out_scores: DevicePtr,
+}
+
+impl TakeNeighbors {
+    /// The launch.
+    ///
+    /// # Errors
+    /// A number out of its range.
+    pub fn launch(&self) -> Result<Launch, ShapeError> {
+        let kernel = "take_neighbors";
+        within(kernel, "n_lists", self.n_lists, 1, MAX_GRID_X)?;
+        within(kernel, "width", self.width, 1, MAX_K)?;
+        within(kernel, "k", self.k, 1, MAX_K)?;
+        within(kernel, "the neighbors' address modulo 8", self.neighbors % 8, 0, 0)?;
+        Ok(Launch::new(
+            kernel,
+            [self.n_lists, 1, 1],
+            [
+                self.neighbors,
+                self.distances,
+                self.factor.to_bits().into(),
+                self.offset.to_bits().into(),
+                self.width.into(),
+                self.n_rows.into(),
+                self.available.unwrap_or(0),
+                self.k.into(),
+                self.out_rows,
+                self.out_scores,
+            ],
+        ))
+    }
+}

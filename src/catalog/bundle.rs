@@ -30,9 +30,9 @@ use crate::index::{IndexOptions, SearchParams, VectorIndex};
 use crate::ranking::manifest::RankerManifest;
 
 /// Raised with every change that an older server can't read.
-pub const FORMAT_VERSION: u32 = 3;
-/// Of bundles whose index is in partitions, which servers that read version 3 alone do not know.
-const PARTITIONED_FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
+/// Of bundles whose index is in partitions, which servers that read version 5 alone do not know.
+const PARTITIONED_FORMAT_VERSION: u32 = 6;
 const ALIGNMENT: u64 = 64;
 const MANIFEST: &str = "manifest.json";
 const ARRAYS: &str = "arrays.bin";

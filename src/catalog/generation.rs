@@ -9,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::catalog::array::Array;
 use crate::catalog::conditions::FilterCache;
-use crate::catalog::index::SharedIndex;
+use crate::catalog::index::{IndexSpec, SharedIndex};
 use crate::catalog::names::Names;
 use crate::catalog::records::{Field, Records};
 use crate::catalog::text::TextIndex;
@@ -75,6 +75,11 @@ impl Generation {
     /// The index over the item embeddings, which all workers share; made by the first that asks, `None` without embeddings.
     pub fn index(&self) -> Option<Arc<dyn VectorIndex>> {
         self.shared_index.get(self.item_embeddings.as_ref(), self.metric)
+    }
+
+    /// How [`Self::index`] was made, in the bundle, and what it is searched with.
+    pub fn index_spec(&self) -> &IndexSpec {
+        self.shared_index.spec()
     }
 
     /// The same, if somebody has asked for it before: costs nothing.
@@ -540,6 +545,11 @@ pub mod testing {
         let mut generation = plain(vectors.len() / dim);
         generation.item_embeddings = Some(Matrix { dim, data: MatrixData::F32(vectors.into()) });
         generation
+    }
+
+    /// Says that the index was made so; what the CPU searches stays the exact one.
+    pub fn set_index_options(generation: &mut Generation, options: IndexOptions) {
+        generation.shared_index = SharedIndex::new(IndexSpec::new(options, 1), None);
     }
 
     /// The values "c0", "c1", … up to the highest of `codes`.

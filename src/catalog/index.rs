@@ -114,6 +114,10 @@ impl SharedIndex {
         SharedIndex { spec, current, n_changes: AtomicU32::new(0), making: Mutex::new(()) }
     }
 
+    pub fn spec(&self) -> &IndexSpec {
+        &self.spec
+    }
+
     pub fn get(&self, matrix: Option<&Matrix>, metric: Metric) -> Option<Arc<dyn VectorIndex>> {
         let make = |matrix: &Matrix| {
             Arc::new(BruteForce::new(matrix.clone(), metric, Kernel::detect())) as Arc<dyn VectorIndex>
@@ -237,6 +241,7 @@ fn write_ivf(writer: &mut Writer, at: &str, parts: &IvfParts) -> Result<(), Cata
     write_codes(writer, &format!("{at}.coarse"), &parts.coarse)?;
     writer.vector(format!("{at}.offsets"), &parts.offsets)?;
     writer.vector(format!("{at}.ids"), &parts.ids)?;
+    writer.put(format!("{at}.promises"), &parts.promises, vec![parts.n_blocks(), 2])?;
     let shape = vec![parts.ids.len(), parts.dim];
     match &parts.lists {
         Lists::Flat(Vectors::F32(values)) => writer.put(format!("{at}.vectors"), values, shape),
@@ -336,6 +341,7 @@ fn read_from(reader: &Reader, at: &str, spec: &IndexSpec, exact: Exact) -> Resul
         coarse: read_codes(reader, &array("coarse"), of_signs(true))?,
         offsets: reader.array(&array("offsets"))?,
         ids: reader.array(&array("ids"))?,
+        promises: reader.array(&array("promises"))?,
         lists,
     };
     let index = Ivf::from_parts(parts, exact, Simd::detect()).map_err(unfit)?;

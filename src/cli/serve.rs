@@ -21,7 +21,7 @@ pub struct Serve {
 /// Flags that override the configuration file.
 #[derive(Debug, Args)]
 pub struct Overrides {
-    /// Where requests are computed: auto, cpu, or cuda:N, which fails where that GPU can't be used.
+    /// Where requests are computed: auto, cpu, cuda (all GPUs), or cuda:N[,cuda:M…], which fails where one of them can't be used.
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: Choice,
     /// Address of the binary protocol [default: 127.0.0.1:7070].

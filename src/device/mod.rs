@@ -92,6 +92,16 @@ pub struct DeviceConfig {
     pub vectors: Storage,
     /// Directory for kernels that NVRTC has compiled. Empty, the default: they are compiled at each start, in about a second.
     pub kernel_cache: String,
+    /// What finds neighbours on the GPU.
+    pub index: IndexChoice,
+    /// Folder with cuVS: the `site-packages` that `pip` installed it in, or one with all of its libraries. Empty, the default: where the
+    /// loader looks.
+    pub cuvs: String,
+    /// Directory for indexes that cuVS has made, with their checksums. Empty, the default: they are made at each start.
+    pub index_cache: String,
+    /// As many queries, or fewer, are searched in a graph (`hnsw`) by a kernel that stays on the GPU and takes half of it. 0 to 64; 0, the
+    /// default: never. Nothing else should use the GPU then.
+    pub persistent_queries: u32,
 }
 
 impl Default for DeviceConfig {
@@ -105,6 +115,10 @@ impl Default for DeviceConfig {
             workspace_bytes: 256 << 20,
             vectors: Storage::F32,
             kernel_cache: String::new(),
+            index: IndexChoice::Auto,
+            cuvs: String::new(),
+            index_cache: String::new(),
+            persistent_queries: 0,
         }
     }
 }
@@ -121,6 +135,7 @@ impl DeviceConfig {
             ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
             ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
             ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
+            ("persistent_queries", u64::from(self.persistent_queries), 0, 64),
         ];
         in_range("device", ranges)
     }
@@ -135,6 +150,19 @@ pub enum Storage {
     F32,
     /// 2 bytes, of which 8 bits are the number's.
     Bf16,
+}
+
+/// What finds neighbours on a GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IndexChoice {
+    /// [`Self::Exact`] up to 2^28 values of vectors (2 M x 128), else [`Self::Bundle`].
+    #[default]
+    Auto,
+    /// Our kernels, from all rows: the same answers as those of an exact index on the CPU.
+    Exact,
+    /// cuVS's index of the kind that the bundle's is, and our kernels where cuVS can't be used or the bundle's is `brute_force`.
+    Bundle,
 }
 
 /// What became of the jobs of a device that may fail.
@@ -158,6 +186,8 @@ pub struct Counters {
     pub settled: Settled,
     /// What became of recommendations.
     pub slates: cuda::pipeline::Slates,
+    /// Searches by an index of cuVS.
+    pub by_index: AtomicU64,
     /// Memory that it was given.
     pub memory_bytes: AtomicU64,
 }
@@ -175,46 +205,92 @@ impl Counters {
             out_of_memory: AtomicU64::new(0),
             settled: Settled::default(),
             slates: Default::default(),
+            by_index: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
         }
+    }
+}
+
+/// Numbers of GPUs, as the driver counts them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gpus(u64);
+
+impl Gpus {
+    /// Numbers are below this.
+    pub const MOST: u32 = u64::BITS;
+
+    /// Number of GPUs.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether it is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Ascending.
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        (0..Self::MOST).filter(move |at| self.0 >> at & 1 == 1)
+    }
+}
+
+impl FromIterator<u32> for Gpus {
+    /// Those from [`Self::MOST`] on are left out.
+    fn from_iter<I: IntoIterator<Item = u32>>(all: I) -> Self {
+        Gpus(all.into_iter().filter_map(|at| 1u64.checked_shl(at)).fold(0, |set, bit| set | bit))
+    }
+}
+
+impl std::fmt::Display for Gpus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.iter()
+            .enumerate()
+            .try_for_each(|(at, ordinal)| write!(f, "{}cuda:{ordinal}", if at > 0 { "," } else { "" }))
     }
 }
 
 /// Where requests shall be computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// On the best device that works here.
+    /// On all GPUs that work here, or by the CPU engine.
     #[default]
     Auto,
     /// By the CPU engine.
     Cpu,
-    /// On the GPU of that number, or not at all.
-    Cuda(u32),
+    /// On these GPUs, or not at all; none: on all that work here.
+    Cuda(Gpus),
 }
 
 impl std::str::FromStr for Choice {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        // Digits alone: `parse` would take a sign.
+        let ordinal = |text: &str| match text.strip_prefix("cuda:") {
+            Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().filter(|&n| n < Gpus::MOST),
+            _ => None,
+        };
         match text {
             "auto" => Ok(Choice::Auto),
             "cpu" => Ok(Choice::Cpu),
-            // Digits alone: `parse` would take a sign.
-            _ => match text.strip_prefix("cuda:") {
-                Some(n) if n.bytes().all(|byte| byte.is_ascii_digit()) => n.parse().ok().map(Choice::Cuda),
-                _ => None,
+            "cuda" => Ok(Choice::Cuda(Gpus::default())),
+            _ => {
+                let named: Option<Vec<u32>> = text.split(',').map(ordinal).collect();
+                let named = named.filter(|named| named.iter().copied().collect::<Gpus>().len() == named.len());
+                named.map(|named| Choice::Cuda(named.into_iter().collect()))
             }
-            .ok_or("expected auto, cpu or cuda:N"),
+            .ok_or("expected auto, cpu, cuda, cuda:N or several, as in cuda:0,cuda:2"),
         }
     }
 }
 
 /// A device that was asked for can't be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("device cuda:{ordinal}: {reason}")]
+#[error("device {device}: {reason}")]
 pub struct ChoiceError {
-    /// The GPU's number.
-    pub ordinal: u32,
+    /// As asked for.
+    pub device: String,
     /// For the operator.
     pub reason: String,
 }
@@ -222,12 +298,12 @@ pub struct ChoiceError {
 /// What computes, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Selected {
-    /// `cpu`, `cuda:0`.
+    /// `cpu`, `cuda:0`, `cuda:0,cuda:1`.
     pub name: String,
     /// For the log: why, or what it is.
     pub reason: String,
-    /// The GPU's number, where it is one.
-    pub gpu: Option<u32>,
+    /// The GPUs, where it is some.
+    pub gpus: Gpus,
     /// Whether nothing else will do.
     pub required: bool,
 }
@@ -237,25 +313,32 @@ pub struct Selected {
 /// # Errors
 /// A GPU was asked for that can't be used.
 pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
-    let cpu = |reason| Selected { name: "cpu".to_owned(), reason, gpu: None, required: false };
-    let found = |gpu: cuda::probe::Gpu, required| Selected {
-        name: format!("cuda:{}", gpu.ordinal),
-        reason: gpu.to_string(),
-        gpu: Some(gpu.ordinal),
-        required,
+    let cpu = |reason| Selected { name: "cpu".to_owned(), reason, gpus: Gpus::default(), required: false };
+    let found = |all: Vec<cuda::probe::Gpu>, required| {
+        let gpus: Gpus = all.iter().map(|gpu| gpu.ordinal).collect();
+        let reasons: Vec<String> = all.iter().map(ToString::to_string).collect();
+        Selected { name: gpus.to_string(), reason: reasons.join("; "), gpus, required }
     };
+    let failed = |device: String, unfit: cuda::probe::Unfit| ChoiceError { device, reason: unfit.to_string() };
     match choice {
         Choice::Cpu => Ok(cpu("as asked".to_owned())),
-        Choice::Auto => Ok(match cuda::probe::probe(None) {
-            Ok(gpu) => found(gpu, false),
+        Choice::Auto => Ok(match cuda::probe::probe_all(None) {
+            Ok(all) => found(all, false),
             Err(unfit) => cpu(unfit.to_string()),
         }),
-        Choice::Cuda(ordinal) => match cuda::probe::probe(Some(ordinal)) {
-            Ok(gpu) => Ok(found(gpu, true)),
-            Err(unfit) => Err(ChoiceError { ordinal, reason: unfit.to_string() }),
-        },
+        Choice::Cuda(gpus) if gpus.is_empty() => {
+            let all = cuda::probe::probe_all(None).map_err(|unfit| failed("cuda".to_owned(), unfit))?;
+            Ok(found(all, true))
+        }
+        Choice::Cuda(gpus) => {
+            let one = |at| cuda::probe::probe(Some(at)).map_err(|unfit| failed(format!("cuda:{at}"), unfit));
+            Ok(found(gpus.iter().map(one).collect::<Result<_, _>>()?, true))
+        }
     }
 }
+
+/// How long a device that comes back may take where it makes an index of many vectors; the CPU serves meanwhile.
+const INDEX_PATIENCE: Duration = Duration::from_secs(1800);
 
 /// An accelerator that workers use together.
 pub struct Accelerator {
@@ -315,7 +398,11 @@ impl Accelerator {
     /// How long it is waited for.
     pub fn patience(&self) -> guard::Options {
         let patience = Duration::from_millis(u64::from(self.config.patience_ms));
-        guard::Options { patience, ..guard::Options::default() }
+        let mut options = guard::Options { patience, ..guard::Options::default() };
+        if self.config.index != IndexChoice::Exact {
+            options.load_patience = INDEX_PATIENCE;
+        }
+        options
     }
 }
 

@@ -83,16 +83,11 @@ impl Tables {
         debug_assert_eq!(codebook.len(), query.len() * CODEWORDS);
         self.values.resize(n_subspaces * CODEWORDS, 0.0);
         products(simd, query, codebook, &mut self.values);
-        let (mut range, mut offset) = (0f32, 0f32);
-        for values in self.values.chunks_exact(CODEWORDS) {
-            let least = values.iter().copied().fold(f32::INFINITY, f32::min);
-            let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            range = range.max(most - least);
-            offset += least;
-        }
+        let (range, offset) = extent(simd, &self.values);
         self.scale = range / MOST;
         self.offset = offset;
-        let unit = if range > 0.0 { MOST / range } else { 0.0 };
+        let unit = MOST / range;
+        let unit = if unit.is_finite() { unit } else { 0.0 };
         self.bytes.resize(n_subspaces / QUAD * 128, 0);
         round(simd, &self.values, unit, &mut self.bytes);
     }
@@ -119,14 +114,41 @@ fn products_of<const FUSED: bool>(query: &[f32], codebook: &[f32], out: &mut [f3
 }
 
 for_each_simd!(
+    /// The largest range of a subspace's values, and the sum of their least.
+    fn extent(values: &[f32]) -> (f32, f32) = extent_of
+);
+
+#[inline(always)]
+fn extent_of<const FUSED: bool>(values: &[f32]) -> (f32, f32) {
+    values.as_chunks::<CODEWORDS>().0.iter().fold((0.0, 0.0), |(range, sum): (f32, f32), values| {
+        let least = folded(*values, |a, b| if b < a { b } else { a });
+        let most = folded(*values, |a, b| if b > a { b } else { a });
+        (if most - least > range { most - least } else { range }, sum + least)
+    })
+}
+
+/// Halves against each other, so that it can be done in a register.
+#[inline(always)]
+fn folded(mut values: [f32; CODEWORDS], of: impl Fn(f32, f32) -> f32) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for at in 0..half {
+            values[at] = of(values[at], values[at + half]);
+        }
+    }
+    values[0]
+}
+
+for_each_simd!(
     fn round(values: &[f32], unit: f32, bytes: &mut [u8]) = round_of
 );
 
 #[inline(always)]
 fn round_of<const FUSED: bool>(values: &[f32], unit: f32, bytes: &mut [u8]) {
+    // Floats from here on are whole, and the lowest byte of their bits is what was added.
+    const WHOLE: f32 = 8_388_608.0;
     for (subspace, values) in values.as_chunks::<CODEWORDS>().0.iter().enumerate() {
-        let least = values.iter().copied().fold(f32::INFINITY, |a, b| if b < a { b } else { a });
-        let table = values.map(|value| ((value - least) * unit + 0.5) as u8);
+        let least = folded(*values, |a, b| if b < a { b } else { a });
+        let table = values.map(|value| ((value - least) * unit + WHOLE).to_bits() as u8);
         // Even subspaces are the low codes; each table fills both 16-byte lanes of its half.
         let (quad, within) = (subspace / QUAD, subspace % QUAD);
         let at = quad * 128 + within % 2 * 64 + within / 2 * 32;

@@ -113,9 +113,9 @@ pub struct IvfOptions {
 }
 
 impl IvfOptions {
-    /// Number of lists for `n` vectors, as asked for or about `4 √n`.
+    /// Number of lists for `n` vectors, as asked for or about `2 √n`.
     pub fn n_lists_of(&self, n: usize) -> usize {
-        let usual = || ((4.0 * (n as f64).sqrt()).round() as usize).clamp(n.min(1), n.div_ceil(8));
+        let usual = || ((2.0 * (n as f64).sqrt()).round() as usize).clamp(n.min(1), n.div_ceil(8));
         self.n_lists.map_or_else(usual, |wanted| wanted as usize)
     }
 
@@ -160,9 +160,10 @@ impl Default for HnswOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SearchParams {
-    /// IVF: lists that are scanned, 1 to `n_lists`.
+    /// IVF: how much is scanned, in lists of average length, 1 to `n_lists`; the blocks that promise most, whatever their list.
     pub n_probes: Option<u32>,
-    /// IVF with codes: candidates that are refined, as a multiple of k; 1 to 100.
+    /// IVF with codes: candidates that are refined, as a multiple of k, 1 to 100. Where that is all that is scanned, nothing is estimated
+    /// before.
     pub refine_ratio: Option<f32>,
     /// HNSW: length of the list of candidates, at least k; `2 k`, but at least 64, when absent.
     pub ef_search: Option<u32>,
@@ -178,14 +179,26 @@ impl SearchParams {
         }
     }
 
-    /// Lists that are scanned without a filter, of `n_lists` with `n` vectors.
+    /// Of each the larger, where either says something.
+    pub fn most(&self, others: &SearchParams) -> SearchParams {
+        SearchParams {
+            n_probes: self.n_probes.max(others.n_probes),
+            refine_ratio: match (self.refine_ratio, others.refine_ratio) {
+                (Some(one), Some(other)) => Some(one.max(other)),
+                (one, other) => one.or(other),
+            },
+            ef_search: self.ef_search.max(others.ef_search),
+        }
+    }
+
+    /// Lists of average length that are scanned without a filter, of `n_lists` with `n` vectors.
     pub fn n_probes_of(&self, k: usize, n: usize, n_lists: usize) -> usize {
         let wanted = self.n_probes.map_or_else(
             || {
                 // As many as hold some dozens of vectors for each that is wanted, and never so few that neighbours just
                 // across a border are missed.
                 let average = (n as f64 / n_lists.max(1) as f64).max(1.0);
-                let enough = 48.0 * (k as f64).max(20.0) / average;
+                let enough = 28.0 * (k as f64).max(20.0) / average;
                 enough.max((n_lists as f64).sqrt() * 0.5).ceil() as usize
             },
             |n| n as usize,

@@ -1,7 +1,8 @@
 //! An index that was asked before, by a device that computes scores with other roundings and knows fewer filters.
 //!
 //! What comes out is what the index itself would find, were it exact: whatever the device's errors leave open is scored here, and where its
-//! lists do not settle the answer the index is searched after all.
+//! lists do not settle the answer the index is searched after all. Lists of an index of the device's own, which misses some rows, settle it
+//! where they hold enough: they are as good as what the index would find, and not the same.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -24,6 +25,8 @@ pub struct Found<'a> {
     pub error: f32,
     /// Whether no other rows are left.
     pub all: bool,
+    /// Whether `k` admitted rows of it will do: an index found them that misses some, as the one that is asked otherwise does.
+    pub enough: bool,
 }
 
 impl Found<'_> {
@@ -96,7 +99,8 @@ impl<'a> Prefetched<'a> {
         }
         let last = list.rows.len().checked_sub(1);
         // What is not in the list may score as the last of it does, and of equal scores the lower row comes first.
-        let settled = list.all || best.len() >= k && last.is_some_and(|last| list.most(last) < reached);
+        let reaches = |last| list.enough || list.most(last) < reached;
+        let settled = list.all || best.len() >= k && last.is_some_and(reaches);
         if settled {
             keep_best(&mut best, k);
             out.extend(best.iter().map(|&packed| Scored::from(packed)));
@@ -197,7 +201,7 @@ mod tests {
             let all = list.len() <= fetched;
             list.truncate(fetched);
             let (found, scores): (Vec<u32>, Vec<f32>) = list.iter().map(|s| (s.row, s.score)).unzip();
-            let list = [Found { rows: &found, scores: &scores, shift, scale, error: error + 1e-4, all }];
+            let list = [Found { rows: &found, scores: &scores, shift, scale, error: error + 1e-4, all, enough: false }];
             let settled = Settled::default();
             let prefetched = Prefetched::new(&index, &list, &settled);
             let (mut want, mut got) = (Vec::new(), Vec::new());
@@ -217,7 +221,7 @@ mod tests {
         let index = BruteForce::new(matrix, Metric::InnerProduct, Kernel::detect());
         let settled = Settled::default();
         // A list that is wrong, to tell whose answer it is.
-        let wrong = Found { rows: &[1], scores: &[5.0], shift: 0.0, scale: 1.0, error: 0.0, all: true };
+        let wrong = Found { rows: &[1], scores: &[5.0], shift: 0.0, scale: 1.0, error: 0.0, all: true, enough: false };
         let lists = [wrong; 3];
         for n in 0..3 {
             let prefetched = Prefetched::new(&index, &lists[..n], &settled);
@@ -227,5 +231,36 @@ mod tests {
             let rows: Vec<u32> = out.iter().map(|list| list[0].row).collect();
             assert_eq!(rows, [u32::from(n == 2); 2]);
         }
+    }
+
+    #[test]
+    fn of_an_index_s_list_enough_rows_will_do() {
+        let matrix = Matrix { dim: 1, data: MatrixData::F32(vec![4.0, 3.0, 2.0, 1.0, 0.0].into()) };
+        let index = BruteForce::new(matrix, Metric::InnerProduct, Kernel::detect());
+        let (settled, mut scratch, params) = (Settled::default(), SearchScratch::default(), SearchParams::default());
+        // Without the best row, which an index may miss; scores that say nothing, so that all is scored here.
+        let list = Found {
+            rows: &[3, 2, 1],
+            scores: &[9.0, 8.0, 7.0],
+            shift: 0.0,
+            scale: 1.0,
+            error: f32::INFINITY,
+            all: false,
+            enough: true,
+        };
+        let mut ask = |enough: bool, k: usize, filter: Filter<'_>| {
+            let lists = [Found { enough, ..list }];
+            let mut out = Vec::new();
+            Prefetched::new(&index, &lists, &settled).search(&[1.0], k, filter, &params, &mut scratch, &mut out);
+            out.iter().map(|found| (found.row, found.score)).collect::<Vec<_>>()
+        };
+        assert_eq!(ask(true, 2, Filter::ALL), [(1, 3.0), (2, 2.0)]);
+        assert_eq!(ask(false, 2, Filter::ALL), [(0, 4.0), (1, 3.0)]);
+        // Too few are left, and the index is asked.
+        let odd = |row: u32| row % 2 == 1;
+        assert_eq!(ask(true, 2, Filter::predicate(&odd)), [(1, 3.0), (3, 1.0)]);
+        let even = |row: u32| row.is_multiple_of(2);
+        assert_eq!(ask(true, 2, Filter::predicate(&even)), [(0, 4.0), (2, 2.0)]);
+        assert_eq!((settled.yes.load(Relaxed), settled.no.load(Relaxed)), (2, 2));
     }
 }

@@ -69,12 +69,42 @@ pub fn each(
         soon(position);
     };
     positions.iter().take(AHEAD).for_each(|&position| ask(position));
-    for (at, &position) in positions.iter().enumerate() {
-        if let Some(&later) = positions.get(at + AHEAD) {
-            ask(later);
+    let row = |position: u32| &codes[position as usize * dim..(position as usize + 1) * dim];
+    let (fours, rest) = positions.as_chunks::<4>();
+    for (at, four) in fours.iter().enumerate() {
+        let at = 4 * at;
+        positions[(at + AHEAD).min(positions.len())..].iter().take(4).for_each(|&later| ask(later));
+        for (nth, dot) in dots(simd, query, four.map(row)).into_iter().enumerate() {
+            take(at + nth, dot as f32 * query.scale);
         }
-        let row = &codes[position as usize * dim..(position as usize + 1) * dim];
-        take(at, dot(simd, query, row) as f32 * query.scale);
+    }
+    for (nth, &position) in rest.iter().enumerate() {
+        take(4 * fours.len() + nth, dot(simd, query, row(position)) as f32 * query.scale);
+    }
+}
+
+/// Replaces `out` by `<query, codes>` for rows of codes that lie one behind the other, as [`each`] has it.
+pub fn all(simd: Simd, query: &WideQuery, rows: &[u8], out: &mut [f32]) {
+    debug_assert_eq!(rows.len(), query.high.len() * out.len());
+    match simd {
+        // SAFETY: `Simd` has this variant only where the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { x86::all_avx512(query, rows, out) },
+        _ => {
+            let rows = rows.chunks_exact(query.high.len());
+            out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot(simd, query, row) as f32 * query.scale);
+        }
+    }
+}
+
+/// [`dot`] for four rows.
+#[inline(always)]
+fn dots(simd: Simd, query: &WideQuery, rows: [&[u8]; 4]) -> [i32; 4] {
+    match simd {
+        // SAFETY: `Simd` has this variant only where the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { x86::dots_avx512(query, rows) },
+        _ => rows.map(|row| dot(simd, query, row)),
     }
 }
 
@@ -137,6 +167,65 @@ mod x86 {
         _mm512_reduce_add_epi32(sums).wrapping_sub(query.offset)
     }
 
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
+    pub fn all_avx512(query: &WideQuery, rows: &[u8], out: &mut [f32]) {
+        let dim = query.high.len();
+        let (fours, rest) = out.as_chunks_mut::<4>();
+        let (of_fours, of_rest) = rows.split_at(fours.len() * 4 * dim);
+        for (out, rows) in fours.iter_mut().zip(of_fours.chunks_exact(4 * dim)) {
+            let ((a, b), (c, d)) = (rows[..2 * dim].split_at(dim), rows[2 * dim..].split_at(dim));
+            *out = dots_avx512(query, [a, b, c, d]).map(|dot| dot as f32 * query.scale);
+        }
+        for (out, row) in rest.iter_mut().zip(of_rest.chunks_exact(dim)) {
+            *out = dot_avx512(query, row) as f32 * query.scale;
+        }
+    }
+
+    /// As `dot_avx512`; the four sums are put together at the end.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
+    pub fn dots_avx512(query: &WideQuery, rows: [&[u8]; 4]) -> [i32; 4] {
+        let (mut high, mut low) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
+        let (highs, high_rest) = query.high.as_chunks::<64>();
+        let (lows, low_rest) = query.low.as_chunks::<64>();
+        let parts = rows.map(|row| row.as_chunks::<64>());
+        for (at, (h, l)) in highs.iter().zip(lows).enumerate() {
+            for (nth, part) in parts.iter().enumerate() {
+                // SAFETY: each chunk has the 64 bytes of a register.
+                unsafe {
+                    let row = _mm512_loadu_si512(part.0[at].as_ptr().cast());
+                    high[nth] = _mm512_dpbusd_epi32(high[nth], row, _mm512_loadu_si512(h.as_ptr().cast()));
+                    low[nth] = _mm512_dpbusd_epi32(low[nth], row, _mm512_loadu_si512(l.as_ptr().cast()));
+                }
+            }
+        }
+        let mut sums: [__m512i; 4] =
+            std::array::from_fn(|nth| _mm512_add_epi32(_mm512_slli_epi32::<7>(high[nth]), low[nth]));
+        if let (Some(h), Some(l)) = (high_rest.first_chunk::<32>(), low_rest.first_chunk::<32>()) {
+            for (sums, (_, rest)) in sums.iter_mut().zip(parts) {
+                let rest: &[u8; 32] = rest.first_chunk().unwrap_or(&[0; 32]);
+                // SAFETY: each chunk has the 32 bytes of a half register.
+                unsafe {
+                    let row = _mm256_loadu_si256(rest.as_ptr().cast());
+                    let zero = _mm256_setzero_si256();
+                    let high = _mm256_dpbusd_epi32(zero, row, _mm256_loadu_si256(h.as_ptr().cast()));
+                    let low = _mm256_dpbusd_epi32(zero, row, _mm256_loadu_si256(l.as_ptr().cast()));
+                    let both = _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low);
+                    *sums = _mm512_add_epi32(*sums, _mm512_zextsi256_si512(both));
+                }
+            }
+        }
+        let pair = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let (first, second) = (pair(sums[0], sums[1]), pair(sums[2], sums[3]));
+        let all = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+        let half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64::<1>(all));
+        let quarter = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
+        let mut out = [0; 4];
+        // SAFETY: the array has the 16 bytes of a quarter register.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), _mm_sub_epi32(quarter, _mm_set1_epi32(query.offset))) };
+        out
+    }
+
     #[inline]
     #[target_feature(enable = "avx2")]
     pub fn dot_avx2(query: &WideQuery, row: &[u8]) -> i32 {
@@ -177,14 +266,17 @@ mod tests {
             let positions: Vec<u32> = (0..n as u32).rev().collect();
             let mut wide = WideQuery::default();
             wide.prepare(&query);
-            let mut all = Vec::new();
+            let mut variants = Vec::new();
             for simd in Simd::available() {
                 let mut got = vec![0.0; n];
                 each(simd, &wide, &codes, &positions, |_| {}, |at, dot| got[at] = dot);
-                all.push(got);
+                let mut in_order = vec![0.0; n];
+                all(simd, &wide, &codes, &mut in_order);
+                prop_assert!(positions.iter().zip(&got).all(|(&at, got)| in_order[at as usize] == *got));
+                variants.push(got);
             }
-            prop_assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
-            for (&position, got) in positions.iter().zip(&all[0]) {
+            prop_assert!(variants.windows(2).all(|pair| pair[0] == pair[1]));
+            for (&position, got) in positions.iter().zip(&variants[0]) {
                 let row = &codes[position as usize * dim..][..dim];
                 let want: f64 = query.iter().zip(row).map(|(q, &c)| f64::from(*q) * f64::from(i32::from(c) - ZERO)).sum();
                 // Each of the query's values is off by half a step at most.

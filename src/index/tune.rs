@@ -7,7 +7,7 @@ use super::{Filter, IndexKind, SearchParams, SearchScratch, VectorIndex};
 use crate::candidates::Scored;
 
 /// Multiples of k that are refined, of which one is chosen.
-const REFINE_RATIOS: [f32; 10] = [1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0];
+const REFINE_RATIOS: [f32; 10] = [1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 100.0];
 /// Times that every choice is measured; the median counts.
 const ROUNDS: usize = 5;
 /// The most that `ef_search` is raised to.

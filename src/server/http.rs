@@ -641,7 +641,7 @@ fn admin(request: &Request<Incoming>, state: &HttpState) -> Answer {
                 links: &shared.links,
                 store: shared.store.as_ref(),
                 followed: shared.items.as_ref().map(|items| &items.counters),
-                device: shared.device.get().map(|counters| &**counters),
+                devices: shared.devices.get().map_or(&[], Vec::as_slice),
                 generation: &shared.generation.version,
             };
             let text = shared.metrics.render(&gauges);

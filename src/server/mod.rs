@@ -29,7 +29,7 @@ use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
 use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
-use crate::device::{Accelerator, Counters, Device, Selected, cpu, sim};
+use crate::device::{Accelerator, Counters, Device, Gpus, Selected, cpu, sim};
 use crate::index::Searchers;
 use crate::link::Link;
 use crate::state::sinks::Sinks;
@@ -186,10 +186,10 @@ pub enum DeviceKind {
     Sim(sim::Script),
     /// A simulated device that is guarded, with the CPU engine behind it.
     Guarded(sim::Script),
-    /// The accelerator of that number, likewise.
-    Accelerator {
-        /// See [`Selected::gpu`].
-        ordinal: u32,
+    /// GPUs, likewise: workers are spread over them, and each has all tables.
+    Accelerators {
+        /// See [`Selected::gpus`].
+        gpus: Gpus,
         /// Whether the server is not to start without it.
         required: bool,
     },
@@ -197,8 +197,10 @@ pub enum DeviceKind {
 
 impl From<&Selected> for DeviceKind {
     fn from(selected: &Selected) -> Self {
-        let required = selected.required;
-        selected.gpu.map_or(DeviceKind::Cpu, |ordinal| DeviceKind::Accelerator { ordinal, required })
+        match selected.gpus {
+            none if none.is_empty() => DeviceKind::Cpu,
+            gpus => DeviceKind::Accelerators { gpus, required: selected.required },
+        }
     }
 }
 
@@ -354,19 +356,22 @@ impl Server {
             0 => cpus.len(),
             n => cpus.len().min(n as usize),
         };
-        let accelerator = match kind {
-            DeviceKind::Accelerator { ordinal, required } => {
-                Self::open_accelerator(shared, ordinal, required, n_accelerated)?
+        let accelerators = match kind {
+            DeviceKind::Accelerators { gpus, required } => {
+                Self::open_accelerators(shared, gpus, required, n_accelerated)?
             }
-            _ => None,
+            _ => Vec::new(),
         };
         if let DeviceKind::Guarded(_) = kind {
-            let _ = shared.device.set(Arc::new(Counters::new("sim")));
+            let _ = shared.devices.set(vec![Arc::new(Counters::new("sim"))]);
         }
         let mut workers = Vec::new();
         for (id, &cpu) in cpus.iter().enumerate() {
             let (shared, ready) = (shared.clone(), ready.clone());
-            let accelerator = accelerator.clone().filter(|_| id < n_accelerated);
+            let accelerator = match accelerators.len() {
+                0 => None,
+                n => Some(accelerators[id % n].clone()).filter(|_| id < n_accelerated),
+            };
             let thread = std::thread::Builder::new().name(format!("worker-{id}"));
             workers.push(thread.spawn(move || {
                 let sink: Arc<dyn JobSink> = shared.clone();
@@ -386,7 +391,7 @@ impl Server {
                     }
                 };
                 let config = Arc::new(shared.config.pipeline.clone());
-                match (kind, accelerator, shared.device.get()) {
+                match (kind, accelerator, shared.devices.get().and_then(|devices| devices.first())) {
                     (DeviceKind::Sim(script), ..) => work(&mut sim::SimDevice::new(script), None),
                     (DeviceKind::Guarded(script), _, Some(counters)) => {
                         // Each has faults of its own.
@@ -412,7 +417,7 @@ impl Server {
                 }
             })?);
         }
-        drop(accelerator);
+        drop(accelerators);
         drop(ready);
         let results: Vec<_> = loaded.iter().take(cpus.len()).collect();
         if results.len() < cpus.len() || results.iter().any(Result::is_err) {
@@ -425,29 +430,56 @@ impl Server {
         Ok(workers)
     }
 
-    /// The accelerator, for `n_workers`; `None`, with a warning, where it can't be used and need not be.
-    fn open_accelerator(
+    /// The accelerators that `n_workers` are spread over, at most as many; without those that can't be used, with a warning each, where they
+    /// need not be.
+    fn open_accelerators(
         shared: &Arc<Shared>,
-        ordinal: u32,
+        gpus: Gpus,
         required: bool,
         n_workers: usize,
-    ) -> anyhow::Result<Option<Arc<Accelerator>>> {
-        match Accelerator::open(ordinal, &shared.config.device, n_workers, &shared.generation) {
-            Ok(accelerator) => {
-                let _ = shared.device.set(accelerator.counters().clone());
-                Ok(Some(Arc::new(accelerator)))
-            }
-            Err(error) if required => Err(anyhow::Error::new(error).context(format!("device cuda:{ordinal}"))),
-            Err(error) => {
-                tracing::warn!(ordinal, %error, "the device can't be used: the CPU computes");
-                Ok(None)
-            }
+    ) -> anyhow::Result<Vec<Arc<Accelerator>>> {
+        let mut left: Vec<u32> = gpus.iter().collect();
+        if left.len() > n_workers {
+            tracing::warn!(gpus = %gpus, n_workers, "more GPUs than workers: the last ones are not used");
+            left.truncate(n_workers);
         }
+        while !left.is_empty() {
+            // Side by side: each loads tables, and may make an index.
+            let each = n_workers.div_ceil(left.len());
+            let (config, generation) = (&shared.config.device, &shared.generation);
+            let open = |ordinal: u32| (ordinal, Accelerator::open(ordinal, config, each, generation));
+            let opened: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = left.iter().map(|&ordinal| scope.spawn(move || open(ordinal))).collect();
+                threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+            });
+            let mut usable = Vec::new();
+            for opened in opened {
+                match opened.map_err(|_| anyhow::anyhow!("opening a GPU panicked"))? {
+                    (_, Ok(accelerator)) => usable.push(Arc::new(accelerator)),
+                    (ordinal, Err(error)) if required => {
+                        return Err(anyhow::Error::new(error).context(format!("device cuda:{ordinal}")));
+                    }
+                    (ordinal, Err(error)) => {
+                        tracing::warn!(ordinal, %error, "the device can't be used: the CPU computes");
+                        left.retain(|&other| other != ordinal);
+                    }
+                }
+            }
+            if usable.len() == left.len() {
+                let counters = usable.iter().map(|accelerator| accelerator.counters().clone()).collect();
+                let _ = shared.devices.set(counters);
+                return Ok(usable);
+            }
+            // Fewer than planned, with more workers each: what they take is reckoned anew.
+        }
+        Ok(Vec::new())
     }
 
-    /// What computes.
-    pub fn device(&self) -> &str {
-        self.shared.device.get().map_or("cpu", |counters| &counters.device)
+    /// What computes: `cpu`, `cuda:0`, `cuda:0,cuda:1`.
+    pub fn device(&self) -> String {
+        let devices = self.shared.devices.get().map_or(&[][..], Vec::as_slice);
+        let names: Vec<&str> = devices.iter().map(|counters| counters.device.as_str()).collect();
+        if names.is_empty() { "cpu".to_owned() } else { names.join(",") }
     }
 
     /// What ends this server.

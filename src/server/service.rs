@@ -81,8 +81,8 @@ pub struct Shared {
     pub precomputed: Option<Precomputed>,
     /// To the event log.
     pub events: Arc<EventQueue>,
-    /// What became of the jobs of a device that may fail, where there is one.
-    pub device: OnceLock<Arc<Counters>>,
+    /// What became of the jobs of each device that may fail, where there are some.
+    pub devices: OnceLock<Vec<Arc<Counters>>>,
 }
 
 impl Shared {
@@ -122,7 +122,7 @@ impl Shared {
             metrics: Metrics::new(n_shards, rankers),
             events,
             live,
-            device: OnceLock::new(),
+            devices: OnceLock::new(),
             generation,
             config,
         })

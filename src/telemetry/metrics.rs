@@ -363,8 +363,8 @@ pub struct Gauges<'a> {
     pub followed: Option<&'a ItemCounters>,
     /// Uses of Redis, where there are some.
     pub links: &'a [Arc<Link>],
-    /// A device that may fail, where there is one.
-    pub device: Option<&'a Counters>,
+    /// Devices that may fail.
+    pub devices: &'a [Arc<Counters>],
     /// The bundle.
     pub generation: &'a str,
     /// Partitions of the index: all, and those that did not answer when they were last asked.
@@ -664,9 +664,9 @@ impl Metrics {
                 }
             }
         }
-        if let Some(device) = gauges.device {
+        if !gauges.devices.is_empty() {
             type Counted = fn(&Counters) -> &AtomicU64;
-            let families: [(_, _, _, &[(&str, Counted)]); 7] = [
+            let families: [(_, _, _, &[(&str, Counted)]); 8] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
                 ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
                 ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
@@ -702,10 +702,18 @@ impl Metrics {
                         (",by=\"cpu\",reason=\"open\"", |d| &d.slates.open),
                     ],
                 ),
+                (
+                    "tastemaker_device_index_searches_total",
+                    "counter",
+                    "Searches of a device by an index of cuVS",
+                    &[("", |d| &d.by_index)],
+                ),
             ];
             for (name, kind, help, lines) in families {
                 head(o, name, kind, help);
-                for (labels, of) in lines {
+                for (device, (labels, of)) in
+                    gauges.devices.iter().flat_map(|d| lines.iter().map(move |line| (d, line)))
+                {
                     line(o, name, &format!("device=\"{}\"{labels}", device.device), of(device).load(Relaxed));
                 }
             }

@@ -35,22 +35,24 @@ name = "variable"
 /// A bundle of 600 items and 80 users with the demo's ranker and a tree ensemble, made once per test binary.
 pub fn bundle_path() -> &'static Path {
     static BUNDLE: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = BUNDLE.get_or_init(|| {
-        let work = tempfile::tempdir().unwrap();
-        let (data, out) = (work.path().join("data"), work.path().join("bundle"));
-        synthetic::generate(&data, &SyntheticOptions { n_items: 600, n_users: 80, dim: 16, seed: 3 }).unwrap();
-        std::fs::create_dir_all(data.join("rankers")).unwrap();
-        for file in ["demo.onnx", "demo.toml"] {
-            let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines").join(file);
-            std::fs::copy(from, data.join("rankers").join(file)).unwrap();
-        }
-        let trees = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trees/ranker.onnx");
-        std::fs::copy(trees, data.join("rankers/trees.onnx")).unwrap();
-        std::fs::write(data.join("rankers/trees.toml"), TREES_MANIFEST).unwrap();
-        build::build(&data, &out, &BuildOptions::default(), &Silent).unwrap();
-        (work, out)
-    });
-    path
+    &BUNDLE.get_or_init(|| build_bundle(&BuildOptions::default())).1
+}
+
+/// The same, made with other options, in a folder that is gone when it is dropped.
+pub fn build_bundle(options: &BuildOptions) -> (tempfile::TempDir, PathBuf) {
+    let work = tempfile::tempdir().unwrap();
+    let (data, out) = (work.path().join("data"), work.path().join("bundle"));
+    synthetic::generate(&data, &SyntheticOptions { n_items: 600, n_users: 80, dim: 16, seed: 3 }).unwrap();
+    std::fs::create_dir_all(data.join("rankers")).unwrap();
+    for file in ["demo.onnx", "demo.toml"] {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("engines").join(file);
+        std::fs::copy(from, data.join("rankers").join(file)).unwrap();
+    }
+    let trees = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trees/ranker.onnx");
+    std::fs::copy(trees, data.join("rankers/trees.onnx")).unwrap();
+    std::fs::write(data.join("rankers/trees.toml"), TREES_MANIFEST).unwrap();
+    build::build(&data, &out, options, &Silent).unwrap();
+    (work, out)
 }
 
 /// That bundle, opened once.

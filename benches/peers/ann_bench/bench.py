@@ -105,14 +105,8 @@ class Bench:
         return sorted(kept, key=lambda p: (p.k, order[p.contender], p.name, p.recall))
 
     def touched(self, point: Point, rows: slice) -> float | None:
-        """Bytes read per query. Ours: the rows that Faiss scans with as many probes, where both have as many lists."""
-        contender, queries = self.contenders[point.contender], self.data.queries[rows]
-        if contender.library != "ours":
-            return contender.touched(queries, point.k, point.params)
-        flat, n_probes = self.contenders.get("faiss IVFFlat"), point.params.get("n_probes")
-        if flat is None or n_probes is None or contender.options["n_lists"] != flat.ivf.nlist:
-            return None
-        return contender.touched(flat.scanned(queries, point.k, {"n_probes": n_probes}), point.k, point.params)
+        """Bytes read per query."""
+        return self.contenders[point.contender].touched(self.data.queries[rows], point.k, point.params)
 
 
 def machine() -> str:
@@ -131,7 +125,7 @@ def versions(libraries: list[str]) -> str:
 def markdown(record: dict, points: list[Point], filtered: list[Point]) -> str:
     lines = [f"# Vector search on one core: {record['data']}", "", f"Machine: {record['machine']}; {record['versions']}.",
              f"{record['n']} x {record['dim']} vectors (effective dimension {record['effective_dimension']:.1f}), inner "
-             f"product, {record['n_lists']} lists. {record['rounds']} interleaved rounds of {record['queries']} queries, "
+             f"product, {record['n_lists']} lists of the peers. {record['rounds']} interleaved rounds of {record['queries']} queries, "
              f"pinned to core {record['core']}; CPU µs per query, medians. Load {record['load'][0]:.1f} at the start, "
              f"{record['load'][1]:.1f} at the end.",
              "Peers get a round's queries in one call, ours one query a call, unless a name says otherwise. Values at a "
@@ -144,8 +138,7 @@ def markdown(record: dict, points: list[Point], filtered: list[Point]) -> str:
         if any(p.library == "ours" for p in at_k):
             lines += [*report.ratio_table(report.ratios(at_k, target)), ""]
         if record["read_bytes_per_s"]:
-            lines += [f"Memory at recall {target:g}: codes and refined rows, without centroids; ours estimated from the "
-                      "rows that Faiss scans with as many probes.", "",
+            lines += [f"Memory at recall {target:g}: codes and refined rows, without centroids.", "",
                       *report.memory_table(at_k, target, record["read_bytes_per_s"]), ""]
     lines += ["## Memory and build", "",
               "Bytes of the index as saved (peers) or as it says itself (ours, beside the matrix it was built from). "
@@ -178,7 +171,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours", type=Path, default=ours.REPOSITORY / "benches/peers/ann_bench/ours.json",
                         help="our contenders; kinds that the build does not have are left out")
     parser.add_argument("--ours-binary", help="the ann_peer executable; built by cargo if not given")
-    parser.add_argument("--n-lists", type=int, help="lists of every inverted file; default: about one per 220 rows")
+    parser.add_argument("--n-lists", type=int, help="lists of the peers' inverted files; default: about one per 220 rows")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 100, 500])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--queries", type=int, default=100, help="queries a round")
@@ -235,7 +228,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         bandwidth = None
         if child:
-            contenders += (own := ours.contenders(child, data, args.ours, n_lists))
+            contenders += (own := ours.contenders(child, data, args.ours))
             for contender in own:
                 costs[contender.name] = contender.costs
                 log_cost(contender.name, contender.costs, n)

@@ -76,10 +76,11 @@ class Ours:
     filters = True
     batch = False
 
-    def __init__(self, child: Child, data: Data, name: str, options: dict, params: dict, n_lists: int):
+    def __init__(self, child: Child, data: Data, name: str, options: dict, params: dict):
         self.child, self.data, self.name, self.options, self.params = child, data, f"ours {name}", options, params
         if options["kind"].startswith("ivf"):
-            self.options = {"n_lists": n_lists, **options}
+            # As the build has it where nothing is said.
+            self.options = {"n_lists": round(2 * len(data.base) ** 0.5), **options}
 
     def build(self) -> dict:
         made = self.child.ask(op="build", name=self.name, options=self.options, base=self.data.base_path,
@@ -109,22 +110,25 @@ class Ours:
                                 batch=batch, out=out)
         return np.fromfile(out, "<i8").reshape(rows.stop - rows.start, k), answer["cpu_us_per_query"]
 
-    def touched(self, scanned: float, k: int, params: dict) -> float | None:
-        """Bytes of codes and of refined rows per query, `scanned` rows being in the probed lists."""
-        dim = self.data.base.shape[1]
+    def touched(self, queries: np.ndarray, k: int, params: dict) -> float | None:
+        """Bytes of codes and of refined rows per query: what is scanned is as many rows as that many lists have on average."""
+        n, dim = self.data.base.shape
         width = {"f16": 2, "bf16": 2}.get(self.options.get("storage"), 4)
         code = {"ivf_flat": width * dim, "ivf_pq": self.options.get("pq_dim", dim / 2) / 2 + 4,
                 "ivf_rabitq": dim / 8 + 4}.get(self.options["kind"])
-        if code is None:
+        if code is None or "n_probes" not in params:
             return None
-        return scanned * code + k * params.get("refine_ratio", 0) * dim
+        scanned = n * min(1, params["n_probes"] / self.options["n_lists"])
+        refined = k * params.get("refine_ratio", 0)
+        # All would be refined: then nothing is estimated before.
+        return scanned * dim if refined >= scanned else scanned * code + refined * dim
 
 
-def contenders(child: Child, data: Data, path: Path, n_lists: int) -> list[Ours]:
+def contenders(child: Child, data: Data, path: Path) -> list[Ours]:
     """Those that a JSON file lists as `{"name", "options", "params"}` and that this build has."""
     made = []
     for entry in json.loads(path.read_text()):
-        contender = Ours(child, data, entry["name"], entry["options"], entry.get("params", {}), n_lists)
+        contender = Ours(child, data, entry["name"], entry["options"], entry.get("params", {}))
         try:
             contender.costs = contender.build()
         except RuntimeError as error:

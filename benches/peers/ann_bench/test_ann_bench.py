@@ -33,7 +33,7 @@ def child():
 
 @pytest.fixture(scope="module")
 def scan(child, small):
-    scan = ours.Ours(child, small, "brute_force", {"kind": "brute_force"}, {}, 16)
+    scan = ours.Ours(child, small, "brute_force", {"kind": "brute_force"}, {})
     made = scan.build()
     assert made["bytes"] > 0 and made["cpu_s"] > 0
     return scan

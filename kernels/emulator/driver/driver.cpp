@@ -8,9 +8,13 @@
 // a context goes.
 //
 // EMU_CUDA, or emu_cuda_script at run time, holds settings between commas: seed=N, delay_us=N (the longest that work waits, 0: none),
-// memory=BYTES, devices=N; and faults, each at the n-th of its kind and, where `+every` follows, again and again: oom@N (an allocation),
-// fail@N[=CODE] (a launch; the context is lost, 719 by default), ecc@N (the same with 214), hang@N[=MS] (a launch takes so long, 2000 by
-// default), wrong@N (a launch does nothing), nograph@N (a capture can't be made executable). EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
+// memory=BYTES (of each device), devices=N (at most 8); and faults, each at the n-th of its kind and, where `+every` follows, again and
+// again: oom@N (an allocation), fail@N[=CODE] (a launch; the context is lost, 719 by default), ecc@N (the same with 214), hang@N[=MS] (a
+// launch takes so long, 2000 by default), wrong@N (a launch does nothing), nograph@N (a capture can't be made executable). `/D` behind the kind
+// (fail/1@3) is of what device D does alone. EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
+//
+// A library that works on the device's memory by itself, as stand-ins for tests do, gives its work to a stream by cuLaunchHostFunc, and may
+// ask emu_cuda_holds whether memory is there.
 
 #include <algorithm>
 #include <atomic>
@@ -61,14 +65,23 @@ enum Result : int {
 constexpr size_t KEPT_DEAD = 512; // freed allocations whose pages still fault
 constexpr unsigned char RUBBISH = 0xa5;
 constexpr char IMAGE[] = "EMULATED CUBIN 1";
+constexpr int MOST_DEVICES = 8;
 
 enum Count { ALLOCATIONS, LAUNCHES, GIVEN, UPLOADS, DOWNLOADS, GRAPHS, INSTANTIATED, MISUSES, COUNTS };
 constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "single_launches", "uploads", "downloads",
-                                               "graph_launches", "graphs", "misuses"};
+                                             "graph_launches", "graphs", "misuses"};
+// Of all devices, and of each.
 std::atomic<uint64_t> counts[COUNTS];
+std::atomic<uint64_t> counts_of[MOST_DEVICES][COUNTS];
+
+uint64_t count(Count which, int device) {
+    counts_of[device][which]++;
+    return ++counts[which];
+}
 
 struct Fault {
     std::string kind;
+    int device; // -1: any
     uint64_t first, every, value;
 };
 
@@ -81,7 +94,7 @@ struct Settings {
 struct State {
     std::mutex lock;
     Settings settings;
-    uint64_t noise = 1, used = 0;
+    uint64_t noise = 1, used[MOST_DEVICES] = {};
     std::string first_misuse;
     uint64_t random() { // splitmix64
         uint64_t z = noise += 0x9e3779b97f4a7c15u;
@@ -129,11 +142,12 @@ void apply(const char* script) {
         at = end + 1;
         unsigned long long first = 0, every = 0, value = 0;
         char kind[16] = "";
-        if (sscanf(one.c_str(), "%15[a-z]@%llu", kind, &first) == 2) {
+        int device = -1;
+        if (sscanf(one.c_str(), "%15[a-z]@%llu", kind, &first) == 2 || sscanf(one.c_str(), "%15[a-z]/%d@%llu", kind, &device, &first) == 3) {
             const size_t plus = one.find('+'), equals = one.find('=');
             if (plus != std::string::npos) every = strtoull(one.c_str() + plus + 1, nullptr, 10);
             if (equals != std::string::npos) value = strtoull(one.c_str() + equals + 1, nullptr, 10);
-            next.faults.push_back({kind, first, every, value});
+            next.faults.push_back({kind, device, first, every, value});
         } else if (sscanf(one.c_str(), "%15[a-z_]=%llu", kind, &value) == 2) {
             const std::string name = kind;
             (name == "seed" ? next.seed : name == "delay_us" ? next.delay_us : name == "memory" ? next.memory : next.devices) = value;
@@ -145,13 +159,19 @@ void apply(const char* script) {
     state().settings = next;
     state().noise = next.seed;
     state().first_misuse.clear();
+    state().settings.devices = std::min<uint64_t>(next.devices, MOST_DEVICES);
     for (auto& count : counts) count = 0;
+    for (auto& of : counts_of) {
+        for (auto& count : of) count = 0;
+    }
 }
 
-// The fault of that kind that is due at the `n`-th, if there is one.
-bool due(const char* kind, uint64_t n, uint64_t& value) {
+// The fault of that kind that is due at the `all`-th, which is the `own`-th of the device, if there is one.
+bool due(const char* kind, uint64_t all, int device, uint64_t own, uint64_t& value) {
     Lock held(state().lock);
     for (const Fault& fault : state().settings.faults) {
+        if (fault.device >= 0 && fault.device != device) continue;
+        const uint64_t n = fault.device < 0 ? all : own;
         if (fault.kind != kind || n < fault.first) continue;
         if (n != fault.first && (fault.every == 0 || (n - fault.first) % fault.every != 0)) continue;
         value = fault.value;
@@ -170,10 +190,11 @@ void dawdle() {
     if (us > 0) std::this_thread::sleep_for(std::chrono::microseconds(us));
 }
 
-// Memory of a device or of the host.
+// Memory of a device or of the host, made in a device's context.
 struct Memory {
     size_t bytes;
     bool host;
+    int device;
 };
 std::mutex& memory_lock() {
     static auto* lock = new std::mutex;
@@ -193,36 +214,40 @@ std::deque<void*>& dead() {
     return *all;
 }
 
-// Whether all of it lies in one allocation of the kind.
-bool lies_in(uintptr_t at, size_t bytes, bool host) {
+// Whether all of it lies in one allocation of the kind, on that device where it is not -1.
+bool lies_in(uintptr_t at, size_t bytes, bool host, int device = -1) {
     Lock held(memory_lock());
     auto next = memories().upper_bound(at);
     if (next == memories().begin()) return false;
     const auto& [start, memory] = *std::prev(next);
-    return memory.host == host && at - start <= memory.bytes && bytes <= memory.bytes - (at - start);
+    const bool is_its = host || device < 0 || memory.device == device;
+    return memory.host == host && is_its && at - start <= memory.bytes && bytes <= memory.bytes - (at - start);
 }
 
-void* allocate(size_t bytes, bool host) {
+void* allocate(size_t bytes, bool host, int device) {
     uint64_t ignored;
-    if (!host && due("oom", ++counts[ALLOCATIONS], ignored)) return nullptr;
     if (!host) {
+        const uint64_t n = count(ALLOCATIONS, device);
+        if (due("oom", n, device, counts_of[device][ALLOCATIONS], ignored)) return nullptr;
         Lock held(state().lock);
-        if (bytes > state().settings.memory || state().used > state().settings.memory - bytes) return nullptr;
-        state().used += bytes;
+        uint64_t& used = state().used[device];
+        if (bytes > state().settings.memory || used > state().settings.memory - bytes) return nullptr;
+        used += bytes;
     }
     void* got = emu_allocate(bytes, 16);
     if (got) {
         Lock held(memory_lock());
-        memories()[(uintptr_t)got] = {bytes, host};
+        memories()[(uintptr_t)got] = {bytes, host, device};
     }
     return got;
 }
 
-bool is_lost();
+bool is_lost(int device);
 
 // Frees; what is no allocation of the kind is misuse.
 bool release(uintptr_t at, bool host) {
     size_t bytes;
+    int device;
     bool used = false;
     {
         Lock held(memory_lock());
@@ -232,11 +257,17 @@ bool release(uintptr_t at, bool host) {
             misuse("%p is freed, and is no %s memory or was freed before", (void*)at, host ? "pinned" : "device");
             return false;
         }
-        bytes = found->second.bytes;
-        for (const auto& [start, length] : needed()) used |= host && start < at + bytes && at < start + length;
+        bytes = found->second.bytes, device = found->second.device;
+        const bool lost = is_lost(device);
+        for (auto one = needed().begin(); host && one != needed().end();) {
+            const bool is_its = one->first < at + bytes && at < one->first + one->second;
+            used |= is_its && !lost;
+            // The copies of a context that is lost are never done.
+            one = is_its && lost ? needed().erase(one) : std::next(one);
+        }
         memories().erase(at);
     }
-    if (used && !is_lost()) {
+    if (used) {
         // And stays, so that the copy can go on.
         misuse("pinned memory is freed while a copy still needs it");
         return true;
@@ -244,7 +275,7 @@ bool release(uintptr_t at, bool host) {
     if (!emu_intact((void*)at)) misuse("something was written around %zu bytes at %p", bytes, (void*)at);
     if (!host) {
         Lock held(state().lock);
-        state().used -= bytes;
+        state().used[device] -= bytes;
     }
     emu_retire((void*)at);
     Lock held(memory_lock());
@@ -256,15 +287,20 @@ bool release(uintptr_t at, bool host) {
     return true;
 }
 
-// Work of a stream. `begin` happens when it is given to the stream, `run` when it is its turn.
+// Work of a stream. `begin` happens when it is given to the stream, `run` when it is its turn, `after` when it counts as done.
 struct Work {
     std::function<void()> begin;
     std::function<int()> run;
+    std::function<void()> after;
 };
-using Graph = std::vector<Work>;
+struct Context;
+struct Graph : std::vector<Work> {
+    Context* context = nullptr;
+};
 
 struct Context {
     std::atomic<int> lost{0};
+    int ordinal;
 };
 struct Stream;
 std::mutex& handle_lock() {
@@ -297,9 +333,9 @@ struct Device {
     unsigned retained = 0;
     std::unique_ptr<Context> context;
 };
-Device& device() {
-    static auto* one = new Device;
-    return *one;
+Device& device(int ordinal) {
+    static auto* all = new Device[MOST_DEVICES];
+    return all[ordinal];
 }
 thread_local Context* current = nullptr;
 
@@ -322,14 +358,18 @@ struct Stream {
                 next = std::move(waiting.front());
                 waiting.pop_front();
             }
-            if (!context->lost) {
+            const bool runs = !context->lost;
+            if (runs) {
                 dawdle();
                 const int outcome = next.run();
                 if (outcome != SUCCESS) context->lost = outcome;
             }
-            Lock held(lock);
-            done++;
-            changed.notify_all();
+            {
+                Lock held(lock);
+                done++;
+                changed.notify_all();
+            }
+            if (runs && next.after) next.after();
         }
     }
     void give(Work one) {
@@ -364,6 +404,7 @@ void end(Stream* stream) {
 }
 
 struct Event {
+    Context* context = nullptr;
     std::mutex lock;
     std::condition_variable changed;
     uint64_t recorded = 0, reached = 0;
@@ -379,15 +420,22 @@ struct Function {
     unsigned most_shared = 48 << 10; // without asking for more
 };
 struct Module {
+    Context* context;
     std::vector<std::unique_ptr<Function>> functions;
 };
 struct Executable {
+    Context* context;
     Graph graph;
 };
 
 // Then copies that were given are not done any more.
-bool is_lost() { return !device().context || device().context->lost; }
-bool known(Context* context) { return context && context == device().context.get(); }
+bool is_lost(int ordinal) { return !device(ordinal).context || device(ordinal).context->lost; }
+bool known(Context* context) {
+    for (int at = 0; at < MOST_DEVICES; at++) {
+        if (context && context == device(at).context.get()) return true;
+    }
+    return false;
+}
 int ready() {
     if (!known(current)) {
         if (current) misuse("a call in a context that is gone");
@@ -407,11 +455,12 @@ int outside_captures(const char* what) {
 
 int copy(Stream* stream, uintptr_t to, uintptr_t from, size_t bytes, bool up) {
     const uintptr_t host = up ? from : to, there = up ? to : from;
-    if (!lies_in(there, bytes, false)) {
+    const int ordinal = stream->context->ordinal;
+    if (!lies_in(there, bytes, false, ordinal)) {
         misuse("a copy of %zu bytes %s %p: not in one buffer of the device", bytes, up ? "to" : "from", (void*)there);
         return INVALID_VALUE;
     }
-    counts[up ? UPLOADS : DOWNLOADS]++;
+    count(up ? UPLOADS : DOWNLOADS, ordinal);
     const bool pinned = lies_in(host, bytes, true);
     if (!pinned && stream->capture) {
         misuse("a copy of memory that is not pinned inside a capture");
@@ -449,13 +498,14 @@ int copy(Stream* stream, uintptr_t to, uintptr_t from, size_t bytes, bool up) {
 }
 
 int launch(const emu::Kernel* kernel, const unsigned (&grid)[3], unsigned block, size_t shared,
-           const std::vector<std::vector<char>>& values) {
+           const std::vector<std::vector<char>>& values, int device) {
     uint64_t value = 0;
-    const uint64_t n = ++counts[LAUNCHES];
-    if (due("fail", n, value)) return value ? (int)value : LAUNCH_FAILED;
-    if (due("ecc", n, value)) return ECC_UNCORRECTABLE;
-    if (due("wrong", n, value)) return SUCCESS;
-    if (due("hang", n, value)) std::this_thread::sleep_for(std::chrono::milliseconds(value ? value : 2000));
+    const uint64_t n = count(LAUNCHES, device), own = counts_of[device][LAUNCHES];
+    const auto is_due = [&](const char* kind) { return due(kind, n, device, own, value); };
+    if (is_due("fail")) return value ? (int)value : LAUNCH_FAILED;
+    if (is_due("ecc")) return ECC_UNCORRECTABLE;
+    if (is_due("wrong")) return SUCCESS;
+    if (is_due("hang")) std::this_thread::sleep_for(std::chrono::milliseconds(value ? value : 2000));
     std::vector<void*> arguments;
     for (const auto& one : values) arguments.push_back((void*)one.data());
     uint64_t seed;
@@ -483,13 +533,24 @@ void at_exit() {
 
 // For tests.
 API void emu_cuda_script(const char* script) { apply(script); }
-API uint64_t emu_cuda_count(const char* name) {
+API uint64_t emu_cuda_count(const char* name) { // `launches/1`: of device 1 alone
+    const char* slash = strchr(name, '/');
+    const size_t length = slash ? (size_t)(slash - name) : strlen(name);
+    const int device = slash ? atoi(slash + 1) % MOST_DEVICES : -1;
     for (int at = 0; at < COUNTS; at++) {
-        if (strcmp(name, COUNT_NAMES[at]) == 0) return counts[at];
+        if (strlen(COUNT_NAMES[at]) != length || strncmp(name, COUNT_NAMES[at], length) != 0) continue;
+        return device < 0 ? counts[at] : counts_of[device][at];
     }
+    if (strcmp(name, "used_bytes") != 0) return UINT64_MAX;
     Lock held(state().lock);
-    return strcmp(name, "used_bytes") == 0 ? state().used : UINT64_MAX;
+    uint64_t used = 0;
+    for (const uint64_t of : state().used) used += of;
+    return used;
 }
+// Whether all of it lies in one buffer of that device.
+API int emu_cuda_holds(uintptr_t at, size_t bytes, int device) { return lies_in(at, bytes, false, device); }
+// Reports a misuse that somebody else noticed.
+API void emu_cuda_report(const char* text) { misuse("%s", text); }
 // The first misuse since the last script; 0: there was none.
 API int emu_cuda_misuse(char* text, size_t room) {
     Lock held(state().lock);
@@ -543,42 +604,55 @@ API int cuGetErrorName(int code, const char** name) {
 }
 API int cuGetErrorString(int code, const char** text) { return cuGetErrorName(code, text); }
 
-// One context, whatever the device: each of several would be the same.
-API int cuDevicePrimaryCtxRetain(Context** context, int) {
-    Lock held(device().lock);
-    if (device().retained++ == 0) device().context = std::make_unique<Context>();
-    *context = device().context.get();
+API int cuDevicePrimaryCtxRetain(Context** context, int ordinal) {
+    if (ordinal < 0 || (uint64_t)ordinal >= state().settings.devices) return INVALID_DEVICE;
+    Device& own = device(ordinal);
+    Lock held(own.lock);
+    if (own.retained++ == 0) {
+        own.context = std::make_unique<Context>();
+        own.context->ordinal = ordinal;
+    }
+    *context = own.context.get();
     return SUCCESS;
 }
-API int cuDevicePrimaryCtxRelease_v2(int) {
-    Lock held(device().lock);
-    if (device().retained == 0) {
+// Those of a context, which are none any more.
+template <class T>
+std::vector<T*> take(Context* context) {
+    std::vector<T*> taken;
+    Lock held(handle_lock());
+    for (T* handle : live<T>()) {
+        if (handle->context == context) taken.push_back(handle);
+    }
+    for (T* handle : taken) live<T>().erase(handle);
+    return taken;
+}
+API int cuDevicePrimaryCtxRelease_v2(int ordinal) {
+    if (ordinal < 0 || ordinal >= MOST_DEVICES) return INVALID_DEVICE;
+    Device& own = device(ordinal);
+    Lock held(own.lock);
+    if (own.retained == 0) {
         misuse("a context is released more often than retained");
         return INVALID_CONTEXT;
     }
-    if (--device().retained > 0) return SUCCESS;
-    std::vector<Stream*> streams;
-    {
-        Lock handles(handle_lock());
-        streams.assign(live<Stream>().begin(), live<Stream>().end());
-        const size_t events = live<Event>().size(), modules = live<Module>().size();
-        const size_t graphs = live<Graph>().size() + live<Executable>().size();
-        live<Stream>().clear(), live<Event>().clear(), live<Module>().clear(), live<Graph>().clear(), live<Executable>().clear();
-        handles.unlock();
-        if (streams.size() + events + modules + graphs > 0) {
-            misuse("left over: %zu streams, %zu events, %zu modules, %zu graphs", streams.size(), events, modules, graphs);
-        }
+    if (--own.retained > 0) return SUCCESS;
+    Context* context = own.context.get();
+    const std::vector<Stream*> streams = take<Stream>(context);
+    const size_t events = take<Event>(context).size(), modules = take<Module>(context).size();
+    const size_t graphs = take<Graph>(context).size() + take<Executable>(context).size();
+    if (streams.size() + events + modules + graphs > 0) {
+        misuse("left over: %zu streams, %zu events, %zu modules, %zu graphs", streams.size(), events, modules, graphs);
     }
     for (Stream* stream : streams) end(stream);
     std::vector<std::pair<uintptr_t, bool>> left;
     {
         Lock memory(memory_lock());
-        needed().clear();
-        for (const auto& [at, one] : memories()) left.emplace_back(at, one.host);
+        for (const auto& [at, one] : memories()) {
+            if (one.device == ordinal) left.emplace_back(at, one.host);
+        }
     }
     if (!left.empty()) misuse("left over: %zu allocations", left.size());
     for (const auto& [at, host] : left) release(at, host);
-    device().context.reset();
+    own.context.reset();
     return SUCCESS;
 }
 API int cuCtxSetCurrent(Context* context) {
@@ -599,7 +673,9 @@ API int cuCtxSynchronize() {
     std::vector<Stream*> all;
     {
         Lock held(handle_lock());
-        all.assign(live<Stream>().begin(), live<Stream>().end());
+        for (Stream* stream : live<Stream>()) {
+            if (stream->context == current) all.push_back(stream);
+        }
     }
     for (Stream* stream : all) stream->wait();
     return ready();
@@ -609,14 +685,14 @@ API int cuMemGetInfo_v2(size_t* left, size_t* total) {
     if (const int not_ready = ready()) return not_ready;
     Lock held(state().lock);
     *total = state().settings.memory;
-    *left = state().settings.memory - state().used;
+    *left = state().settings.memory - state().used[current->ordinal];
     return SUCCESS;
 }
 API int cuMemAlloc_v2(uintptr_t* at, size_t bytes) {
     if (const int not_ready = ready()) return not_ready;
     if (const int refused = outside_captures("an allocation")) return refused;
     if (bytes == 0) return INVALID_VALUE;
-    *at = (uintptr_t)allocate(bytes, false);
+    *at = (uintptr_t)allocate(bytes, false, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFree_v2(uintptr_t at) {
@@ -630,7 +706,7 @@ API int cuMemAllocAsync(uintptr_t* at, size_t bytes, Stream* stream) {
     if (const int refused = outside_captures("an allocation")) return refused;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (bytes == 0) return INVALID_VALUE;
-    *at = (uintptr_t)allocate(bytes, false);
+    *at = (uintptr_t)allocate(bytes, false, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
@@ -651,15 +727,15 @@ API int cuMemFreeAsync(uintptr_t at, Stream* stream) {
 API int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
     if (const int not_ready = ready()) return not_ready;
     if (const int refused = outside_captures("an allocation")) return refused;
-    *at = allocate(bytes, true);
+    *at = allocate(bytes, true, current->ordinal);
     return *at ? SUCCESS : OUT_OF_MEMORY;
 }
 API int cuMemFreeHost(void* at) {
     if (const int refused = outside_captures("memory given back")) return refused;
     return release((uintptr_t)at, true) ? SUCCESS : INVALID_VALUE;
 }
-API int cuDeviceGetDefaultMemPool(void** pool, int) {
-    *pool = &device();
+API int cuDeviceGetDefaultMemPool(void** pool, int ordinal) {
+    *pool = &device(ordinal);
     return SUCCESS;
 }
 API int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
@@ -741,7 +817,9 @@ API int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
 
 API int cuEventCreate(Event** out, unsigned) {
     if (const int not_ready = ready()) return not_ready;
-    *out = add(new Event);
+    Event* event = new Event;
+    event->context = current;
+    *out = add(event);
     return SUCCESS;
 }
 API int cuEventDestroy_v2(Event* event) {
@@ -755,12 +833,12 @@ API int cuEventRecord(Event* event, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream") || !is_live(event, "event")) return INVALID_HANDLE;
     const uint64_t n = ++event->recorded;
-    return stream->take({nullptr, [=] {
+    // Whoever waited for it finds that the stream is there.
+    return stream->take({nullptr, [] { return SUCCESS; }, [=] {
         Lock held(event->lock);
         event->reached = std::max(event->reached, n);
         event->at = Clock::now();
         event->changed.notify_all();
-        return SUCCESS;
     }});
 }
 API int cuEventQuery(Event* event) {
@@ -789,7 +867,7 @@ API int cuModuleLoadData(Module** out, const void* image) {
     if (const int not_ready = ready()) return not_ready;
     const unsigned char fatbin[4] = {0x50, 0xed, 0x55, 0xba};
     if (memcmp(image, IMAGE, sizeof IMAGE) != 0 && memcmp(image, fatbin, sizeof fatbin) != 0) return INVALID_IMAGE;
-    *out = add(new Module);
+    *out = add(new Module{current, {}});
     return SUCCESS;
 }
 API int cuModuleUnload(Module* module) {
@@ -814,16 +892,28 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (extra || block_y != 1 || block_z != 1 || shared > function->most_shared) return INVALID_VALUE;
+    if (stream->context != current) {
+        misuse("%s is launched on a stream of another context", function->kernel->name);
+        return INVALID_HANDLE;
+    }
     std::vector<std::vector<char>> values;
     for (unsigned at = 0; at < function->kernel->n_arguments; at++) {
         const char* from = (const char*)parameters[at];
         values.emplace_back(from, from + function->kernel->sizes[at]);
     }
     const emu::Kernel* kernel = function->kernel;
-    if (!stream->capture) counts[GIVEN]++;
+    if (!stream->capture) count(GIVEN, current->ordinal);
     return stream->take({nullptr, [=] {
         const unsigned grid[3] = {grid_x, grid_y, grid_z};
-        return launch(kernel, grid, block_x, shared, values);
+        return launch(kernel, grid, block_x, shared, values, stream->context->ordinal);
+    }});
+}
+API int cuLaunchHostFunc(Stream* stream, void (*function)(void*), void* data) {
+    if (const int not_ready = ready()) return not_ready;
+    if (!is_live(stream, "stream")) return INVALID_HANDLE;
+    return stream->take({nullptr, [=] {
+        function(data);
+        return SUCCESS;
     }});
 }
 
@@ -832,6 +922,7 @@ API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (stream->capture || capturing) return INVALID_VALUE;
     stream->capture = std::make_unique<Graph>();
+    stream->capture->context = stream->context;
     stream->spoilt = false;
     capturing = stream;
     return SUCCESS;
@@ -850,8 +941,9 @@ API int cuGraphInstantiateWithFlags(Executable** out, Graph* graph, unsigned lon
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(graph, "graph")) return INVALID_HANDLE;
     uint64_t value;
-    if (due("nograph", ++counts[INSTANTIATED], value)) return NOT_SUPPORTED;
-    *out = add(new Executable{*graph});
+    const uint64_t n = count(INSTANTIATED, current->ordinal);
+    if (due("nograph", n, current->ordinal, counts_of[current->ordinal][INSTANTIATED], value)) return NOT_SUPPORTED;
+    *out = add(new Executable{current, *graph});
     return SUCCESS;
 }
 API int cuGraphDestroy(Graph* graph) {
@@ -872,7 +964,7 @@ API int cuGraphExecDestroy(Executable* executable) {
 API int cuGraphLaunch(Executable* executable, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(executable, "graph") || !is_live(stream, "stream")) return INVALID_HANDLE;
-    counts[GRAPHS]++;
+    count(GRAPHS, executable->context->ordinal);
     for (const Work& one : executable->graph) {
         if (const int refused = stream->take(one)) return refused;
     }

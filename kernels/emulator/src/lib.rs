@@ -11,9 +11,10 @@ use tastemaker_kernels::{DevicePtr, Launch};
 
 include!("planted.rs");
 
-/// A folder with an emulated `libcuda.so` and `libnvrtc.so` (driver/ says what they are); `None` where they could not be made.
+/// A folder with an emulated `libcuda.so` and `libnvrtc.so` (driver/ says what they are); `None` where they could not be made, and on
+/// another machine than that which made them.
 pub fn emulated_cuda() -> Option<&'static Path> {
-    Some(env!("EMULATED_CUDA")).filter(|folder| !folder.is_empty()).map(Path::new)
+    Some(Path::new(env!("EMULATED_CUDA"))).filter(|folder| folder.join("libcuda.so").is_file())
 }
 
 unsafe extern "C" {
@@ -89,6 +90,8 @@ unsafe impl Plain for u8 {}
 unsafe impl Plain for u16 {}
 // SAFETY: numbers.
 unsafe impl Plain for u32 {}
+// SAFETY: numbers.
+unsafe impl Plain for i64 {}
 // SAFETY: numbers.
 unsafe impl Plain for f32 {}
 

@@ -59,6 +59,8 @@ calls! {
     module_load = c"cuModuleLoadData" (module: *mut Handle, image: *const c_void);
     module_unload = c"cuModuleUnload" (module: Handle);
     function = c"cuModuleGetFunction" (function: *mut Handle, module: Handle, name: *const c_char);
+    launch_host = c"cuLaunchHostFunc" (stream: Handle, function: extern "C" fn(Handle), data: Handle);
+    holds = c"emu_cuda_holds" (at: u64, bytes: usize, device: c_int);
     misuse_text = c"emu_cuda_misuse" (text: *mut c_char, room: usize);
 }
 
@@ -69,7 +71,7 @@ impl Driver {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(folder) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
             return None;
         };
         let path = CString::new(folder.join("libcuda.so").to_str().unwrap()).unwrap();
@@ -77,7 +79,7 @@ impl Driver {
         let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
         assert!(!library.is_null());
         let driver = Driver { library, _alone: alone };
-        let script = CString::new(format!("seed={seed},delay_us=2000")).unwrap();
+        let script = CString::new(format!("seed={seed},delay_us=2000,devices=2")).unwrap();
         // SAFETY: of this type in driver.cpp.
         let call: extern "C" fn(*const c_char) = unsafe { std::mem::transmute(driver.symbol(c"emu_cuda_script")) };
         call(script.as_ptr());
@@ -333,5 +335,49 @@ fn what_was_captured_runs_as_often_as_it_is_launched() {
     assert_eq!(driver.free(memory), 0);
     assert_eq!([driver.free_host(from.as_mut_ptr().cast()), driver.free_host(to.as_mut_ptr().cast())], [0; 2]);
     assert_eq!(driver.stream_destroy(stream), 0);
+    driver.close();
+}
+
+#[test]
+fn a_function_of_the_host_runs_when_its_turn_comes() {
+    extern "C" fn increment(at: Handle) {
+        // SAFETY: the tests give it `N` bytes that only the stream's work touches meanwhile.
+        unsafe { std::slice::from_raw_parts_mut(at.cast::<u8>(), N) }.iter_mut().for_each(|byte| *byte += 1);
+    }
+    let Some(driver) = Driver::open(8) else { return };
+    let (stream, memory, from, to) = (driver.stream(), driver.memory(), driver.host(1), driver.host(0));
+    assert_eq!(driver.upload(memory, from.as_ptr().cast(), N, stream), 0);
+    assert_eq!(driver.launch_host(stream, increment, memory as Handle), 0);
+    assert_eq!(driver.download(to.as_mut_ptr().cast(), memory, N, stream), 0);
+    assert_eq!(driver.stream_synchronize(stream), 0);
+    assert!(all(to, 2));
+    let holds = |bytes, device| driver.holds(memory, bytes, device);
+    assert_eq!([holds(N, 0), holds(N, -1), holds(N + 1, 0), holds(N, 1)], [1, 1, 0, 0]);
+    assert_eq!([driver.free(memory), driver.stream_destroy(stream)], [0; 2]);
+    assert_eq!([driver.free_host(from.as_mut_ptr().cast()), driver.free_host(to.as_mut_ptr().cast())], [0; 2]);
+    assert_eq!(driver.close(), None);
+}
+
+#[test]
+fn devices_have_memory_and_contexts_of_their_own() {
+    let Some(driver) = Driver::open(9) else { return };
+    let (first, memory, from) = (driver.stream(), driver.memory(), driver.host(3));
+    let context = driver.made(|at| driver.retain(at, 1));
+    assert_ne!(driver.retain(&mut null_mut(), 2), 0, "there are two");
+    assert_eq!(driver.set_current(context), 0);
+    let (second, own) = (driver.stream(), driver.memory());
+    assert_eq!(driver.upload(own, from.as_ptr().cast(), N, second), 0);
+    assert_eq!(driver.stream_synchronize(second), 0);
+    assert_eq!(driver.misuse(), None);
+    assert_eq!(driver.upload(memory, from.as_ptr().cast(), N, second), 1);
+    assert!(driver.misuse().unwrap().ends_with("not in one buffer of the device"));
+    // One is given up, and what is left of it said; the other goes on.
+    assert_eq!([driver.free(own), driver.stream_destroy(second), driver.release(1)], [0; 3]);
+    let context = driver.made(|at| driver.retain(at, 0));
+    assert_eq!(driver.set_current(context), 0);
+    assert_eq!(driver.upload(memory, from.as_ptr().cast(), N, first), 0);
+    assert_eq!(driver.stream_synchronize(first), 0);
+    assert_eq!([driver.free(memory), driver.stream_destroy(first), driver.free_host(from.as_mut_ptr().cast())], [0; 3]);
+    assert_eq!(driver.release(0), 0);
     driver.close();
 }

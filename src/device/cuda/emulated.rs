@@ -24,7 +24,7 @@ impl Emulated {
         let alone = ALONE.lock();
         let Some(folder) = tastemaker_emulator::emulated_cuda() else {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler");
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
             return None;
         };
         let path = CString::new(folder.join("libcuda.so").to_str().unwrap()).unwrap();
@@ -67,6 +67,19 @@ impl Emulated {
             unsafe { std::mem::transmute(self.symbol(c"emu_cuda_misuse")) };
         let is = call(text.as_mut_ptr().cast(), text.len()) != 0;
         is.then(|| CStr::from_bytes_until_nul(&text).unwrap().to_string_lossy().into_owned())
+    }
+}
+
+/// Tells a library that stands in for another one something, by a function of its own that takes a text.
+pub fn tell(library: &std::path::Path, function: &CStr, text: &str) {
+    let [path, text] = [library.to_str().unwrap(), text].map(|text| CString::new(text).unwrap());
+    // SAFETY: the library is open, and was made for this; its function has this type.
+    unsafe {
+        let library = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
+        let symbol = libc::dlsym(library, function.as_ptr());
+        assert!(!symbol.is_null(), "{function:?}");
+        let call: extern "C" fn(*const c_char) = std::mem::transmute(symbol);
+        call(text.as_ptr());
     }
 }
 

@@ -1,13 +1,14 @@
-//! The engine of a GPU: finds the neighbours of a batch there, exactly, and has the CPU engine do the rest.
+//! The engine of a GPU: finds the neighbours of a batch there, and has the CPU engine do the rest.
 //!
-//! The scores of all rows are computed by a kernel of our own and the best selected on the device; twice as many as are wanted come back,
-//! so that filters that only the CPU knows leave enough. The GPU sums in another order than the CPU, so what comes back is scored
-//! again as far as its error leaves the order open ([`crate::index::Prefetched`]): answers are the same to the bit.
+//! They are found by an index of cuVS where there is to be one ([`super::finder`]), and else exactly: the scores of all rows are computed by
+//! a kernel of our own and the best selected on the device; twice as many as are wanted come back, so that filters that only the CPU knows
+//! leave enough. The GPU sums in another order than the CPU, so what comes back is scored again as far as its error leaves the order open
+//! ([`crate::index::Prefetched`]): answers are the same to the bit, but for what an index misses.
 
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use half::bf16;
@@ -15,6 +16,8 @@ use parking_lot::Mutex;
 use tastemaker_kernels::{MAX_K, ScoreBy};
 
 use super::context::Context;
+use super::cuvs::{Cuvs, Unavailable};
+use super::finder::{Asked, Failure, Finder, Indexed, Plan};
 use super::kernels::{Image, image};
 use super::ops::{Lists, ListsMut, Scoring, Vectors};
 use super::pipeline::ranker::Maker;
@@ -26,7 +29,7 @@ use crate::catalog::live::LiveItems;
 use crate::context::Stage;
 use crate::device::cpu::{Ahead, CpuDevice, twins};
 use crate::device::{Counters, Device, DeviceConfig, DeviceError, Job, Storage, Task};
-use crate::index::{Found, Settled};
+use crate::index::{Found, SearchParams, Settled};
 use crate::pipeline::PipelineConfig;
 
 /// The most neighbours that are looked for on the GPU: twice as many come back, but for the last eighth.
@@ -56,6 +59,8 @@ pub struct Cuda {
     config: DeviceConfig,
     n_workers: usize,
     image: Image,
+    /// Opened when it is first needed.
+    pub(super) cuvs: OnceLock<Result<&'static Cuvs, Unavailable>>,
     /// While a worker uses it.
     shared: Mutex<Weak<Shared>>,
 }
@@ -80,7 +85,7 @@ impl Cuda {
 
     fn with_image(gpu: Gpu, config: &DeviceConfig, n_workers: usize, image: Image) -> Arc<Self> {
         let (counters, shared) = (Arc::new(Counters::new(&format!("cuda:{}", gpu.ordinal))), Mutex::default());
-        Arc::new(Cuda { gpu, counters, config: config.clone(), n_workers, image, shared })
+        Arc::new(Cuda { gpu, counters, config: config.clone(), n_workers, image, cuvs: OnceLock::new(), shared })
     }
 
     /// The context, and the generation's tables in it, which stay there while this is held or a worker uses them.
@@ -160,15 +165,40 @@ impl Cuda {
             tracing::warn!(device = %self.gpu.ordinal, "vectors that are not finite: neighbours are found on the CPU");
             return Ok(None);
         }
-        let budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers);
+        let device = format_args!("cuda:{}", self.gpu.ordinal).to_string();
+        let exactly = |reason: String| tracing::warn!(device, reason, "neighbours are found exactly, not by cuVS");
+        let width = padded(matrix.dim);
+        let plan = Plan::of(&self.config, generation, [matrix.n_rows(), matrix.dim, width]);
+        let mut plan = plan.unwrap_or_else(|error| {
+            exactly(error.to_string());
+            None
+        });
+        let mut budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers, plan.as_ref());
         let (free, _) = shared.context.memory()?;
         let may = self.left(shared)?;
+        if plan.is_some() && budget.all() > may {
+            exactly(format!("{budget}; {} may be used of the {} that are free", mib(may), mib(free)));
+            plan = None;
+            budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers, None);
+        }
         if budget.all() > may {
             let reason = format!("{budget}; {} may be used of the {} that are free", mib(may), mib(free));
             return Err(DeviceError::Load { version: generation.version.clone(), reason });
         }
         let stream = Stream::new(&shared.context)?;
-        let resident = Arc::new(Resident::new(&stream, generation.clone(), matrix, longest, self.config.vectors)?);
+        let mut resident = Resident::new(&stream, generation.clone(), matrix, longest, self.config.vectors)?;
+        if let (Some(plan), Stored::F32(vectors)) = (plan, &resident.vectors) {
+            let folder = Some(Path::new(&self.config.cuvs)).filter(|folder| !folder.as_os_str().is_empty());
+            let cuvs = self.cuvs.get_or_init(|| Cuvs::load(folder)).as_ref().map_err(ToString::to_string);
+            let made = cuvs.and_then(|cuvs| {
+                Indexed::new(&stream, self.gpu.ordinal, (cuvs, vectors), plan, generation, &self.config)
+            });
+            match made {
+                Ok(indexed) => resident.indexed = Some(Arc::new(indexed)),
+                Err(reason) => exactly(reason),
+            }
+        }
+        let resident = Arc::new(resident);
         self.counters.memory_bytes.store(budget.all(), Relaxed);
         tracing::info!(device = %format_args!("cuda:{}", self.gpu.ordinal), memory = %budget, free = %mib(free), "tables loaded");
         residents.push(resident.clone());
@@ -187,12 +217,13 @@ struct Budget {
     dim: usize,
     vectors: u64,
     terms: u64,
+    index: u64,
     worker: u64,
     n_workers: u64,
 }
 
 impl Budget {
-    fn new(matrix: &Matrix, metric: Metric, config: &DeviceConfig, n_workers: usize) -> Self {
+    fn new(matrix: &Matrix, metric: Metric, config: &DeviceConfig, n_workers: usize, plan: Option<&Plan>) -> Self {
         let (n_rows, dim) = (matrix.n_rows(), matrix.dim);
         let value = match config.vectors {
             Storage::F32 => 4,
@@ -204,24 +235,26 @@ impl Budget {
             dim,
             vectors: (n_rows * padded(dim) * value) as u64,
             terms: terms as u64,
-            worker: Sizes::new(n_rows, padded(dim), config).bytes(),
+            index: plan.map_or(0, Plan::bytes),
+            worker: Sizes::new(n_rows, padded(dim), config, plan.is_some()).bytes(),
             n_workers: n_workers as u64,
         }
     }
 
     fn all(&self) -> u64 {
-        self.vectors + self.terms + self.worker * self.n_workers
+        self.vectors + self.terms + self.index + self.worker * self.n_workers
     }
 }
 
 impl std::fmt::Display for Budget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Budget { n_rows, dim, vectors, terms, worker, n_workers } = self;
+        let Budget { n_rows, dim, vectors, terms, index, worker, n_workers } = self;
         let (all, vectors, worker) = (mib(self.all()), mib(vectors + terms), mib(*worker));
-        write!(
-            f,
-            "{all} of GPU memory: {vectors} for {n_rows} x {dim} vectors, {worker} for each of {n_workers} workers"
-        )
+        write!(f, "{all} of GPU memory: {vectors} for {n_rows} x {dim} vectors, ")?;
+        if *index > 0 {
+            write!(f, "at most {} for making their index, ", mib(*index))?;
+        }
+        write!(f, "{worker} for each of {n_workers} workers")
     }
 }
 
@@ -268,6 +301,8 @@ pub(super) struct Resident {
     pub(super) dim: usize,
     pub(super) width: usize,
     longest: f64,
+    /// Where neighbours are not to be found exactly.
+    pub(super) indexed: Option<Arc<Indexed>>,
     /// What recommendations need beside, once the first worker has looked; `None` in it: they can't be computed here.
     tables: Mutex<Option<Option<Arc<Tables>>>>,
 }
@@ -315,7 +350,7 @@ impl Resident {
             })?),
         };
         let tables = Mutex::default();
-        Ok(Resident { generation, vectors, terms, by, n_rows, dim, width, longest, tables })
+        Ok(Resident { generation, vectors, terms, by, n_rows, dim, width, longest, indexed: None, tables })
     }
 
     /// How a device's scores for a query of length `norm` relate to the metric's: shift, scale, error, as in [`Found`].
@@ -348,17 +383,21 @@ impl Resident {
 pub(super) struct Sizes {
     n_rows: usize,
     width: usize,
-    /// Queries.
+    /// Queries whose scores of all rows have room.
     chunk: usize,
     /// Queries of whom there is room for the scores: as many, or a batch of recommendations.
     scored: usize,
+    /// Queries at a time.
+    queries: usize,
+    by_index: bool,
 }
 
 impl Sizes {
-    fn new(n_rows: usize, width: usize, config: &DeviceConfig) -> Self {
+    fn new(n_rows: usize, width: usize, config: &DeviceConfig, by_index: bool) -> Self {
         let chunk = (config.workspace_bytes as usize / (4 * n_rows.max(1))).clamp(1, MOST_QUERIES);
-        let scored = chunk.max(PipelineSizes::largest(config, n_rows));
-        Sizes { n_rows, width, chunk, scored }
+        // Recommendations are not computed as a whole where neighbours are not found exactly.
+        let scored = if by_index { chunk } else { chunk.max(PipelineSizes::largest(config, n_rows)) };
+        Sizes { n_rows, width, chunk, scored, queries: if by_index { MOST_QUERIES } else { chunk }, by_index }
     }
 
     /// Parts that rows are selected in.
@@ -367,7 +406,7 @@ impl Sizes {
     }
 
     fn input(&self) -> usize {
-        self.chunk * self.width + 2 * MOST_PAIRS
+        self.queries * self.width + 2 * MOST_PAIRS
     }
 
     fn scores(&self) -> usize {
@@ -379,7 +418,7 @@ impl Sizes {
     }
 
     fn output(&self) -> usize {
-        self.chunk * MAX_K as usize * 2
+        self.queries * MAX_K as usize * 2
     }
 
     fn words(&self) -> usize {
@@ -387,7 +426,8 @@ impl Sizes {
     }
 
     fn bytes(&self) -> u64 {
-        4 * (self.input() + self.scores() + self.lists() + self.output() + self.words()) as u64
+        let by_index = if self.by_index { Plan::worker_bytes(self.queries) } else { 0 };
+        4 * (self.input() + self.scores() + self.lists() + self.output() + self.words()) as u64 + by_index
     }
 }
 
@@ -397,6 +437,8 @@ struct Told {
     /// `None`: all may come out.
     items: Option<Arc<LiveItems>>,
     when: Instant,
+    /// Rows that may come out.
+    n_left: usize,
 }
 
 /// What one worker searches by.
@@ -415,6 +457,9 @@ pub(super) struct Searcher {
     /// Bits of rows that may come out, as was told last.
     pub(super) words: Buffer<u32>,
     told: Option<Told>,
+    finder: Option<Finder>,
+    /// A search lacked memory once, and that was said.
+    lacked: bool,
     up: Ring<u32>,
     down: Vec<Pinned<u32>>,
 }
@@ -433,6 +478,8 @@ struct Answers {
     fetched: usize,
     rows: Vec<u32>,
     scores: Vec<f32>,
+    /// By an index, and whether its distances are the vectors'; `None`: exactly.
+    by_index: Option<bool>,
 }
 
 impl Answers {
@@ -444,6 +491,25 @@ impl Answers {
         (&rows[..n], &scores[..n], n < self.fetched)
     }
 
+    /// The `at`-th list with what is known of its scores, for a query of length `norm`.
+    fn found(&self, at: usize, resident: &Resident, norm: f64) -> Found<'_> {
+        let (rows, scores, all) = self.list(at);
+        let (shift, scale, error) = resident.tolerance(norm);
+        match self.by_index {
+            None => Found { rows, scores, shift, scale, error, all, enough: false },
+            Some(of_vectors) => Found {
+                rows,
+                scores,
+                // As the metric has them.
+                shift: 0.0,
+                scale: 1.0,
+                error: if of_vectors { error } else { f32::INFINITY },
+                all: rows.len() == resident.n_rows,
+                enough: true,
+            },
+        }
+    }
+
     /// Takes over a chunk's output: rows `[n, fetched]`, then scores.
     fn extend(&mut self, output: &[u32], n: usize) {
         let (rows, scores) = output[..2 * n * self.fetched].split_at(n * self.fetched);
@@ -453,10 +519,17 @@ impl Answers {
 }
 
 impl Searcher {
-    fn new(stream: &Stream, resident: Arc<Resident>, config: &DeviceConfig) -> Result<Self, DeviceError> {
-        let sizes = Sizes::new(resident.n_rows, resident.width, config);
+    fn new(stream: &Stream, ordinal: u32, resident: Arc<Resident>, config: &DeviceConfig) -> Result<Self, DeviceError> {
+        let indexed = resident.indexed.clone();
+        let sizes = Sizes::new(resident.n_rows, resident.width, config, indexed.is_some());
+        let finder = indexed.and_then(|indexed| {
+            let made = Finder::new(stream, ordinal, indexed, config, sizes.queries);
+            made.map_err(|error| no_finder(ordinal, &error)).ok()
+        });
         Ok(Searcher {
             resident,
+            finder,
+            lacked: false,
             sizes,
             input: stream.buffer(sizes.input())?,
             scores: stream.buffer(sizes.scores())?,
@@ -491,38 +564,82 @@ impl Searcher {
             return Ok(false);
         }
         self.told = None;
-        let (n, mut host) = (self.sizes.words(), self.up.take()?);
+        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, self.sizes.n_rows);
         match items {
             None => host[..n].fill(u32::MAX),
             Some(items) => {
                 host[..n].fill(0);
+                n_left = 0;
                 for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
                     host[row as usize / 32] |= 1 << (row % 32);
+                    n_left += 1;
                 }
             }
         }
         self.up.give(stream.upload(host, n, self.words.part_mut(0..n))?);
-        self.told = Some(Told { items: items.cloned(), when: Instant::now() });
+        self.told = Some(Told { items: items.cloned(), when: Instant::now(), n_left });
         Ok(true)
     }
 
-    /// Finds the `answers.fetched` best of all rows for each question, without those that its user has seen if they are many, and without
-    /// those that `items` hides if `told`.
+    /// Finds the `answers.fetched` best rows for each question: by the index, with what `effort` says or the bundle; where there is none, of
+    /// all rows, without those that its user has seen if they are many. Without those that `items` hides if the GPU is told.
     fn search(
+        &mut self,
+        stream: &Stream,
+        ordinal: u32,
+        questions: &[Question<'_>],
+        (wanted, effort): (usize, &SearchParams),
+        items: Option<&Arc<LiveItems>>,
+        answers: &mut Answers,
+    ) -> Result<(), DeviceError> {
+        let told = self.tell(stream, items)?;
+        let admitted =
+            self.told.as_ref().filter(|_| told).map_or(1.0, |told| told.n_left as f64 / self.sizes.n_rows as f64);
+        let asked = self.finder.as_ref().and_then(|finder| {
+            // Who has seen more is the CPU's.
+            let seen = questions.iter().map(|question| question.seen.len()).filter(|&n| n <= wanted).max();
+            finder.indexed().asked([wanted, seen.unwrap_or(0), LEAST_FETCHED], admitted, effort)
+        });
+        if let Some(asked) = asked {
+            match self.pass(stream, questions, wanted, told, Some(&asked), answers) {
+                Err(Failure::Index(error)) => {
+                    // What lacked memory may have it the next time.
+                    let lacks = error.is_out_of_memory();
+                    if !lacks || !std::mem::replace(&mut self.lacked, true) {
+                        no_finder(ordinal, &Failure::Index(error));
+                    }
+                    if !lacks {
+                        self.finder = None;
+                    }
+                    self.down = (0..2).map(|_| stream.pinned(self.sizes.output())).collect::<Result<_, _>>()?;
+                }
+                Err(Failure::Device(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+        self.pass(stream, questions, wanted, told, None, answers).map_err(|failure| match failure {
+            Failure::Device(error) => error,
+            Failure::Index(error) => DeviceError::Failed(error.to_string()),
+        })
+    }
+
+    /// As [`Self::search`]: by the index as `asked`, or else exactly.
+    fn pass(
         &mut self,
         stream: &Stream,
         questions: &[Question<'_>],
         wanted: usize,
-        items: Option<&Arc<LiveItems>>,
+        told: bool,
+        asked: Option<&Asked>,
         answers: &mut Answers,
-    ) -> Result<(), DeviceError> {
-        let fetched = (2 * wanted).clamp(LEAST_FETCHED, MAX_K as usize);
+    ) -> Result<(), Failure> {
+        let fetched = asked.map_or((2 * wanted).clamp(LEAST_FETCHED, MAX_K as usize), |asked| asked.fetched);
         answers.fetched = fetched;
+        answers.by_index = asked.and(self.finder.as_ref()).map(|finder| finder.indexed().is_of_vectors());
         answers.rows.clear();
         answers.scores.clear();
-        let told = self.tell(stream, items)?;
         let mut flying: VecDeque<(Flight<u32>, usize)> = VecDeque::new();
-        for questions in questions.chunks(self.sizes.chunk) {
+        for questions in questions.chunks(if asked.is_some() { self.sizes.queries } else { self.sizes.chunk }) {
             // While one chunk is computed, the next is prepared and the last taken over.
             let down = match self.down.pop() {
                 Some(slot) => slot,
@@ -533,7 +650,7 @@ impl Searcher {
                     slot
                 }
             };
-            let flight = self.chunk(stream, questions, fetched, wanted, told, down)?;
+            let flight = self.chunk(stream, questions, (fetched, wanted), told, asked, down)?;
             flying.push_back((flight, questions.len()));
         }
         for (flight, n) in flying {
@@ -549,11 +666,11 @@ impl Searcher {
         &mut self,
         stream: &Stream,
         questions: &[Question<'_>],
-        fetched: usize,
-        wanted: usize,
+        (fetched, wanted): (usize, usize),
         told: bool,
+        asked: Option<&Asked>,
         down: Pinned<u32>,
-    ) -> Result<Flight<u32>, DeviceError> {
+    ) -> Result<Flight<u32>, Failure> {
         let Resident { vectors, terms, by, n_rows, dim, width, .. } = &*self.resident;
         let (n, n_rows, width) = (questions.len(), *n_rows, *width);
         let mut host = self.up.take()?;
@@ -565,7 +682,7 @@ impl Searcher {
             query.iter_mut().zip(question.query).for_each(|(to, value)| *to = value.to_bits());
             // Few are left out by the CPU, which has as many more as this to choose from.
             let many = question.seen.len() > (fetched - wanted) / 2;
-            if many && n_pairs + question.seen.len() <= MOST_PAIRS {
+            if many && asked.is_none() && n_pairs + question.seen.len() <= MOST_PAIRS {
                 for (pair, &row) in pairs[2 * n_pairs..].as_chunks_mut::<2>().0.iter_mut().zip(question.seen) {
                     *pair = [at as u32, row];
                 }
@@ -574,8 +691,16 @@ impl Searcher {
         }
         let n_input = n * width + 2 * n_pairs;
         self.up.give(stream.upload(host, n_input, self.input.part_mut(0..n_input))?);
+        let queries = self.input.part(0..n * width).as_type();
+        let available = told.then(|| self.words.part(0..self.sizes.words()));
+        let (rows, scores) = self.output.part_mut(0..2 * n * fetched).split_at(n * fetched);
+        let best = ListsMut { rows, scores: scores.as_type() };
+        if let (Some(asked), Some(finder)) = (asked, &mut self.finder) {
+            finder.find(stream, (queries, n), asked, available, best)?;
+            return Ok(stream.download(self.output.part(0..2 * n * fetched), down)?);
+        }
         let scoring = Scoring {
-            queries: self.input.part(0..n * width).as_type(),
+            queries,
             n_queries: n,
             vectors: match vectors {
                 Stored::F32(table) => Vectors::F32(table.part(0..table.len())),
@@ -585,7 +710,7 @@ impl Searcher {
             width,
             by: *by,
             terms: terms.as_ref().map(|terms| terms.part(0..n_rows)),
-            available: told.then(|| self.words.part(0..self.sizes.words())),
+            available,
         };
         stream.scores(scoring, self.scores.part_mut(0..n * n_rows))?;
         if n_pairs > 0 {
@@ -593,8 +718,6 @@ impl Searcher {
             stream.mask_scores(pairs, n_pairs, self.scores.part_mut(0..n * n_rows), [n, n_rows])?;
         }
         let n_parts = self.sizes.parts(n);
-        let (rows, scores) = self.output.part_mut(0..2 * n * fetched).split_at(n * fetched);
-        let best = ListsMut { rows, scores: scores.as_type() };
         let all = self.scores.part(0..n * n_rows);
         if n_parts == 1 {
             stream.topk(all, [n, n_rows, 1, fetched], best)?;
@@ -606,8 +729,14 @@ impl Searcher {
             let lists = Lists { rows: lists.part(0..size), scores: lists.part(size..2 * size).as_type() };
             stream.partition_merge(lists, [n, n_parts, fetched, fetched], best)?;
         }
-        stream.download(self.output.part(0..2 * n * fetched), down)
+        Ok(stream.download(self.output.part(0..2 * n * fetched), down)?)
     }
+}
+
+/// The line for the operator, once a worker.
+fn no_finder(ordinal: u32, failure: &Failure) {
+    let device = format_args!("cuda:{ordinal}").to_string();
+    tracing::warn!(device, reason = %failure, "neighbours are found exactly, not by cuVS");
 }
 
 /// Has the stream compute something whose result is known.
@@ -715,6 +844,7 @@ impl CudaDevice {
         let clock = Instant::now();
         let Resident { generation, dim, .. } = &*searcher.resident;
         let (mut questions, mut wanted, mut n_lists) = (Vec::new(), 0, 0);
+        let mut effort = SearchParams::default();
         // What the GPU is told of items holds for jobs that were planned with the same ones.
         let mut items: Option<Option<&Arc<LiveItems>>> = None;
         for (job, &place) in batch.iter().zip(places) {
@@ -727,6 +857,8 @@ impl CudaDevice {
                 // Of what has no length or no end nothing can be said.
                 if questions[before..].iter().all(|question| question.norm > 0.0 && question.norm < 1e18) {
                     wanted = wanted.max(k);
+                    // One search for all: the most that one of them asks for.
+                    effort = effort.most(&job.search.params);
                     n_lists = questions.len();
                     items = Some(match (items, &job.items) {
                         (None, own) => own.as_ref(),
@@ -743,7 +875,11 @@ impl CudaDevice {
             return Ok((ends, norms));
         }
         norms.extend(questions.iter().map(|question| question.norm));
-        searcher.search(&self.stream, &questions, wanted, items.flatten(), &mut self.answers)?;
+        let ordinal = self.cuda.gpu.ordinal;
+        searcher.search(&self.stream, ordinal, &questions, (wanted, &effort), items.flatten(), &mut self.answers)?;
+        if self.answers.by_index.is_some() {
+            self.cuda.counters.by_index.fetch_add(questions.len() as u64, Relaxed);
+        }
         let spent = clock.elapsed();
         let mut before = 0;
         for (job, &end) in batch.iter_mut().zip(&ends) {
@@ -768,7 +904,7 @@ impl Device for CudaDevice {
             // The old one's memory first: both may not fit.
             (self.pipeline, self.searcher) = (None, None);
             let resident = self.cuda.resident(&self.shared, generation)?;
-            let make = |resident| Searcher::new(&self.stream, resident, &self.cuda.config);
+            let make = |resident| Searcher::new(&self.stream, self.cuda.gpu.ordinal, resident, &self.cuda.config);
             self.searcher = resident.map(make).transpose()?;
             self.load_pipeline()?;
         }
@@ -851,11 +987,8 @@ impl CudaDevice {
         }
         let (ends, norms) = self.ask(batch, here)?;
         let Self { rest, searcher, answers, cuda, places, .. } = self;
-        let lists = norms.iter().enumerate().filter_map(|(at, &norm)| {
-            let (shift, scale, error) = searcher.as_ref()?.resident.tolerance(norm);
-            let (rows, scores, all) = answers.list(at);
-            Some(Found { rows, scores, shift, scale, error, all })
-        });
+        let found = |(at, &norm)| Some(answers.found(at, &searcher.as_ref()?.resident, norm));
+        let lists = norms.iter().enumerate().filter_map(found);
         let ahead = FoundAhead { lists: lists.collect(), ends, settled: &cuda.counters.settled, places, here };
         rest.execute_after(batch, Some(&ahead))
     }
@@ -888,18 +1021,19 @@ pub(super) mod testing {
 
 #[cfg(test)]
 #[expect(clippy::vec_box, reason = "a device executes boxes")]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
     use rten::ThreadPool;
 
     use super::super::emulated::Emulated;
-    use super::testing::cuda;
     use super::*;
     use crate::catalog::generation::testing;
     use crate::context::Deadline;
     use crate::device::Ranked;
 
-    fn cpu(config: &Arc<PipelineConfig>) -> CpuDevice {
+    pub(crate) use super::testing::cuda;
+
+    pub(crate) fn cpu(config: &Arc<PipelineConfig>) -> CpuDevice {
         CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)))
     }
 
@@ -913,7 +1047,7 @@ mod tests {
     }
 
     /// Jobs of every kind that searches, and some that do not.
-    fn jobs(generation: &Arc<Generation>, n: usize, dim: usize, k: u32, seed: u64) -> Vec<Box<Job>> {
+    pub(crate) fn jobs(generation: &Arc<Generation>, n: usize, dim: usize, k: u32, seed: u64) -> Vec<Box<Job>> {
         let mut noise = crate::testing::noise(seed);
         let n_items = generation.items.len() as u32;
         (0..n)
@@ -949,7 +1083,12 @@ mod tests {
         (items, result_lengths, &candidates.rows, scores, job.failure.is_some())
     }
 
-    fn compare(device: &mut CudaDevice, other: &mut CpuDevice, mut batch: Vec<Box<Job>>, mut own: Vec<Box<Job>>) {
+    pub(crate) fn compare(
+        device: &mut CudaDevice,
+        other: &mut CpuDevice,
+        mut batch: Vec<Box<Job>>,
+        mut own: Vec<Box<Job>>,
+    ) {
         device.execute(&mut batch).unwrap();
         other.execute(&mut own).unwrap();
         for (at, (got, want)) in batch.iter().zip(&own).enumerate() {

@@ -2,7 +2,7 @@
 //!
 //! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
 //! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`cuvs`] is
-//! vector search by cuVS, which the engine does not use yet.
+//! vector search by cuVS, which [`finder`] has the engine use for the bundle's index.
 
 pub mod context;
 pub mod cuvs;
@@ -10,6 +10,7 @@ pub mod dense;
 #[cfg(test)]
 mod emulated;
 pub mod engine;
+mod finder;
 pub mod kernels;
 pub mod ops;
 pub mod pipeline;

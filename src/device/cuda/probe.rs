@@ -125,11 +125,20 @@ impl From<DriverError> for Unfit {
 /// # Errors
 /// Why there is none; of several unfit ones the first.
 pub fn probe(ordinal: Option<u32>) -> Result<Gpu, Unfit> {
+    // Of equal ones the first.
+    probe_all(ordinal)?.into_iter().rev().max_by_key(|gpu| gpu.memory_bytes).ok_or(Unfit::NoDevice)
+}
+
+/// The GPU of that number, or all that are fit, in the order of their numbers: at least one.
+///
+/// # Errors
+/// As [`probe`].
+pub fn probe_all(ordinal: Option<u32>) -> Result<Vec<Gpu>, Unfit> {
     // Should cudarc assert anything else of a driver's answers, that must not end a server that has a CPU.
     std::panic::catch_unwind(|| look(ordinal)).unwrap_or_else(|_| Err(Unfit::Driver("it answered nonsense".into())))
 }
 
-fn look(ordinal: Option<u32>) -> Result<Gpu, Unfit> {
+fn look(ordinal: Option<u32>) -> Result<Vec<Gpu>, Unfit> {
     // SAFETY: a library is opened by the driver's name, and code that it runs on opening is trusted as the system's is.
     if !unsafe { sys::is_culib_present() } {
         return Err(Unfit::NoDriver);
@@ -155,12 +164,16 @@ fn look(ordinal: Option<u32>) -> Result<Gpu, Unfit> {
     match ordinal {
         _ if n == 0 => Err(Unfit::NoDevice),
         Some(ordinal) if ordinal >= n => Err(Unfit::NoSuchDevice { ordinal, n }),
-        Some(ordinal) => one(ordinal, cuda),
+        Some(ordinal) => Ok(vec![one(ordinal, cuda)?]),
         None => {
-            let mut all: Vec<_> = (0..n).map(|ordinal| one(ordinal, cuda)).collect();
-            // Of equal ones the first.
-            let best = (0..all.len()).rev().max_by_key(|&at| all[at].as_ref().map_or(0, |gpu| gpu.memory_bytes));
-            all.swap_remove(best.unwrap_or(0))
+            let (mut fit, mut first) = (Vec::new(), None);
+            for gpu in (0..n).map(|ordinal| one(ordinal, cuda)) {
+                match gpu {
+                    Ok(gpu) => fit.push(gpu),
+                    Err(unfit) => first = first.or(Some(unfit)),
+                }
+            }
+            first.filter(|_| fit.is_empty()).map_or(Ok(fit), Err)
         }
     }
 }

@@ -249,6 +249,11 @@ impl Stream {
         self.lane.raw.cast()
     }
 
+    /// For what calls of libraries need of the stream: it lives as long as this.
+    pub(super) fn kept(&self) -> Arc<dyn Any + Send + Sync> {
+        self.lane.clone()
+    }
+
     /// Blocks until all that the stream was given is done.
     ///
     /// # Errors

@@ -3,8 +3,10 @@
 //! What a selection keeps depends on the order in which scores are offered. Scores are therefore computed list by list, but
 //! offered in each query's own order: results are to the bit those of queries one by one.
 
+use std::ops::Range;
+
 use super::Ivf;
-use super::search::{AT_ONCE, Asked, IvfScratch};
+use super::search::{AT_ONCE, Asked, IvfScratch, Run};
 use crate::candidates::Scored;
 use crate::index::fastscan::BLOCK;
 use crate::index::{Filter, SearchParams, SearchScratch};
@@ -16,10 +18,11 @@ const LARGE: usize = if cfg!(test) { 1 } else { 16 << 20 };
 /// Scores that are held at a time, of as many queries as that takes: they stay in the last cache.
 const HELD: usize = if cfg!(test) { 2000 } else { 2 << 20 };
 
-/// A query and where its scores of a list lie.
+/// A query, the blocks of a list that it scans, and where their scores lie.
 #[derive(Clone, Copy, Debug, Default)]
 struct Visit {
     query: u32,
+    run: Run,
     at: u32,
 }
 
@@ -71,7 +74,7 @@ impl Ivf {
             }
             let ivf = &mut batch.of_query[place];
             if let Some(query_norm) = self.begin(query, &asked, share, scratch, ivf, &mut out[at]) {
-                batch.n_scores += ivf.probes.iter().map(|&list| self.n_scores(list)).sum::<usize>();
+                batch.n_scores += ivf.runs.iter().map(|run| run.n_scores()).sum::<usize>();
                 batch.held.push((at as u32, query_norm));
             }
             if batch.n_scores >= HELD {
@@ -80,10 +83,6 @@ impl Ivf {
         }
         self.answer_held(queries, &asked, scratch, &mut batch, out);
         scratch.ivf_batch = batch;
-    }
-
-    fn n_scores(&self, list: u32) -> usize {
-        self.parts.blocks_of(list as usize).len() * BLOCK
     }
 
     fn answer_held(
@@ -101,7 +100,7 @@ impl Ivf {
         ends.resize(self.parts.n_lists() + 1, 0);
         for ivf in &mut *of_query {
             self.begin_scan(asked, ivf);
-            ivf.probes.iter().for_each(|&list| ends[list as usize] += 1);
+            ivf.runs.iter().for_each(|run| ends[run.list as usize] += 1);
         }
         let mut sum = 0;
         for end in &mut *ends {
@@ -112,10 +111,11 @@ impl Ivf {
         visits.resize(sum as usize, Visit::default());
         let mut at = 0;
         for (query, ivf) in of_query.iter().enumerate() {
-            for &list in &ivf.probes {
-                ends[list as usize] -= 1;
-                visits[ends[list as usize] as usize] = Visit { query: query as u32, at };
-                at += self.n_scores(list) as u32;
+            for &run in &ivf.runs {
+                let end = &mut ends[run.list as usize];
+                *end -= 1;
+                visits[*end as usize] = Visit { query: query as u32, run, at };
+                at += run.n_scores() as u32;
             }
         }
         // By now `ends` holds the beginnings.
@@ -125,25 +125,27 @@ impl Ivf {
             if visits.is_empty() {
                 continue;
             }
-            self.ask_for(((list + 1) % self.parts.n_lists()) as u32);
-            let range = self.parts.blocks_of(list);
-            for first in range.clone().step_by(AT_ONCE) {
-                let blocks = first..(first + AT_ONCE).min(range.end);
-                for visit in visits {
-                    let from = visit.at as usize + (first - range.start) * BLOCK;
+            for first in self.parts.blocks_of(list).step_by(AT_ONCE) {
+                for Visit { query, run, at } in visits {
+                    let Range { start, end } = run.blocks();
+                    let blocks = start.max(first)..end.min(first + AT_ONCE);
+                    if blocks.is_empty() {
+                        continue;
+                    }
+                    let from = *at as usize + (blocks.start - start) * BLOCK;
                     let scores = &mut scores[from..from + blocks.len() * BLOCK];
-                    self.score(list as u32, blocks.clone(), &mut of_query[visit.query as usize], scores);
+                    self.score(list as u32, blocks, &mut of_query[*query as usize], scores);
                 }
             }
         }
         let mut rest = &scores[..*n_scores];
         let dim = self.parts.dim;
         for (ivf, &(at, query_norm)) in of_query.iter_mut().zip(&*held) {
-            for place in 0..ivf.probes.len() {
-                let range = self.parts.blocks_of(ivf.probes[place] as usize);
-                let (scores, others) = rest.split_at(range.len() * BLOCK);
+            for place in 0..ivf.runs.len() {
+                let run = ivf.runs[place];
+                let (scores, others) = rest.split_at(run.n_scores());
                 rest = others;
-                self.offer(asked.filter, range, scores, &mut ivf.select);
+                self.offer(asked.filter, run.blocks(), scores, &mut ivf.select);
             }
             let query = &queries[at as usize * dim..(at as usize + 1) * dim];
             self.finish(query, query_norm, asked, scratch, ivf, &mut out[at as usize]);

@@ -18,8 +18,10 @@ use crate::index::{IndexKind, IvfOptions, Storage};
 const SAMPLED: usize = 64;
 /// Rows that one task assigns.
 const TASK: usize = 1536;
-/// What the rank of a list gains by the spread of its vectors, as a share of it.
-const LIFT: f32 = 0.15;
+/// What the rank of a block is lifted by the spread of its vectors about their mean, as a share of it.
+const LIFT: f32 = 0.2;
+/// The same for L2, where it is a share of the product with the spread of all vectors about their centroids.
+const L2_LIFT: f32 = 0.4;
 
 /// Told of every step.
 type Told<'a> = &'a (dyn Fn(&str, u64, u64) + Sync);
@@ -124,28 +126,39 @@ impl Plan {
         }
         let n_blocks = offsets[n_lists] as usize;
         let mut ids = vec![NO_ROW; n_blocks * BLOCK];
-        let mut spreads = vec![0f32; n_lists];
+        let mut slices = vec![Slice::default(); n_blocks];
         let codebook = match self.kind {
             IndexKind::IvfPq => Some(self.train_words(rows, &rotation, &rotated, groups, simd)),
             _ => None,
         };
         let signs = Codebook::signs(padded, simd);
         let lists = if self.kind == IndexKind::IvfFlat {
-            Lists::Flat(self.flat(rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut spreads))
+            Lists::Flat(self.flat(rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut slices))
         } else {
             let book = codebook.as_ref().unwrap_or(&signs);
-            let codes = self.code(book, rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut spreads, told);
+            let codes = self.code(book, rows, &rotation, &rotated, groups, &offsets, &mut ids, &mut slices, told);
             match codebook {
                 Some(book) => Lists::Pq { words: book.words, codes },
                 None => Lists::Rabitq(codes),
             }
+        };
+        self.lift(&mut slices);
+        let first: Vec<Slice> = offsets
+            .windows(2)
+            .map(|pair| slices[pair[0] as usize..pair[1] as usize].first().copied().unwrap_or_default())
+            .collect();
+        let promises = |list: usize| {
+            let unit = first[list].unit();
+            let slices = &slices[offsets[list] as usize..offsets[list + 1] as usize];
+            slices.iter().flat_map(move |slice| [slice.gain / unit, slice.lift])
         };
         IvfParts {
             kind: self.kind,
             dim: self.dim,
             padded,
             seed: self.seed,
-            coarse: self.code_centroids(&signs, &rotated, &spreads),
+            coarse: self.code_centroids(&signs, &rotated, &first),
+            promises: (0..n_lists).flat_map(promises).collect::<Vec<_>>().into(),
             centroids: rotated.into(),
             offsets: offsets.into(),
             ids: ids.into(),
@@ -153,32 +166,60 @@ impl Plan {
         }
     }
 
-    /// The residuals of a list's members, nearest first: vectors of like size share a block and its scale.
-    fn residuals(&self, rows: &Rows<'_>, rotation: &Rotation, centroid: &[f32], members: &[u32]) -> List {
-        let (mut row, mut rotated, mut residuals) =
-            (Vec::new(), Vec::new(), Vec::with_capacity(members.len() * self.padded));
-        let mut order: Vec<(f32, u32)> = Vec::with_capacity(members.len());
-        let mut squares = Vec::with_capacity(members.len());
+    /// The members of a list and their residuals, those that lie furthest along the centroid first: what decides which of a list's
+    /// vectors a query is near, beside the list itself, is their length in that direction, and one block holds vectors of like length.
+    fn list(&self, rows: &Rows<'_>, rotation: &Rotation, centroid: &[f32], members: &[u32]) -> List {
+        let n = members.len();
+        let (mut row, mut rotated, mut residuals) = (Vec::new(), Vec::new(), Vec::with_capacity(n * self.padded));
+        let mut order: Vec<(f32, u32)> = Vec::with_capacity(n);
+        let mut squares = Vec::with_capacity(n);
+        let square = |values: &[f32]| values.iter().map(|v| v * v).sum::<f32>();
+        let of_centroid = square(centroid);
         for (at, &member) in members.iter().enumerate() {
             row.clear();
             rows.append(member, &mut row);
             rotation.apply(&row, &mut rotated);
-            squares.push(rotated.iter().map(|v| v * v).sum::<f32>());
+            squares.push(square(&rotated));
             residuals.extend(rotated.iter().zip(centroid).map(|(v, c)| v - c));
-            let residual = &residuals[at * self.padded..];
-            order.push((residual.iter().map(|v| v * v).sum::<f32>(), at as u32));
+            let along: f32 = rotated.iter().zip(centroid).map(|(v, c)| v * c).sum();
+            let gain = if of_centroid > 0.0 { along / of_centroid } else { 1.0 };
+            order.push((if gain.is_finite() { gain } else { 1.0 }, at as u32));
         }
-        let spread = (order.iter().map(|o| f64::from(o.0)).sum::<f64>() / members.len().max(1) as f64).sqrt() as f32;
-        order.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut list =
-            List { ids: Vec::new(), residuals: Vec::with_capacity(residuals.len()), biases: Vec::new(), spread };
-        for (_, at) in order {
-            let at = at as usize;
-            list.ids.push(members[at]);
-            list.residuals.extend_from_slice(&residuals[at * self.padded..(at + 1) * self.padded]);
-            list.biases.push(-0.5 * squares[at]);
+        order.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut list = List::default();
+        for block in order.chunks(BLOCK) {
+            let mean = |of: &dyn Fn(usize) -> f32| {
+                (block.iter().map(|&(_, at)| f64::from(of(at as usize))).sum::<f64>() / block.len() as f64) as f32
+            };
+            let residual = |at: usize| &residuals[at * self.padded..(at + 1) * self.padded];
+            let gain = (block.iter().map(|o| f64::from(o.0)).sum::<f64>() / block.len() as f64) as f32;
+            let spread = mean(&|at| square(residual(at))) - (gain - 1.0) * (gain - 1.0) * of_centroid;
+            list.slices.push(Slice {
+                gain,
+                lift: spread.max(0.0).sqrt(),
+                half_square: 0.5 * mean(&|at| squares[at]),
+                n: block.len() as u32,
+            });
+            for &(_, at) in block {
+                list.ids.push(members[at as usize]);
+                list.residuals.extend_from_slice(residual(at as usize));
+                list.biases.push(-0.5 * squares[at as usize]);
+            }
         }
         list
+    }
+
+    /// Makes of spreads what ranks are lifted by.
+    fn lift(&self, slices: &mut [Slice]) {
+        let sum: f64 = slices.iter().map(|slice| f64::from(slice.n) * f64::from(slice.lift).powi(2)).sum();
+        let n: f64 = slices.iter().map(|slice| f64::from(slice.n)).sum();
+        let typical = (sum / n.max(1.0)).sqrt() as f32;
+        for slice in slices {
+            slice.lift = match self.metric {
+                Metric::L2 => L2_LIFT * typical * slice.lift - slice.half_square,
+                _ => LIFT * slice.lift,
+            };
+        }
     }
 
     fn train_words(
@@ -197,7 +238,7 @@ impl Plan {
             .into_par_iter()
             .flat_map_iter(|list| {
                 let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
-                let mut residuals = self.residuals(rows, rotation, centroid, groups.of(list)).residuals;
+                let mut residuals = self.list(rows, rotation, centroid, groups.of(list)).residuals;
                 for residual in residuals.chunks_exact_mut(self.padded) {
                     let square: f32 = residual.iter().map(|v| v * v).sum();
                     let unit = if square > 0.0 { (self.padded as f32 / square).sqrt() } else { 0.0 };
@@ -219,7 +260,7 @@ impl Plan {
         groups: &Groups,
         offsets: &[u32],
         ids: &mut [u32],
-        spreads: &mut [f32],
+        slices: &mut [Slice],
         told: Told<'_>,
     ) -> Codes {
         let layout = Blocks { n_subspaces: self.n_subspaces, has_bias: self.metric == Metric::L2 };
@@ -234,12 +275,12 @@ impl Plan {
             .zip(by_list(offsets, BLOCK * self.padded, &mut refined))
             .zip(by_list(offsets, 1, &mut scales))
             .zip(by_list(offsets, BLOCK, ids))
-            .zip(spreads)
+            .zip(by_list(offsets, 1, slices))
             .enumerate()
-            .for_each(|(list, ((((blocks, refined), scales), ids), spread))| {
+            .for_each(|(list, ((((blocks, refined), scales), ids), slices))| {
                 let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
-                let members = self.residuals(rows, rotation, centroid, groups.of(list));
-                *spread = members.spread;
+                let members = self.list(rows, rotation, centroid, groups.of(list));
+                slices.copy_from_slice(&members.slices);
                 ids[..members.ids.len()].copy_from_slice(&members.ids);
                 let mut encoder = Encoder::new(book, layout);
                 let residuals = members.residuals.chunks(BLOCK * self.padded).zip(members.biases.chunks(BLOCK));
@@ -268,18 +309,18 @@ impl Plan {
         groups: &Groups,
         offsets: &[u32],
         ids: &mut [u32],
-        spreads: &mut [f32],
+        slices: &mut [Slice],
     ) -> Vectors {
         let mut values = vec![0f32; ids.len() * self.dim];
         by_list(offsets, BLOCK * self.dim, &mut values)
             .into_par_iter()
             .zip(by_list(offsets, BLOCK, ids))
-            .zip(spreads)
+            .zip(by_list(offsets, 1, slices))
             .enumerate()
-            .for_each(|(list, ((values, ids), spread))| {
+            .for_each(|(list, ((values, ids), slices))| {
                 let centroid = &centroids[list * self.padded..(list + 1) * self.padded];
-                let members = self.residuals(rows, rotation, centroid, groups.of(list));
-                *spread = members.spread;
+                let members = self.list(rows, rotation, centroid, groups.of(list));
+                slices.copy_from_slice(&members.slices);
                 let mut row = Vec::new();
                 for ((&member, id), values) in members.ids.iter().zip(ids).zip(values.chunks_exact_mut(self.dim)) {
                     *id = member;
@@ -295,28 +336,27 @@ impl Plan {
         }
     }
 
-    /// The centroids, coded as vectors are.
-    fn code_centroids(&self, signs: &Codebook, centroids: &[f32], spreads: &[f32]) -> Codes {
+    /// The centroids as the lists' first blocks weigh them, coded as vectors are.
+    fn code_centroids(&self, signs: &Codebook, centroids: &[f32], first: &[Slice]) -> Codes {
         let layout = Blocks { n_subspaces: self.padded / 4, has_bias: true };
-        let n_blocks = spreads.len().div_ceil(BLOCK);
+        let n_blocks = first.len().div_ceil(BLOCK);
         let mut blocks = vec![0u8; n_blocks * layout.bytes()];
         let mut refined = vec![refine_zero(); n_blocks * BLOCK * self.padded];
         let mut scales = vec![0f32; n_blocks];
         let mut encoder = Encoder::new(signs, layout);
-        let all = centroids.chunks(BLOCK * self.padded).zip(spreads.chunks(BLOCK));
-        for (at, (values, spreads)) in all.enumerate() {
-            let gains: Vec<f32> = match self.metric {
-                Metric::L2 => {
-                    values.chunks_exact(self.padded).map(|c| -0.5 * c.iter().map(|v| v * v).sum::<f32>()).collect()
-                }
-                _ => spreads.iter().map(|spread| LIFT * spread).collect(),
-            };
+        let mut values = Vec::with_capacity(BLOCK * self.padded);
+        for (at, (centroids, first)) in centroids.chunks(BLOCK * self.padded).zip(first.chunks(BLOCK)).enumerate() {
+            values.clear();
+            for (centroid, slice) in centroids.chunks_exact(self.padded).zip(first) {
+                values.extend(centroid.iter().map(|value| value * slice.unit()));
+            }
+            let lifts: Vec<f32> = first.iter().map(|slice| slice.lift).collect();
             let into = BlockMut {
                 block: &mut blocks[at * layout.bytes()..(at + 1) * layout.bytes()],
                 refined: &mut refined[at * BLOCK * self.padded..(at + 1) * BLOCK * self.padded],
                 scale: &mut scales[at],
             };
-            encoder.write(values, &gains, into);
+            encoder.write(&values, &lifts, into);
         }
         Codes { layout, blocks: blocks.into(), refined: refined.into(), scales: scales.into() }
     }
@@ -328,11 +368,37 @@ fn refine_zero() -> u8 {
 }
 
 /// A list's members in the order in which they are stored.
+#[derive(Default)]
 struct List {
     ids: Vec<u32>,
     residuals: Vec<f32>,
     biases: Vec<f32>,
-    spread: f32,
+    slices: Vec<Slice>,
+}
+
+/// What is known of the vectors of a block together.
+#[derive(Clone, Copy, Debug)]
+struct Slice {
+    /// Their mean's product with the centroid, as a share of the centroid's own.
+    gain: f32,
+    /// At first the root mean square of their distances from where `gain` puts them, in the end what is made of it.
+    lift: f32,
+    /// Mean of half the squares of their lengths.
+    half_square: f32,
+    n: u32,
+}
+
+impl Default for Slice {
+    fn default() -> Self {
+        Slice { gain: 1.0, lift: 0.0, half_square: 0.0, n: 0 }
+    }
+}
+
+impl Slice {
+    /// What the gains of the list are shares of, this being its first slice.
+    fn unit(&self) -> f32 {
+        if self.gain > 0.0 { self.gain } else { 1.0 }
+    }
 }
 
 /// The rows as they are clustered: for cosine, of unit length.

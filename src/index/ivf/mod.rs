@@ -5,9 +5,11 @@
 //! four dimensions (RaBitQ; Gao and Long, SIGMOD 2024). Both estimate `<q, r>` by `<q, c> · |r|² / <r, c>`, c being what the code
 //! stands for, which is unbiased under the rotation. The best estimates are refined by codes of 8 bits a dimension.
 //!
-//! Departures from the usual: clusters are trained under L2 whatever the metric, and for inner products lists rank by
-//! `<q, centroid> + 0.15 ρ |q|`, ρ being the root mean square of the residuals of the list, without which lists of long vectors
-//! come too late. The centroids themselves are coded and refined as vectors are.
+//! Departures from the usual: clusters are trained under L2 whatever the metric, and what is scanned is not whole lists but blocks of
+//! 32 vectors. The vectors of a list lie in the order of their projections on its centroid `c`, and a block whose vectors' mean
+//! projection is `g |c|` ranks by `g <q, c> + 0.2 ρ |q|`, ρ being the root mean square of what is left of its residuals: of a list near
+//! the query only the long vectors are worth a look, and of many more lists than could be scanned. The centroids themselves are
+//! coded and refined as vectors are.
 
 mod batch;
 mod build;
@@ -36,8 +38,6 @@ pub struct Ivf {
     exact: Exact,
     parts: IvfParts,
     rotation: Rotation,
-    /// `[n_blocks]`: the list that a block belongs to.
-    list_of_block: Vec<u32>,
     /// `[n_blocks]`: the lanes that hold vectors.
     lanes: Vec<u32>,
     /// The words of `ivf_pq`.
@@ -60,10 +60,6 @@ impl Ivf {
             codes.blocks = codes.blocks.clone().huge();
             codes.refined = codes.refined.clone().huge();
         }
-        let mut list_of_block = vec![0; parts.n_blocks()];
-        for list in 0..parts.n_lists() {
-            list_of_block[parts.blocks_of(list)].fill(list as u32);
-        }
         let of_block = |ids: &[u32; BLOCK]| {
             ids.iter().enumerate().fold(0, |lanes, (lane, &id)| lanes | u32::from(id != NO_ROW) << lane)
         };
@@ -74,17 +70,7 @@ impl Ivf {
         };
         let signs = Codebook::signs(parts.padded, simd);
         let rotation = Rotation::new(parts.dim, parts.padded, parts.seed, simd);
-        Ok(Ivf {
-            exact,
-            parts,
-            rotation,
-            list_of_block,
-            lanes,
-            codebook,
-            signs,
-            defaults: SearchParams::default(),
-            simd,
-        })
+        Ok(Ivf { exact, parts, rotation, lanes, codebook, signs, defaults: SearchParams::default(), simd })
     }
 
     /// With what a search does that does not say.
@@ -107,7 +93,7 @@ impl VectorIndex for Ivf {
     }
 
     fn bytes(&self) -> usize {
-        self.parts.bytes() + size_of_val(&self.list_of_block[..])
+        self.parts.bytes() + size_of_val(&self.lanes[..])
     }
 
     fn search(

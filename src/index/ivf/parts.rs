@@ -64,8 +64,12 @@ pub struct IvfParts {
     pub seed: u64,
     /// `[n_lists, padded]`, rotated.
     pub centroids: Array<f32>,
-    /// The centroids, coded by their signs; the additive part is what a list's rank gains.
+    /// What the products with a list's first block come to, coded by their signs: the centroids, each times the gain of the block
+    /// itself, with what its rank is lifted by as the additive part.
     pub coarse: Codes,
+    /// `[n_blocks, 2]`: what the query's product with the list's centroid is multiplied by for the vectors of a block, as a share of what
+    /// it is for the list's first block; and what the block's rank is lifted by, times the query's length but for L2.
+    pub promises: Array<f32>,
     /// `[n_lists + 1]`, in blocks.
     pub offsets: Array<u32>,
     /// `[n_blocks, BLOCK]`: rows; [`NO_ROW`] behind the last of each list.
@@ -105,7 +109,7 @@ impl IvfParts {
             Lists::Pq { words, codes } => size_of_val(&words[..]) + codes.bytes(),
             Lists::Rabitq(codes) => codes.bytes(),
         };
-        let arrays = [self.centroids.len(), self.offsets.len(), self.ids.len()];
+        let arrays = [self.centroids.len(), self.offsets.len(), self.ids.len(), self.promises.len()];
         4 * arrays.iter().sum::<usize>() + self.coarse.bytes() + lists
     }
 
@@ -121,6 +125,7 @@ impl IvfParts {
         holds("offsets ascend", self.offsets.windows(2).all(|pair| pair[0] <= pair[1]))?;
         holds("offsets end at the last block", self.offsets[n_lists] as usize == n_blocks)?;
         holds("one centroid a list", self.centroids.len() == n_lists * self.padded)?;
+        holds("one promise a block", self.promises.len() == 2 * n_blocks)?;
         holds("rows out of range", self.ids.iter().all(|&row| row == NO_ROW || (row as usize) < n_rows))?;
         let coarse = Blocks { n_subspaces: self.padded / 4, has_bias: true };
         self.coarse.validate("coarse", coarse, n_lists.div_ceil(BLOCK), self.padded)?;

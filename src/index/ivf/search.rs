@@ -17,8 +17,10 @@ use crate::memory::{prefetch, prefetch_range};
 
 /// Blocks whose scores are computed before they are looked at: they stay in the L1 cache.
 pub(super) const AT_ONCE: usize = 8;
-/// Candidates for the lists, as a multiple of the lists that are scanned.
-const COARSE_RATIO: usize = 3;
+/// Lists whose blocks are ranked, as a multiple of the lists that the blocks to scan would fill.
+const COARSE_RATIO: usize = 8;
+/// Runs of blocks ahead of their scan that memory is asked for.
+const SOON: usize = 2;
 /// Up to so many results are scored exactly in the end: 8 bits would cost recall there.
 pub const EXACT_BELOW: usize = 128;
 /// Vectors that pay for one random read of a whole vector, when it is decided to read all that a filter admits.
@@ -35,8 +37,14 @@ pub struct IvfScratch {
     wide: WideQuery,
     pub(super) select: Select,
     ranked: Vec<Packed>,
-    /// Lists to scan, best first.
-    pub(super) probes: Vec<u32>,
+    /// By list that is ranked: where its blocks' ranks begin.
+    starts: Vec<u32>,
+    /// What the blocks of these lists promise.
+    ranks: Vec<f32>,
+    /// What is scanned, but not yet in its order.
+    found: Vec<Run>,
+    /// What to scan, best first.
+    pub(super) runs: Vec<Run>,
     /// By list: the query's product with the centroid, where the list is scanned.
     bases: Vec<f32>,
     scores: Vec<f32>,
@@ -44,6 +52,28 @@ pub struct IvfScratch {
     /// Vectors that are stored in 2 bytes a value.
     converted: Vec<f32>,
     n_refined: usize,
+    /// Whether what is scanned is scored by its 8-bit codes at once.
+    direct: bool,
+}
+
+/// Neighbouring blocks of one list.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Run {
+    pub list: u32,
+    first: u32,
+    end: u32,
+}
+
+impl Run {
+    /// The blocks.
+    pub fn blocks(self) -> Range<usize> {
+        self.first as usize..self.end as usize
+    }
+
+    /// Scores that they get, those of empty lanes among them.
+    pub fn n_scores(self) -> usize {
+        self.blocks().len() * BLOCK
+    }
 }
 
 /// What is asked, but for the query.
@@ -55,7 +85,7 @@ pub(super) struct Asked<'a> {
 }
 
 impl Ivf {
-    /// How many lists are scanned without a filter.
+    /// How many lists' worth of blocks are scanned without a filter.
     pub(super) fn n_probes(&self, k: usize, params: &SearchParams) -> usize {
         params.n_probes_of(k, self.exact.rows().n_rows(), self.parts.n_lists())
     }
@@ -125,18 +155,26 @@ impl Ivf {
             }
         }
         self.rotation.apply(&ivf.unit, &mut ivf.rotated);
-        self.rank_lists(query_norm * unit, n_probes.min(self.parts.n_lists()), ivf);
+        self.rank_blocks(query_norm * unit, n_probes.min(self.parts.n_lists()), ivf);
         Some(query_norm)
     }
 
     /// Makes ready for scores of the lists.
     pub(super) fn begin_scan(&self, asked: &Asked<'_>, ivf: &mut IvfScratch) {
+        ivf.direct = false;
         let keep = match &self.parts.lists {
             Lists::Flat(_) => asked.k,
             Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
-                let words = self.codebook.as_ref().map_or(&self.signs.words, |book| &book.words);
-                ivf.tables.prepare(self.simd, &ivf.rotated, codes.layout.n_subspaces, words);
-                self.n_refined(asked.k, asked.params)
+                let n_refined = self.n_refined(asked.k, asked.params);
+                // All would be refined: then nothing need be estimated before.
+                ivf.direct = ivf.runs.iter().map(|run| run.n_scores()).sum::<usize>() <= n_refined;
+                if ivf.direct {
+                    rescored(asked.k)
+                } else {
+                    let words = self.codebook.as_ref().map_or(&self.signs.words, |book| &book.words);
+                    ivf.tables.prepare(self.simd, &ivf.rotated, codes.layout.n_subspaces, words);
+                    n_refined
+                }
             }
         };
         ivf.select.begin(keep);
@@ -157,7 +195,11 @@ impl Ivf {
         let SearchScratch { best, block, exact, .. } = scratch;
         best.clear();
         match &self.parts.lists {
-            Lists::Flat(_) => {
+            Lists::Pq { codes, .. } | Lists::Rabitq(codes) if !ivf.direct => {
+                ivf.select.prune(self.simd, ivf.n_refined / 16);
+                self.refine(codes, ivf, best);
+            }
+            _ => {
                 ivf.select.prune(self.simd, 0);
                 let (scores, positions) = ivf.select.kept();
                 let found = positions.iter().zip(scores);
@@ -165,13 +207,9 @@ impl Ivf {
                     found.map(|(&at, &score)| Packed::from(Scored { row: self.parts.ids[at as usize], score })),
                 );
             }
-            Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
-                ivf.select.prune(self.simd, ivf.n_refined / 16);
-                self.refine(codes, ivf, best);
-            }
         }
         if k <= EXACT_BELOW && !matches!(self.parts.lists, Lists::Flat(Vectors::F32(_))) {
-            keep_best(best, k + k / 4 + 16);
+            keep_best(best, rescored(k));
             ivf.rows.clear();
             ivf.rows.extend(best.iter().map(|&p| Scored::from(p).row));
             self.exact.rescore(query, &ivf.rows, block, exact, best);
@@ -197,108 +235,128 @@ impl Ivf {
         }
     }
 
-    /// Fills `ivf.probes` with the lists that promise most, best first, and `ivf.bases` for them.
-    fn rank_lists(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
-        let IvfScratch { rotated, tables, wide, select, ranked, probes, bases, scores, rows, .. } = ivf;
-        let (coarse, n_lists) = (&self.parts.coarse, self.parts.n_lists());
+    /// Fills `ivf.runs` with the blocks that promise most, as many as `n_probes` lists have on average, and `ivf.bases` for their lists.
+    fn rank_blocks(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
         let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
-        wide.prepare(rotated);
+        self.choose_lists(weight, n_probes, ivf);
+        let IvfScratch { rotated, wide, select, ranked, starts, ranks, found, runs, bases, rows: lists, .. } = ivf;
+        let (parts, coarse) = (&self.parts, &self.parts.coarse);
+        starts.clear();
+        ranks.clear();
+        let promises = parts.promises.as_chunks::<2>().0;
+        let soon = |list: u32| prefetch(&parts.promises, 2 * parts.offsets[list as usize] as usize);
+        refine::each(self.simd, wide, &coarse.refined, lists, soon, |at, dot| {
+            let list = lists[at] as usize;
+            let product = coarse.scales[list / BLOCK] * dot;
+            starts.push(ranks.len() as u32);
+            let promises = &promises[parts.blocks_of(list)];
+            ranks.extend(promises.iter().map(|[gain, lift]| gain * product + weight * lift));
+        });
+        let n_ranked = ranks.len();
+        starts.push(n_ranked as u32);
+        let n_blocks = (n_probes as f64 * parts.n_blocks() as f64 / parts.n_lists() as f64).ceil() as usize;
+        select.begin(n_blocks);
+        ranks.resize(n_ranked.next_multiple_of(BLOCK), f32::NAN);
+        for (at, ranks) in ranks.as_chunks::<BLOCK>().0.iter().enumerate() {
+            select.push(self.simd, ranks, (at * BLOCK) as u32, u32::MAX, None);
+        }
+        select.prune(self.simd, n_blocks / 16);
+
+        // What is kept is in the order of the lists.
+        found.clear();
         ranked.clear();
-        bases.resize(n_lists, 0.0);
-        let score = |list: u32, dot: f32| {
-            let (block, lane) = (list as usize / BLOCK, list as usize % BLOCK);
-            let bytes = coarse.layout.bytes();
-            let bias = coarse.layout.bias(&coarse.blocks[block * bytes..(block + 1) * bytes], lane);
-            coarse.scales[block] * dot + weight * bias
-        };
-        if n_probes * COARSE_RATIO * 2 >= n_lists {
-            select.begin(n_lists);
-            rows.clear();
-            rows.extend(0..n_lists as u32);
-            refine::each(
-                self.simd,
-                wide,
-                &coarse.refined,
-                rows,
-                |_| {},
-                |at, dot| {
-                    ranked.push(Packed::from(Scored { row: rows[at], score: score(rows[at], dot) }));
-                },
-            );
-        } else {
-            tables.prepare(self.simd, rotated, coarse.layout.n_subspaces, &self.signs.words);
-            select.begin(n_probes * COARSE_RATIO);
-            let bytes = coarse.layout.bytes();
-            for first in (0..n_lists).step_by(AT_ONCE * BLOCK) {
-                let n = (n_lists - first).div_ceil(BLOCK).min(AT_ONCE);
-                let blocks = &coarse.blocks[first / BLOCK * bytes..(first / BLOCK + n) * bytes];
-                scores.resize(AT_ONCE * BLOCK, 0.0);
-                fastscan::scan(
-                    self.simd,
-                    coarse.layout,
-                    blocks,
-                    tables,
-                    Terms { base: 0.0, weight },
-                    &mut scores[..n * BLOCK],
-                );
-                for (at, scores) in scores[..n * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
-                    let from = first + at * BLOCK;
-                    let lanes = if n_lists - from >= BLOCK { u32::MAX } else { (1 << (n_lists - from)) - 1 };
-                    select.push(self.simd, scores, from as u32, lanes, None);
+        let (mut at, mut last) = (0, u32::MAX);
+        for (&rank, &place) in {
+            let (ranks, places) = select.kept();
+            ranks.iter().zip(places)
+        } {
+            while starts[at + 1] <= place {
+                at += 1;
+            }
+            let block = parts.offsets[lists[at] as usize] + place - starts[at];
+            match found.last_mut() {
+                Some(run) if last == place.wrapping_sub(1) && run.list == lists[at] => run.end += 1,
+                _ => {
+                    ranked.push(Packed::from(Scored { row: found.len() as u32, score: rank }));
+                    found.push(Run { list: lists[at], first: block, end: block + 1 });
                 }
             }
-            select.prune(self.simd, n_probes / 8);
-            let lists = select.kept().1;
-            refine::each(
-                self.simd,
-                wide,
-                &coarse.refined,
-                lists,
-                |_| {},
-                |at, dot| {
-                    ranked.push(Packed::from(Scored { row: lists[at], score: score(lists[at], dot) }));
-                },
-            );
+            last = place;
         }
-        keep_best(ranked, n_probes);
-        probes.clear();
-        probes.extend(ranked.iter().map(|&list| Scored::from(list).row));
-        let padded = self.parts.padded;
-        let centroid = |list: u32| &self.parts.centroids[list as usize * padded..(list as usize + 1) * padded];
-        for (at, &list) in probes.iter().enumerate() {
-            if let Some(&later) = probes.get(at + 2) {
-                prefetch_range(centroid(later), 0..padded);
+        let n_found = ranked.len();
+        keep_best(ranked, n_found);
+        runs.clear();
+        runs.extend(ranked.iter().map(|&run| found[Scored::from(run).row as usize]));
+
+        bases.resize(parts.n_lists(), 0.0);
+        let padded = parts.padded;
+        let centroid = |list: u32| &parts.centroids[list as usize * padded..(list as usize + 1) * padded];
+        for (at, run) in runs.iter().enumerate() {
+            if let Some(later) = runs.get(at + 2) {
+                prefetch_range(centroid(later.list), 0..padded);
             }
-            bases[list as usize] = self.exact.kernel().dot(rotated, centroid(list));
+            bases[run.list as usize] = self.exact.kernel().dot(rotated, centroid(run.list));
         }
+    }
+
+    /// Fills `ivf.rows` with the lists whose blocks are worth ranking, and makes `ivf.wide` ready.
+    fn choose_lists(&self, weight: f32, n_probes: usize, ivf: &mut IvfScratch) {
+        let IvfScratch { rotated, tables, wide, select, scores, rows, .. } = ivf;
+        let (coarse, n_lists) = (&self.parts.coarse, self.parts.n_lists());
+        wide.prepare(rotated);
+        rows.clear();
+        if n_probes * COARSE_RATIO * 2 >= n_lists {
+            rows.extend(0..n_lists as u32);
+            return;
+        }
+        tables.prepare(self.simd, rotated, coarse.layout.n_subspaces, &self.signs.words);
+        select.begin(n_probes * COARSE_RATIO);
+        let bytes = coarse.layout.bytes();
+        for first in (0..n_lists).step_by(AT_ONCE * BLOCK) {
+            let n = (n_lists - first).div_ceil(BLOCK).min(AT_ONCE);
+            let blocks = &coarse.blocks[first / BLOCK * bytes..(first / BLOCK + n) * bytes];
+            scores.resize(AT_ONCE * BLOCK, 0.0);
+            let terms = Terms { base: 0.0, weight };
+            fastscan::scan(self.simd, coarse.layout, blocks, tables, terms, &mut scores[..n * BLOCK]);
+            for (at, scores) in scores[..n * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
+                let from = first + at * BLOCK;
+                let lanes = if n_lists - from >= BLOCK { u32::MAX } else { (1 << (n_lists - from)) - 1 };
+                select.push(self.simd, scores, from as u32, lanes, None);
+            }
+        }
+        select.prune(self.simd, n_probes / 8);
+        rows.extend_from_slice(select.kept().1);
     }
 
     /// Scores the blocks of the lists to scan, some at a time, and selects.
     fn scan(&self, filter: Filter<'_>, ivf: &mut IvfScratch) {
         let mut scores = std::mem::take(&mut ivf.scores);
         scores.resize(AT_ONCE * BLOCK, 0.0);
-        for at in 0..ivf.probes.len() {
-            if let Some(&next) = ivf.probes.get(at + 1) {
-                self.ask_for(next);
+        for at in 0..ivf.runs.len() {
+            if let Some(&later) = ivf.runs.get(at + SOON) {
+                self.ask_for(later, ivf.direct);
             }
-            let list = ivf.probes[at];
-            let range = self.parts.blocks_of(list as usize);
-            for first in range.clone().step_by(AT_ONCE) {
-                let blocks = first..(first + AT_ONCE).min(range.end);
+            let run = ivf.runs[at];
+            for first in run.blocks().step_by(AT_ONCE) {
+                let blocks = first..(first + AT_ONCE).min(run.end as usize);
                 let scores = &mut scores[..blocks.len() * BLOCK];
-                self.score(list, blocks.clone(), ivf, scores);
+                self.score(run.list, blocks.clone(), ivf, scores);
                 self.offer(filter, blocks, scores, &mut ivf.select);
             }
         }
         ivf.scores = scores;
     }
 
-    /// Asks the memory for the first blocks of a list.
-    pub(super) fn ask_for(&self, list: u32) {
+    /// Asks the memory for the first blocks of a run.
+    fn ask_for(&self, run: Run, direct: bool) {
         if let Some(codes) = self.parts.codes() {
-            let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
-            let from = self.parts.blocks_of(list as usize).start * bytes;
-            prefetch_range(blocks, from..(from + 2 * bytes).min(blocks.len()));
+            let Range { start, end } = run.blocks();
+            let (of, bytes) = if direct {
+                (&codes.refined, BLOCK * self.parts.padded)
+            } else {
+                (&codes.blocks, codes.layout.bytes())
+            };
+            prefetch_range(of, start * bytes..end.min(start + 2) * bytes);
         }
     }
 
@@ -306,11 +364,28 @@ impl Ivf {
     pub(super) fn score(&self, list: u32, range: Range<usize>, ivf: &mut IvfScratch, scores: &mut [f32]) {
         match &self.parts.lists {
             Lists::Flat(vectors) => self.score_vectors(vectors, range, ivf, scores),
+            Lists::Pq { codes, .. } | Lists::Rabitq(codes) if ivf.direct => {
+                self.score_at_once(codes, ivf.bases[list as usize], range, &ivf.wide, scores);
+            }
             Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
                 let bytes = codes.layout.bytes();
                 let blocks = &codes.blocks[range.start * bytes..range.end * bytes];
                 let terms = Terms { base: ivf.bases[list as usize], weight: 1.0 };
                 fastscan::scan(self.simd, codes.layout, blocks, &ivf.tables, terms, scores);
+            }
+        }
+    }
+
+    /// The scores of blocks by their 8-bit codes.
+    fn score_at_once(&self, codes: &Codes, base: f32, range: Range<usize>, query: &WideQuery, scores: &mut [f32]) {
+        let size = BLOCK * self.parts.padded;
+        refine::all(self.simd, query, &codes.refined[range.start * size..range.end * size], scores);
+        let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
+        for (block, scores) in range.zip(scores.as_chunks_mut::<BLOCK>().0) {
+            scores.iter_mut().for_each(|score| *score = base + codes.scales[block] * *score);
+            if codes.layout.has_bias {
+                let block = &blocks[block * bytes..(block + 1) * bytes];
+                scores.iter_mut().enumerate().for_each(|(lane, score)| *score += codes.layout.bias(block, lane));
             }
         }
     }
@@ -353,10 +428,16 @@ impl Ivf {
         let (ids, bytes) = (&self.parts.ids[..], codes.layout.bytes());
         let (blocks, scales) = (&codes.blocks[..], &codes.scales[..]);
         let soon = |position: u32| prefetch(ids, position as usize);
+        // Positions are in the order of the runs.
+        let (mut runs, mut blocks_of_run, mut base) = (ivf.runs.iter(), 0..0, 0.0);
         refine::each(self.simd, &ivf.wide, &codes.refined, positions, soon, |at, dot| {
             let position = positions[at] as usize;
             let block = position / BLOCK;
-            let base = ivf.bases[self.list_of_block[block] as usize];
+            while !blocks_of_run.contains(&block)
+                && let Some(run) = runs.next()
+            {
+                (blocks_of_run, base) = (run.blocks(), ivf.bases[run.list as usize]);
+            }
             let mut score = base + scales[block] * dot;
             if codes.layout.has_bias {
                 score += codes.layout.bias(&blocks[block * bytes..(block + 1) * bytes], position % BLOCK);
@@ -364,6 +445,11 @@ impl Ivf {
             best.push(Packed::from(Scored { row: ids[position], score }));
         });
     }
+}
+
+/// Up to [`EXACT_BELOW`] results: how many are scored exactly for them; for more, as many as they are.
+fn rescored(k: usize) -> usize {
+    if k <= EXACT_BELOW { k + k / 4 + 16 } else { k }
 }
 
 /// Inner products with rows of 2 bytes a value.

@@ -14,7 +14,7 @@ use crate::report::KernelTime;
 const NO_ROW: u32 = u32::MAX;
 
 /// The kernels that are checked.
-pub const KERNELS: [&str; 9] = [
+pub const KERNELS: [&str; 10] = [
     "topk_select",
     "partition_merge",
     "merge_candidates",
@@ -24,6 +24,7 @@ pub const KERNELS: [&str; 9] = [
     "scores_f32",
     "scores_bf16",
     "mask_scores",
+    "take_neighbors",
 ];
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -98,6 +99,7 @@ pub fn check(machine: &mut dyn Machine, kernel: &str, size: usize, seed: u64) ->
         "scores_f32" => score(machine, size, random, false, false),
         "scores_bf16" => score(machine, size, random, true, false),
         "mask_scores" => score(machine, size, random, false, true),
+        "take_neighbors" => neighbors(machine, random),
         _ => anyhow::bail!("there is no {kernel}"),
     };
     machine.clear()?;
@@ -199,6 +201,37 @@ fn partitions(machine: &mut dyn Machine, size: usize, random: &mut SmallRng) -> 
         n_queries: n_queries as u32,
         n_parts: n_parts as u32,
         width: width as u32,
+        k: k as u32,
+        out_rows: out_rows.address,
+        out_scores: out_scores.address,
+    };
+    machine.launch(&launch.launch()?)?;
+    same_lists(machine, out_rows, out_scores, &want)
+}
+
+fn neighbors(machine: &mut dyn Machine, random: &mut SmallRng) -> Result<()> {
+    let (n_lists, width, k) = (random.random_range(1..6usize), any_k(random), any_k(random));
+    let (n_rows, factor) = (random.random_range(1..5000u32), [1.0, -1.0][random.random_range(0..2)]);
+    // Some of them again, some that are none.
+    let row = |_| match random.random_range(0..20) {
+        0 => [-1, i64::MAX, 1 << 32][random.random_range(0..3)],
+        _ => i64::from(random.random_range(0..n_rows + n_rows / 8 + 1)),
+    };
+    let found: Vec<i64> = (0..n_lists * width).map(row).collect();
+    let distances = scores(n_lists * width, random);
+    let words: Vec<u32> = (0..n_rows.div_ceil(32)).map(|_| random.random()).collect();
+    let words = random.random::<bool>().then_some(&words[..]);
+    let want = twins::take_neighbors(&found, &distances, [factor, 0.5], [width, k], n_rows, words);
+    let [out_rows, out_scores] = [machine.reserve(want.rows.len() * 4)?, machine.reserve(want.rows.len() * 4)?];
+    let launch = kernels::TakeNeighbors {
+        neighbors: put(machine, &found)?.address,
+        distances: put(machine, &distances)?.address,
+        factor,
+        offset: 0.5,
+        n_lists: n_lists as u32,
+        width: width as u32,
+        n_rows,
+        available: words.map(|words| put(machine, words)).transpose()?.map(|memory| memory.address),
         k: k as u32,
         out_rows: out_rows.address,
         out_scores: out_scores.address,

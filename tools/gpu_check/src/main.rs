@@ -1,5 +1,6 @@
 //! Carries the GPU's tests to a machine with a GPU, runs them there against the CPU, and measures. README.md says how.
 
+mod engine;
 mod kernels;
 mod machine;
 mod pack;
@@ -22,6 +23,8 @@ const FAILED: u8 = 1;
 const NO_GPU: u8 = 3;
 /// Something differs from the CPU, or a test failed.
 const DIFFERS: u8 = 4;
+/// The time was over before everything was run, because something took too long or hung.
+const CUT_OFF: u8 = 5;
 
 #[derive(Parser)]
 #[command(about = "Carries the GPU tests to a machine with a GPU, runs them there against the CPU, and measures")]
@@ -36,7 +39,8 @@ enum Command {
     Pack(Pack),
     /// Unpack pieces.
     Unpack(Unpack),
-    /// Run everything on this machine's GPU. Ends with 0: nothing differs, 3: no GPU, 4: something differs, 1: it could not be run.
+    /// Run everything on this machine's GPU. Ends with 0: nothing differs, 3: no GPU, 4: something differs, 5: cut off by --limit-s, 1: it could
+    /// not be run.
     Run(Run),
 }
 
@@ -60,6 +64,9 @@ struct Pack {
     /// Cargo profile of the tests.
     #[arg(long, default_value = "gpu-carry")]
     profile: String,
+    /// Also carry what cuVS needs of a CUDA toolkit, for a machine that has a driver alone: some pieces more.
+    #[arg(long)]
+    toolkit: bool,
     /// Further tests to carry beside the library's own, by the name of their file in tests/; they must not need the repository.
     #[arg(long)]
     test: Vec<String>,
@@ -92,10 +99,13 @@ struct Run {
     /// Seed of everything random; a new one each time without.
     #[arg(long)]
     seed: Option<u64>,
-    /// Seconds after which nothing new is measured.
+    /// Seconds after which nothing new begins; what is left out is noted.
     #[arg(long, default_value_t = 480)]
     budget_s: u64,
-    /// Parts to run: tests, kernels, sanitizer, cuvs, bench-kernels, bench-cuvs; all without.
+    /// Seconds after which it ends with what there is, whatever it is at.
+    #[arg(long, default_value_t = 570)]
+    limit_s: u64,
+    /// Parts to run: kernels, engine, cuvs, bench-kernels, bench-engine, tests, bench-cuvs, sanitizer; all without.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Random shapes of each kernel.

@@ -39,30 +39,36 @@ pub fn name(at: usize) -> String {
     format!("piece-{at:02}.bin")
 }
 
-/// Writes the pieces of `entries` to `folder`: the first at most `limit - first_holds` bytes long, because that much lies beside it, the
+/// Writes the pieces of `entries`, which are taken one by one, to `folder`: the first at most `limit - first_holds` bytes long, because that much lies beside it, the
 /// others `limit`.
 ///
 /// # Errors
 /// The first has no room, or the disk fails.
-pub fn pack(entries: &[Entry], folder: &Path, limit: u64, first_holds: u64, level: i32) -> Result<Manifest> {
+pub fn pack(
+    entries: impl IntoIterator<Item = Result<Entry>>,
+    folder: &Path,
+    limit: u64,
+    first_holds: u64,
+    level: i32,
+) -> Result<Manifest> {
     ensure!(first_holds < limit, "{first_holds} bytes lie beside the first piece, and a piece has {limit}");
     let mut stream = zstd::Encoder::new(Vec::new(), level)?;
     // Libraries have the same code far apart.
     stream.long_distance_matching(true)?;
     stream.write_all(MAGIC)?;
-    for Entry { name, bytes, is_executable } in entries {
+    let mut files = Vec::new();
+    for entry in entries {
+        let Entry { name, bytes, is_executable } = entry?;
         let text = name.to_str().with_context(|| format!("{}: not UTF-8", name.display()))?;
         stream.write_all(&(text.len() as u32).to_le_bytes())?;
         stream.write_all(text.as_bytes())?;
-        stream.write_all(&[u8::from(*is_executable)])?;
+        stream.write_all(&[u8::from(is_executable)])?;
         stream.write_all(&(bytes.len() as u64).to_le_bytes())?;
-        stream.write_all(bytes)?;
+        stream.write_all(&bytes)?;
+        files.push((name, bytes.len() as u64));
     }
     let stream = stream.finish()?;
-    let mut manifest = Manifest {
-        pieces: Vec::new(),
-        files: entries.iter().map(|entry| (entry.name.clone(), entry.bytes.len() as u64)).collect(),
-    };
+    let mut manifest = Manifest { pieces: Vec::new(), files };
     let (mut rest, mut room) = (&stream[..], limit - first_holds);
     while !rest.is_empty() {
         let (piece, more) = rest.split_at(rest.len().min(room as usize));
@@ -144,7 +150,7 @@ mod tests {
             Entry { name: "empty".into(), bytes: Vec::new(), is_executable: false },
             Entry { name: "lib/x.so".into(), bytes: noise(50_000), is_executable: false },
         ];
-        let manifest = pack(&entries, folder.path(), 16_000, 10_000, 3).unwrap();
+        let manifest = pack(entries.iter().cloned().map(Ok), folder.path(), 16_000, 10_000, 3).unwrap();
         let sizes: Vec<u64> = manifest.pieces.iter().map(|piece| piece.0).collect();
         assert_eq!((sizes[0], sizes[1]), (6_000, 16_000));
         assert!(sizes.len() == 6 && sizes.iter().all(|&size| size <= 16_000), "{sizes:?}");
@@ -165,10 +171,10 @@ mod tests {
         assert_eq!(said(&manifest, &folders[..1]), "piece-03.bin is missing: copy it beside the others");
         fs::write(folder.path().join(name(1)), noise(16_000)).unwrap();
         assert!(said(&manifest, &folders).ends_with("piece-01.bin: damaged"));
-        let said = pack(&entries, folder.path(), 16_000, 16_000, 3).unwrap_err().to_string();
+        let said = pack(entries.iter().cloned().map(Ok), folder.path(), 16_000, 16_000, 3).unwrap_err().to_string();
         assert_eq!(said, "16000 bytes lie beside the first piece, and a piece has 16000");
         let outward = [Entry { name: "../x".into(), bytes: vec![1], is_executable: false }];
-        let manifest = pack(&outward, folder.path(), 1000, 0, 3).unwrap();
+        let manifest = pack(outward.into_iter().map(Ok), folder.path(), 1000, 0, 3).unwrap();
         let said = unpack(&manifest, &folders[..1], into.path()).unwrap_err().to_string();
         assert_eq!(said, "../x: leads elsewhere");
     }

@@ -26,12 +26,16 @@ pub struct Report {
     pub programs: Vec<(String, bool)>,
     /// Random shapes that were tried of each kernel, and what differed.
     pub kernel_checks: Vec<KernelCheck>,
+    /// The engine that serves beside the CPU's.
+    pub engines: Vec<EngineCheck>,
     /// cuVS beside the CPU.
     pub agreements: Vec<Agreement>,
     /// Tools of compute-sanitizer: name and number of findings; none where it is not installed.
     pub sanitizer: Vec<(String, u64)>,
     /// Times of kernels.
     pub kernels: Vec<KernelTime>,
+    /// Speed of the engines.
+    pub engine_speeds: Vec<EngineSpeed>,
     /// Speed of searches.
     pub searches: Vec<SearchSpeed>,
     /// What went wrong, and what was left out.
@@ -47,6 +51,38 @@ pub struct KernelCheck {
     pub tried: u32,
     /// What differed, with the seed that shows it again.
     pub mismatches: Vec<String>,
+}
+
+/// The engine of the GPU beside the CPU's exact one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineCheck {
+    /// How it finds neighbours.
+    pub what: String,
+    /// Jobs that were compared.
+    pub jobs: u32,
+    /// Share of jobs whose answers are the same to the bit, or of an index of rows that were found.
+    pub recall: f64,
+    /// The least that will do.
+    pub floor: f64,
+    /// Whether that will do.
+    pub is_same: bool,
+    /// What failed, or why it was left out.
+    pub note: String,
+}
+
+/// Speed of an engine with one worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineSpeed {
+    /// `gpu` or `cpu`.
+    pub device: String,
+    /// Items and dimension.
+    pub dataset: String,
+    /// Jobs at a time, every other one a search and a recommendation.
+    pub batch: usize,
+    /// Median of a batch.
+    pub seconds: f64,
+    /// `batch / seconds`
+    pub jobs_per_second: f64,
 }
 
 /// An index beside the CPU's exact search.
@@ -109,6 +145,7 @@ impl Report {
     pub fn is_clean(&self) -> bool {
         self.programs.iter().all(|(_, passed)| *passed)
             && self.kernel_checks.iter().all(|check| check.mismatches.is_empty())
+            && self.engines.iter().all(|check| check.is_same)
             && self.agreements.iter().all(|agreement| agreement.is_same)
             && self.sanitizer.iter().all(|(_, findings)| *findings == 0)
     }
@@ -125,6 +162,12 @@ impl Report {
         }
         for KernelCheck { kernel, tried, mismatches } in &self.kernel_checks {
             let _ = writeln!(out, "| {kernel}, {tried} random shapes | {} mismatches |", mismatches.len());
+        }
+        for EngineCheck { what, jobs, recall, floor, is_same, note } in &self.engines {
+            let mark = if *is_same { "" } else { " **too little**" };
+            let colon = if note.is_empty() { "" } else { ": " };
+            let _ =
+                writeln!(out, "| engine, {what} | {recall:.4} of {jobs} jobs (at least {floor}){mark}{colon}{note} |");
         }
         for (tool, findings) in &self.sanitizer {
             let _ = writeln!(out, "| compute-sanitizer, {tool} | {findings} findings |");
@@ -143,6 +186,13 @@ impl Report {
             for KernelTime { kernel, shape, seconds, bytes, of_copy } in &self.kernels {
                 let (us, mb, share) = (seconds * 1e6, *bytes as f64 / 1e6, of_copy * 100.0);
                 let _ = writeln!(out, "| {kernel} | {shape} | {us:.1} | {mb:.1} | {share:.0} % |");
+            }
+        }
+        if !self.engine_speeds.is_empty() {
+            let _ = writeln!(out, "\n| items | engine, one worker | batch | ms | jobs/s |\n|---|---|--:|--:|--:|");
+            for EngineSpeed { device, dataset, batch, seconds, jobs_per_second } in &self.engine_speeds {
+                let ms = seconds * 1e3;
+                let _ = writeln!(out, "| {dataset} | {device} | {batch} | {ms:.3} | {jobs_per_second:.0} |");
             }
         }
         if !self.searches.is_empty() {

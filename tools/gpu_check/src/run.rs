@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,12 +13,84 @@ use tastemaker::device::cuda::probe::Unfit;
 use crate::machine::{Gpu, Machine};
 use crate::report::{KernelCheck, Report, day};
 use crate::search::{Plan, Shape};
-use crate::{CLEAN, DIFFERS, NO_GPU, Run, kernels, search};
+use crate::{CLEAN, CUT_OFF, DIFFERS, FAILED, NO_GPU, Run, engine, kernels, search};
 
-/// The parts, in order.
-const PARTS: [&str; 6] = ["tests", "kernels", "sanitizer", "cuvs", "bench-kernels", "bench-cuvs"];
+/// The parts, in order: what tells most in the least time comes first.
+const PARTS: [&str; 8] =
+    ["kernels", "engine", "cuvs", "bench-kernels", "bench-engine", "tests", "bench-cuvs", "sanitizer"];
 /// Tools of compute-sanitizer that say something of kernels without `cudaMalloc`ed leaks.
 const TOOLS: [&str; 3] = ["memcheck", "racecheck", "synccheck"];
+/// What indexes over the larger vectors take, about.
+const LARGE_SECONDS: u64 = 150;
+
+/// What was found so far, and what is being done.
+#[derive(Debug, Default)]
+struct Now {
+    report: Report,
+    part: String,
+}
+
+/// Writes the report's two files.
+fn write(report: &Report, out: &Path) -> Result<()> {
+    fs::create_dir_all(out)?;
+    for (name, text) in [("gpu.md", report.markdown()), ("gpu.json", serde_json::to_string_pretty(report)?)] {
+        let path = out.join(name);
+        fs::write(&path, text).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// One run: which parts are wanted, and when it is to end.
+struct Session<'a> {
+    options: &'a Run,
+    begun: Instant,
+    now: Arc<Mutex<Now>>,
+    report: Report,
+}
+
+impl Session<'_> {
+    fn until(&self) -> Instant {
+        self.begun + Duration::from_secs(self.options.budget_s)
+    }
+
+    /// Whether a part is wanted and there is time; says so if there is none.
+    fn begins(&mut self, part: &str) -> bool {
+        let wanted = self.options.only.is_empty() || self.options.only.iter().any(|only| only == part);
+        if wanted && Instant::now() >= self.until() {
+            let note = format!("{part}: left out, {} s are over", self.options.budget_s);
+            println!("{note}");
+            self.report.notes.push(note);
+            return false;
+        }
+        if wanted {
+            println!("-- {part}, {} s after the start", self.begun.elapsed().as_secs());
+            self.now.lock().unwrap_or_else(PoisonError::into_inner).part = part.to_owned();
+        }
+        wanted
+    }
+
+    /// Keeps what was found so far, on the disk too.
+    fn save(&self) -> Result<()> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner).report = self.report.clone();
+        write(&self.report, &self.options.out)
+    }
+}
+
+/// Ends the process with what was found when the time is over: a GPU may hang.
+fn watch(now: Arc<Mutex<Now>>, options: &Run, begun: Instant) {
+    let (limit, out) = (Duration::from_secs(options.limit_s), options.out.clone());
+    std::thread::spawn(move || {
+        std::thread::sleep((begun + limit).saturating_duration_since(Instant::now()));
+        let mut now = now.lock().unwrap_or_else(PoisonError::into_inner);
+        let note = format!("{}: cut off, {} s are over", now.part, limit.as_secs());
+        eprintln!("gpu_check: {note}");
+        now.report.notes.push(note);
+        let written = write(&now.report, &out);
+        println!("\n{}", now.report.markdown());
+        let code = if now.report.is_clean() { CUT_OFF } else { DIFFERS };
+        std::process::exit(i32::from(if written.is_ok() { code } else { FAILED }));
+    });
+}
 
 /// Runs the parts that are asked for and writes the report; returns the exit code.
 ///
@@ -26,8 +99,9 @@ const TOOLS: [&str; 3] = ["memcheck", "racecheck", "synccheck"];
 pub fn run(options: &Run) -> Result<u8> {
     let unknown = options.only.iter().find(|part| !PARTS.contains(&part.as_str()));
     ensure!(unknown.is_none(), "--only {}: expected {}", unknown.map_or("", |part| part), PARTS.join(", "));
-    let wanted = |part: &str| options.only.is_empty() || options.only.iter().any(|only| only == part);
     let begun = Instant::now();
+    let now = Arc::new(Mutex::new(Now { part: "opening the GPU".into(), ..Now::default() }));
+    watch(now.clone(), options, begun);
     let mut gpu = match Gpu::open(options.gpu, None) {
         Ok(gpu) => gpu,
         Err(error) if error.downcast_ref::<Unfit>().is_some() => {
@@ -36,124 +110,196 @@ pub fn run(options: &Run) -> Result<u8> {
         }
         Err(error) => return Err(error),
     };
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
-    let seed = options.seed.unwrap_or(now.as_nanos() as u64);
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let seed = options.seed.unwrap_or(since_1970.as_nanos() as u64);
     let command = std::env::args().collect::<Vec<_>>().join(" ");
-    let mut report =
-        Report { format: 1, date: day(now.as_secs()), command, seed, gpu: gpu.gpu.to_string(), ..Report::default() };
+    let date = day(since_1970.as_secs());
+    let report = Report { format: 1, date, command, seed, gpu: gpu.gpu.to_string(), ..Report::default() };
+    let session = &mut Session { options, begun, now, report };
     println!("{}; seed {seed}", gpu.gpu);
+    let cuvs = Cuvs::load(options.cuvs.as_deref());
+    session.report.cuvs = match &cuvs {
+        Ok(Cuvs { version: (major, minor, patch), .. }) => format!("{major}.{minor}.{patch}"),
+        Err(error) => error.to_string(),
+    };
+    println!("cuVS: {}", session.report.cuvs);
 
-    if wanted("tests") {
-        for program in programs(options.tests.as_deref())? {
-            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            println!("tests of {name}");
-            let ran = Command::new(&program).args(["cuda", "gpu"]).env("TASTEMAKER_REQUIRE_GPU", "1").status();
-            report.programs.push((name, ran.is_ok_and(|status| status.success())));
-        }
+    if session.begins("kernels") {
+        check_kernels(&mut gpu, session, seed);
+        session.save()?;
     }
-    if wanted("kernels") {
-        for kernel in kernels::KERNELS {
-            let mut mismatches = Vec::new();
-            for at in 0..options.shapes {
-                // Few, but not all: a kernel that is wrong everywhere is said so once.
-                if mismatches.len() == 5 {
-                    break;
-                }
-                let shape = kernels::check(&mut gpu, kernel, 20_000, seed.wrapping_add(at.into()));
-                mismatches.extend(shape.err().map(|error| format!("{error:#}")));
-            }
-            println!("{kernel}: {} of {} random shapes differ", mismatches.len(), options.shapes);
-            mismatches.iter().for_each(|mismatch| println!("  {mismatch}"));
-            report.kernel_checks.push(KernelCheck { kernel: kernel.into(), tried: options.shapes, mismatches });
+    let (n, dim) = if options.quick { (3_000, 24) } else { (50_000, 64) };
+    let setting = engine::Setting { n, dim, ordinal: gpu.gpu.ordinal, cuvs: options.cuvs.as_deref(), seed };
+    if session.begins("engine") {
+        let n_jobs = if options.quick { 32 } else { 512 };
+        match engine::check(&setting, n_jobs, cuvs.is_ok(), session.until()) {
+            Ok(checks) => session.report.engines = checks,
+            Err(error) => session.report.programs.push((format!("engine: {error:#}"), false)),
         }
+        session.report.engines.iter().for_each(|check| println!("{check:?}"));
+        session.save()?;
     }
-    if wanted("sanitizer") {
-        match sanitizer() {
-            Some(tool) => sanitize(&tool, options, seed, &mut report)?,
-            None => report.notes.push("compute-sanitizer is not installed: not run".into()),
+    if let Ok(cuvs) = cuvs.as_ref().copied()
+        && session.begins("cuvs")
+    {
+        let shape = Shape { n: if options.quick { 5_000 } else { 50_000 }, dim: 96, n_centers: 300 };
+        match resources(&gpu, cuvs) {
+            Ok(mut resources) => session.report.agreements = search::check(&mut gpu, &mut resources, shape, seed),
+            // Checks that did not run are none that passed.
+            Err(error) => session.report.programs.push((format!("cuVS: {error:#}"), false)),
         }
+        for agreement in session.report.agreements.iter().filter(|agreement| !agreement.is_same) {
+            println!("{agreement:?}");
+        }
+        session.save()?;
     }
-    let until = begun + Duration::from_secs(options.budget_s);
-    if wanted("bench-kernels") {
+    if session.begins("bench-kernels") {
         let shape = if options.quick { [64, 100_000, 16] } else { [1024, 1_000_000, 256] };
         let timed = kernels::copy_bandwidth(&mut gpu, 1 << 30).and_then(|copied| {
-            report.copy_bytes_per_second = copied;
+            session.report.copy_bytes_per_second = copied;
             kernels::bench(&mut gpu, copied, shape)
         });
         match timed {
-            Ok(times) => report.kernels = times,
-            Err(error) => report.notes.push(format!("times of kernels: {error:#}")),
+            Ok(times) => session.report.kernels = times,
+            Err(error) => session.report.notes.push(format!("times of kernels: {error:#}")),
         }
         gpu.clear()?;
+        session.save()?;
     }
-    match Cuvs::load(options.cuvs.as_deref()) {
-        Err(error) => report.cuvs = error.to_string(),
-        Ok(cuvs) => {
-            let (major, minor, patch) = cuvs.version;
-            report.cuvs = format!("{major}.{minor}.{patch}");
-            if let Err(error) = with_cuvs(&mut gpu, cuvs, options, (seed, until), &mut report) {
-                // Checks that did not run are none that passed.
-                report.programs.push((format!("cuVS: {error:#}"), false));
+    if session.begins("bench-engine") {
+        let n = if options.quick { 3_000 } else { 200_000 };
+        let setting = engine::Setting { n, dim: 128, ..setting };
+        let each = Duration::from_millis(if options.quick { 50 } else { 1000 });
+        match engine::bench(&setting, &[1, 16, 64], each, session.until()) {
+            Ok(speeds) => session.report.engine_speeds = speeds,
+            Err(error) => session.report.notes.push(format!("speed of the engines: {error:#}")),
+        }
+        session.save()?;
+    }
+    if session.begins("tests") {
+        for program in programs(options.tests.as_deref())? {
+            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            println!("tests of {name}");
+            let mut command = Command::new(&program);
+            command.args(["cuda", "gpu"]);
+            match bounded(&mut command, session.until())? {
+                Some((status, said)) => {
+                    print!("{said}");
+                    session.report.programs.push((name, status.success()));
+                }
+                None => session.report.notes.push(format!("tests of {name}: cut off, the time is over")),
             }
         }
+        session.save()?;
     }
-    println!("cuVS: {}", report.cuvs);
-    fs::create_dir_all(&options.out)?;
-    for (name, text) in [("gpu.md", report.markdown()), ("gpu.json", serde_json::to_string_pretty(&report)?)] {
-        let path = options.out.join(name);
-        fs::write(&path, text).with_context(|| path.display().to_string())?;
+    if let Ok(cuvs) = cuvs.as_ref().copied()
+        && session.begins("bench-cuvs")
+    {
+        match resources(&gpu, cuvs) {
+            Ok(mut resources) => bench_cuvs(&mut gpu, &mut resources, session, seed)?,
+            Err(error) => session.report.notes.push(format!("cuVS: {error:#}")),
+        }
+        session.save()?;
     }
-    println!("\n{}", report.markdown());
-    Ok(if report.is_clean() { CLEAN } else { DIFFERS })
+    if session.begins("sanitizer") {
+        match sanitizer() {
+            Some(tool) => sanitize(&tool, session, seed)?,
+            None => session.report.notes.push("compute-sanitizer is not installed: not run".into()),
+        }
+    }
+    session.save()?;
+    println!("\n{}", session.report.markdown());
+    Ok(if session.report.is_clean() { CLEAN } else { DIFFERS })
 }
 
-fn with_cuvs(
-    gpu: &mut Gpu,
-    cuvs: &'static Cuvs,
-    options: &Run,
-    (seed, until): (u64, Instant),
-    report: &mut Report,
-) -> Result<()> {
-    let wanted = |part: &str| options.only.is_empty() || options.only.iter().any(|only| only == part);
-    // SAFETY: the stream is the GPU's, of its primary context, which is current on this thread; it outlives the resources.
-    let resources = &mut unsafe { Resources::new(cuvs, gpu.stream(), gpu.ordinal()) }?;
-    if wanted("cuvs") {
-        let shape = Shape { n: if options.quick { 5_000 } else { 50_000 }, dim: 96, n_centers: 300 };
-        report.agreements = search::check(gpu, resources, shape, seed);
-        for agreement in report.agreements.iter().filter(|agreement| !agreement.is_same) {
-            println!("{agreement:?}");
+/// Every kernel over random shapes, as far as there is time.
+fn check_kernels(gpu: &mut Gpu, session: &mut Session<'_>, seed: u64) {
+    let shapes = session.options.shapes;
+    for kernel in kernels::KERNELS {
+        let (mut mismatches, mut tried) = (Vec::new(), 0);
+        // Few, but not all: a kernel that is wrong everywhere is said so once.
+        while tried < shapes && mismatches.len() < 5 && Instant::now() < session.until() {
+            let shape = kernels::check(gpu, kernel, 20_000, seed.wrapping_add(tried.into()));
+            mismatches.extend(shape.err().map(|error| format!("{error:#}")));
+            tried += 1;
         }
+        println!("{kernel}: {} of {tried} random shapes differ", mismatches.len());
+        mismatches.iter().for_each(|mismatch| println!("  {mismatch}"));
+        if tried < shapes && mismatches.is_empty() {
+            session.report.notes.push(format!("{kernel}: {tried} of {shapes} shapes, the time is over"));
+        }
+        session.report.kernel_checks.push(KernelCheck { kernel: kernel.into(), tried, mismatches });
     }
-    if wanted("bench-cuvs") {
-        let full =
-            [Shape { n: 1_000_000, dim: 128, n_centers: 10_000 }, Shape { n: 10_000_000, dim: 96, n_centers: 50_000 }];
-        let small = [Shape { n: 100_000, dim: 128, n_centers: 1_000 }];
-        for shape in if options.quick { &small[..] } else { &full[..] } {
-            let needed = shape.n * shape.dim * 4 * 3;
-            let (free, _) = gpu.memory()?;
-            if free < needed {
-                report
-                    .notes
-                    .push(format!("{} x {}: needs {needed} bytes on the GPU, {free} are free", shape.n, shape.dim));
-                continue;
-            }
-            let plan = Plan {
-                shape: *shape,
-                ks: vec![10, 100, 500],
-                batches: vec![1, 4, 16, 64, 256, 1024],
-                until,
-                each: Duration::from_millis(if options.quick { 50 } else { 200 }),
-            };
-            let notes = &mut report.notes;
-            let mut progress = |line: String| {
-                println!("{line}");
-                notes.extend(line.strip_prefix("note: ").map(str::to_owned));
-            };
-            match search::bench(gpu, resources, &plan, seed, &mut progress) {
-                Ok(speeds) => report.searches.extend(speeds),
-                Err(error) => report.notes.push(format!("{} x {}: {error:#}", shape.n, shape.dim)),
-            }
+}
+
+fn resources(gpu: &Gpu, cuvs: &'static Cuvs) -> Result<Resources> {
+    // SAFETY: the stream is the GPU's, of its primary context, which is current on this thread, and which outlives the resources.
+    Ok(unsafe { Resources::new(cuvs, gpu.stream(), gpu.ordinal()) }?)
+}
+
+/// Runs a program to its end, or kills it when the time is over; its status and what it said.
+fn bounded(command: &mut Command, until: Instant) -> Result<Option<(ExitStatus, String)>> {
+    // A pipe that nobody reads would hold it up.
+    let said = tempfile::NamedTempFile::new()?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(said.reopen()?)
+        .stderr(said.reopen()?)
+        .spawn()
+        .with_context(|| format!("{:?}", command.get_program()))?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            let bytes = fs::read(said.path())?;
+            return Ok(Some((status, String::from_utf8_lossy(&bytes).into_owned())));
         }
+        if Instant::now() >= until {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Speed and recall of every index, of the larger vectors where there is time.
+fn bench_cuvs(gpu: &mut Gpu, resources: &mut Resources, session: &mut Session<'_>, seed: u64) -> Result<()> {
+    let quick = session.options.quick;
+    let full =
+        [Shape { n: 1_000_000, dim: 128, n_centers: 10_000 }, Shape { n: 10_000_000, dim: 96, n_centers: 50_000 }];
+    let small = [Shape { n: 100_000, dim: 128, n_centers: 1_000 }];
+    for (at, shape) in (if quick { &small[..] } else { &full[..] }).iter().enumerate() {
+        let until = session.until();
+        let left = until.saturating_duration_since(Instant::now()).as_secs();
+        if at > 0 && left < LARGE_SECONDS {
+            let note = format!("{} x {}: left out, {left} s are left of {LARGE_SECONDS}", shape.n, shape.dim);
+            println!("{note}");
+            session.report.notes.push(note);
+            continue;
+        }
+        let needed = shape.n * shape.dim * 4 * 3;
+        let (free, _) = gpu.memory()?;
+        if free < needed {
+            let note = format!("{} x {}: needs {needed} bytes on the GPU, {free} are free", shape.n, shape.dim);
+            session.report.notes.push(note);
+            continue;
+        }
+        let plan = Plan {
+            shape: *shape,
+            ks: vec![10, 100, 500],
+            batches: vec![1, 4, 16, 64, 256, 1024],
+            until,
+            each: Duration::from_millis(if quick { 50 } else { 200 }),
+        };
+        let notes = &mut session.report.notes;
+        let mut progress = |line: String| {
+            println!("{line}");
+            notes.extend(line.strip_prefix("note: ").map(str::to_owned));
+        };
+        match search::bench(gpu, resources, &plan, seed, &mut progress) {
+            Ok(speeds) => session.report.searches.extend(speeds),
+            Err(error) => session.report.notes.push(format!("{} x {}: {error:#}", shape.n, shape.dim)),
+        }
+        session.save()?;
     }
     Ok(())
 }
@@ -176,24 +322,26 @@ fn sanitizer() -> Option<PathBuf> {
 }
 
 /// Runs the checks of the kernels, fewer of them, under each tool.
-fn sanitize(tool: &Path, options: &Run, seed: u64, report: &mut Report) -> Result<()> {
-    let own = std::env::current_exe()?;
+fn sanitize(tool: &Path, session: &mut Session<'_>, seed: u64) -> Result<()> {
+    let (own, until) = (std::env::current_exe()?, session.until());
     for name in TOOLS {
-        let out = std::env::temp_dir().join(format!("gpu_check-{name}-{}", std::process::id()));
+        let out = tempfile::tempdir()?;
         let mut command = Command::new(tool);
-        command.args(["--tool", name]).arg(&own).args(["run", "--only", "kernels", "--shapes", "8", "--out"]).arg(&out);
-        command.args(["--seed", &seed.to_string()]);
-        command.args(options.gpu.map(|gpu| format!("--gpu={gpu}")));
-        let ran = command.output().context("compute-sanitizer")?;
-        let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
-        let _ = fs::remove_dir_all(&out);
-        match findings(&said) {
-            Some(n) => report.sanitizer.push((name.into(), n)),
-            None => report
-                .notes
-                .push(format!("compute-sanitizer, {name}: no summary: {}", said.lines().last().unwrap_or(""))),
-        }
-        println!("compute-sanitizer, {name}: {:?} findings", findings(&said));
+        command.args(["--tool", name]).arg(&own).args(["run", "--only", "kernels", "--shapes", "8", "--out"]);
+        command.arg(out.path()).args(["--seed", &seed.to_string()]);
+        command.args(session.options.gpu.map(|gpu| format!("--gpu={gpu}")));
+        let note = match bounded(&mut command, until)? {
+            None => Some("cut off, the time is over".to_owned()),
+            Some((_, said)) => match findings(&said) {
+                Some(n) => {
+                    println!("compute-sanitizer, {name}: {n} findings");
+                    session.report.sanitizer.push((name.into(), n));
+                    None
+                }
+                None => Some(format!("no summary: {}", said.lines().last().unwrap_or(""))),
+            },
+        };
+        session.report.notes.extend(note.map(|note| format!("compute-sanitizer, {name}: {note}")));
     }
     Ok(())
 }

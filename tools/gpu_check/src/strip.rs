@@ -48,9 +48,10 @@ fn container(bytes: &[u8], at: usize) -> Option<(Vec<Code>, usize)> {
     Some((entries, end))
 }
 
-/// Zeros PTX and all machine code but that for `sm_{arch}` in every container that has any for it, and returns how many bytes that were.
+/// Zeros what an `sm_{arch}` has no use for, and returns how many bytes that were: machine code of other generations, which it can't run;
+/// and, in containers with code for `arch` itself, all other and PTX.
 ///
-/// Code that is linked at run time stays, as do containers without code for `arch`: the driver may need what they have.
+/// Code that is linked at run time stays, as does PTX that the driver may have to translate.
 pub fn keep_only(library: &mut [u8], arch: u32) -> u64 {
     let (mut at, mut zeroed) = (0, 0);
     while let Some(found) = library[at..].windows(MAGIC.len()).position(|window| window == MAGIC) {
@@ -59,11 +60,23 @@ pub fn keep_only(library: &mut [u8], arch: u32) -> u64 {
             at = start + MAGIC.len();
             continue;
         };
-        if entries.iter().any(|code| code.kind == CUBIN && code.arch == arch) {
-            for code in entries.into_iter().filter(|code| code.kind == PTX || code.kind == CUBIN && code.arch != arch) {
-                zeroed += code.payload.len() as u64;
-                library[code.payload].fill(0);
+        let has_own = entries.iter().any(|code| code.kind == CUBIN && code.arch == arch);
+        // Machine code runs on the minor versions from its own on of its major one.
+        let runs = |code: &Code| code.arch / 10 == arch / 10 && code.arch <= arch;
+        let is_useless = |code: &Code| match code.kind {
+            PTX => has_own,
+            CUBIN => {
+                if has_own {
+                    code.arch != arch
+                } else {
+                    !runs(code)
+                }
             }
+            _ => false,
+        };
+        for code in entries.into_iter().filter(is_useless) {
+            zeroed += code.payload.len() as u64;
+            library[code.payload].fill(0);
         }
         at = end;
     }
@@ -98,16 +111,26 @@ mod tests {
     fn only_what_is_for_others_goes() {
         let several =
             of(&[entry(2, 80, b"ampere"), entry(2, 90, b"hopper"), entry(1, 90, b"ptx"), entry(8, 75, b"linked")]);
-        let only_other = of(&[entry(2, 80, b"alone")]);
+        // Of another generation, with something to translate; and of an older GPU of the same.
+        let (only_other, older) =
+            (of(&[entry(2, 80, b"elder"), entry(1, 70, b"translated")]), of(&[entry(2, 86, b"alone")]));
         // Something that begins like a container and is none.
         let broken = [&MAGIC[..], &[9; 30]].concat();
-        let mut library = [b"elf".to_vec(), several, broken.clone(), only_other.clone(), b"end".to_vec()].concat();
-        let len = library.len();
-        assert_eq!(keep_only(&mut library, 90), 6 + 3);
-        assert_eq!(library.len(), len);
-        let has = |text: &[u8]| library.windows(text.len()).any(|window| window == text);
-        assert!(has(b"hopper") && has(b"linked") && has(b"alone") && has(b"elf") && has(b"end") && has(&broken));
-        assert!(!has(b"ampere") && !has(b"ptx"));
+        let whole = [b"elf".to_vec(), several, broken.clone(), only_other, older, b"end".to_vec()].concat();
+        let mut library = whole.clone();
+        assert_eq!(keep_only(&mut library, 90), 6 + 3 + 5 + 5);
+        assert_eq!(library.len(), whole.len());
+        let has = |library: &[u8], text: &[u8]| library.windows(text.len()).any(|window| window == text);
+        let kept: [&[u8]; 6] = [b"hopper", b"linked", b"translated", b"elf", b"end", &broken];
+        assert!(kept.iter().all(|text| has(&library, text)));
+        let gone: [&[u8]; 4] = [b"ampere", b"ptx", b"elder", b"alone"];
+        assert!(gone.iter().all(|text| !has(&library, text)));
+        // What runs on an older GPU of the generation runs on a newer one.
+        let mut library = whole;
+        keep_only(&mut library, 89);
+        assert!(
+            has(&library, b"ampere") && has(&library, b"elder") && has(&library, b"alone") && !has(&library, b"hopper")
+        );
         assert_eq!(keep_only(&mut library[..4], 90), 0);
     }
 }

@@ -520,6 +520,11 @@ impl Index {
         self.dim
     }
 
+    /// Inverted lists; 0 for kinds without.
+    pub fn n_lists(&self) -> u32 {
+        self.n_lists
+    }
+
     /// Puts a search on the resources' stream. What of `search` is out of range is found before anything is called.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ mod library;
 mod resources;
 pub mod sys;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub use index::{Graph, Index, Kind, MAX_K, Neighbors, Options, Rows, Scale, Search, Value, Walk, fetch, itopk_size};
 pub use library::{Cuvs, Unavailable, VERSION};

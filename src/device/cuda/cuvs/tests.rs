@@ -26,7 +26,7 @@ fn skipped(why: &str) {
 }
 
 /// A folder with a library of cuVS's name; `None`, visibly, where there is no C compiler.
-fn fake(macros: &[&str]) -> Option<TempDir> {
+pub(in super::super) fn fake(macros: &[&str]) -> Option<TempDir> {
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("fake.c");
     // Part of this program, which may run where its sources are not.
@@ -38,7 +38,7 @@ fn fake(macros: &[&str]) -> Option<TempDir> {
         .arg(source)
         .arg("-o")
         .arg(folder.path().join("libcuvs_c.so"))
-        .arg("-lm")
+        .args(["-lm", "-ldl"])
         .output();
     match ran {
         Ok(ran) => assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr)),
@@ -134,12 +134,15 @@ fn held(values: &[f32], dim: usize, value: Value) -> Held {
     }
 }
 
-fn resources(folder: &TempDir) -> Resources {
+/// The stand-in, which needs nothing else for its files.
+pub(in super::super) fn with_files(folder: &TempDir) -> &'static Cuvs {
     let loaded = Cuvs::load(Some(folder.path())).unwrap();
-    // The stand-in needs nothing else for its files.
-    let cuvs = Box::leak(Box::new(Cuvs { files: Ok(()), ..*loaded }));
+    Box::leak(Box::new(Cuvs { files: Ok(()), ..*loaded }))
+}
+
+fn resources(folder: &TempDir) -> Resources {
     // SAFETY: the stand-in has no streams.
-    unsafe { Resources::new(cuvs, NO_STREAM, 0) }.unwrap()
+    unsafe { Resources::new(with_files(folder), NO_STREAM, 0) }.unwrap()
 }
 
 /// Searches `queries` (f32, of `index`'s dimension) as the index's type wants them; results as rows with scores.
