@@ -18,12 +18,12 @@ pieces!(
     "filter_candidates.cu",
     "gather_rows.cu",
     "scores.cu",
-    "take_neighbors.cu",
     "exact_scores.cu",
     "settle_lists.cu",
     "fill_columns.cu",
     "finish_slates.cu",
-    "dense.cu"
+    "dense.cu",
+    "take_neighbors.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

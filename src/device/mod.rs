@@ -184,10 +184,10 @@ pub struct Counters {
     pub out_of_memory: AtomicU64,
     /// Whether what it found settled searches.
     pub settled: Settled,
-    /// Searches by an index of cuVS.
-    pub by_index: AtomicU64,
     /// What became of recommendations.
     pub slates: cuda::pipeline::Slates,
+    /// Searches by an index of cuVS.
+    pub by_index: AtomicU64,
     /// Memory that it was given.
     pub memory_bytes: AtomicU64,
 }
@@ -204,8 +204,8 @@ impl Counters {
             late: AtomicU64::new(0),
             out_of_memory: AtomicU64::new(0),
             settled: Settled::default(),
-            by_index: AtomicU64::new(0),
             slates: Default::default(),
+            by_index: AtomicU64::new(0),
             memory_bytes: AtomicU64::new(0),
         }
     }

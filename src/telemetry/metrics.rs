@@ -693,12 +693,6 @@ impl Metrics {
                     &[(",settled=\"yes\"", |d| &d.settled.yes), (",settled=\"no\"", |d| &d.settled.no)],
                 ),
                 (
-                    "tastemaker_device_index_searches_total",
-                    "counter",
-                    "Searches of a device by an index of cuVS",
-                    &[("", |d| &d.by_index)],
-                ),
-                (
                     "tastemaker_device_recommendations_total",
                     "counter",
                     "Recommendations computed on a device as a whole, or ranked by the CPU: it was not asked, or left something open",
@@ -707,6 +701,12 @@ impl Metrics {
                         (",by=\"cpu\",reason=\"refused\"", |d| &d.slates.refused),
                         (",by=\"cpu\",reason=\"open\"", |d| &d.slates.open),
                     ],
+                ),
+                (
+                    "tastemaker_device_index_searches_total",
+                    "counter",
+                    "Searches of a device by an index of cuVS",
+                    &[("", |d| &d.by_index)],
                 ),
             ];
             for (name, kind, help, lines) in families {

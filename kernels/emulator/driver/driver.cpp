@@ -10,9 +10,8 @@
 // EMU_CUDA, or emu_cuda_script at run time, holds settings between commas: seed=N, delay_us=N (the longest that work waits, 0: none),
 // memory=BYTES (of each device), devices=N (at most 8); and faults, each at the n-th of its kind and, where `+every` follows, again and
 // again: oom@N (an allocation), fail@N[=CODE] (a launch; the context is lost, 719 by default), ecc@N (the same with 214), hang@N[=MS] (a
-// launch takes so long, 2000 by default), wrong@N (a launch does nothing),
-// nograph@N (a capture can't be made executable). `/D` behind the kind (fail/1@3) is of what device D does alone.
-// EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
+// launch takes so long, 2000 by default), wrong@N (a launch does nothing), nograph@N (a capture can't be made executable). `/D` behind the kind
+// (fail/1@3) is of what device D does alone. EMU_CUDA_REPORT names a file for misuse, and for counts when the process ends.
 //
 // A library that works on the device's memory by itself, as stand-ins for tests do, gives its work to a stream by cuLaunchHostFunc, and may
 // ask emu_cuda_holds whether memory is there.
@@ -70,7 +69,7 @@ constexpr int MOST_DEVICES = 8;
 
 enum Count { ALLOCATIONS, LAUNCHES, GIVEN, UPLOADS, DOWNLOADS, GRAPHS, INSTANTIATED, MISUSES, COUNTS };
 constexpr const char* COUNT_NAMES[COUNTS] = {"allocations", "launches", "single_launches", "uploads", "downloads",
-                                               "graph_launches", "graphs", "misuses"};
+                                             "graph_launches", "graphs", "misuses"};
 // Of all devices, and of each.
 std::atomic<uint64_t> counts[COUNTS];
 std::atomic<uint64_t> counts_of[MOST_DEVICES][COUNTS];
@@ -295,10 +294,8 @@ struct Work {
     std::function<void()> after;
 };
 struct Context;
-// What a capture recorded.
-struct Graph {
-    Context* context;
-    std::vector<Work> work;
+struct Graph : std::vector<Work> {
+    Context* context = nullptr;
 };
 
 struct Context {
@@ -905,7 +902,7 @@ API int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, uns
         values.emplace_back(from, from + function->kernel->sizes[at]);
     }
     const emu::Kernel* kernel = function->kernel;
-    if (!stream->capture) count(GIVEN, stream->context->ordinal);
+    if (!stream->capture) count(GIVEN, current->ordinal);
     return stream->take({nullptr, [=] {
         const unsigned grid[3] = {grid_x, grid_y, grid_z};
         return launch(kernel, grid, block_x, shared, values, stream->context->ordinal);
@@ -924,7 +921,8 @@ API int cuStreamBeginCapture_v2(Stream* stream, int) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(stream, "stream")) return INVALID_HANDLE;
     if (stream->capture || capturing) return INVALID_VALUE;
-    stream->capture = std::make_unique<Graph>(Graph{current, {}});
+    stream->capture = std::make_unique<Graph>();
+    stream->capture->context = stream->context;
     stream->spoilt = false;
     capturing = stream;
     return SUCCESS;
@@ -943,10 +941,9 @@ API int cuGraphInstantiateWithFlags(Executable** out, Graph* graph, unsigned lon
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(graph, "graph")) return INVALID_HANDLE;
     uint64_t value;
-    const int ordinal = current->ordinal;
-    const uint64_t n = count(INSTANTIATED, ordinal);
-    if (due("nograph", n, ordinal, counts_of[ordinal][INSTANTIATED], value)) return NOT_SUPPORTED;
-    *out = add(new Executable{current, graph->work});
+    const uint64_t n = count(INSTANTIATED, current->ordinal);
+    if (due("nograph", n, current->ordinal, counts_of[current->ordinal][INSTANTIATED], value)) return NOT_SUPPORTED;
+    *out = add(new Executable{current, *graph});
     return SUCCESS;
 }
 API int cuGraphDestroy(Graph* graph) {

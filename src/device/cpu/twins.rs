@@ -184,32 +184,6 @@ pub fn mask_scores(scores: &mut [f32], pairs: &[[u32; 2]], [n_queries, n_rows, s
     }
 }
 
-/// What a library found (`[n_lists, width]`) as lists of `k`: `factor * distance + offset` for a score, in order, each row once with the
-/// best of its scores. Neighbours that are no row below `n_rows`, or not `available`, are holes.
-pub fn take_neighbors(
-    neighbors: &[i64],
-    distances: &[f32],
-    [factor, offset]: [f32; 2],
-    [width, k]: [usize; 2],
-    n_rows: u32,
-    available: Option<&[u32]>,
-) -> Lists {
-    let mut out = Lists::default();
-    for (neighbors, distances) in neighbors.chunks_exact(width).zip(distances.chunks_exact(width)) {
-        let entry = |(&row, &distance): (&i64, &f32)| {
-            let row = u32::try_from(row).ok().filter(|&row| row < n_rows)?;
-            let is_there = available.is_none_or(|words| bit(words, row));
-            is_there.then(|| Packed::from(Scored { row, score: factor.mul_add(distance, offset) }))
-        };
-        let mut all: Vec<Packed> = neighbors.iter().zip(distances).filter_map(entry).collect();
-        all.sort();
-        let (mut taken, mut best) = (std::collections::HashSet::new(), Vec::new());
-        best.extend(all.into_iter().map(Scored::from).filter(|scored| taken.insert(scored.row)));
-        out.push(best.into_iter(), k);
-    }
-    out
-}
-
 /// The scores of `rows`, NaN for those that there are not.
 pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32]) -> Vec<f32> {
     let mut converted = Vec::new();
@@ -311,4 +285,30 @@ pub fn finish_slate(
         (scored, candidates.sources[at])
     });
     (with_sources.collect(), scores.iter().filter(|score| score.is_nan()).count())
+}
+
+/// What a library found (`[n_lists, width]`) as lists of `k`: `factor * distance + offset` for a score, in order, each row once with the
+/// best of its scores. Neighbours that are no row below `n_rows`, or not `available`, are holes.
+pub fn take_neighbors(
+    neighbors: &[i64],
+    distances: &[f32],
+    [factor, offset]: [f32; 2],
+    [width, k]: [usize; 2],
+    n_rows: u32,
+    available: Option<&[u32]>,
+) -> Lists {
+    let mut out = Lists::default();
+    for (neighbors, distances) in neighbors.chunks_exact(width).zip(distances.chunks_exact(width)) {
+        let entry = |(&row, &distance): (&i64, &f32)| {
+            let row = u32::try_from(row).ok().filter(|&row| row < n_rows)?;
+            let is_there = available.is_none_or(|words| bit(words, row));
+            is_there.then(|| Packed::from(Scored { row, score: factor.mul_add(distance, offset) }))
+        };
+        let mut all: Vec<Packed> = neighbors.iter().zip(distances).filter_map(entry).collect();
+        all.sort();
+        let (mut taken, mut best) = (std::collections::HashSet::new(), Vec::new());
+        best.extend(all.into_iter().map(Scored::from).filter(|scored| taken.insert(scored.row)));
+        out.push(best.into_iter(), k);
+    }
+    out
 }

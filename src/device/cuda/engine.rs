@@ -179,7 +179,7 @@ impl Cuda {
         });
         let mut budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers, plan.as_ref());
         let (free, _) = shared.context.memory()?;
-        let may = self.may(free);
+        let may = self.left(shared)?;
         if plan.is_some() && budget.all() > may {
             exactly(format!("{budget}; {} may be used of the {} that are free", mib(may), mib(free)));
             plan = None;
@@ -306,7 +306,7 @@ pub(super) struct Resident {
     pub(super) width: usize,
     longest: f64,
     /// Where neighbours are not to be found exactly.
-    indexed: Option<Arc<Indexed>>,
+    pub(super) indexed: Option<Arc<Indexed>>,
     /// What recommendations need beside, once the first worker has looked; `None` in it: they can't be computed here.
     tables: Mutex<Option<Option<Arc<Tables>>>>,
 }
@@ -389,20 +389,19 @@ pub(super) struct Sizes {
     width: usize,
     /// Queries whose scores of all rows have room.
     chunk: usize,
+    /// Queries of whom there is room for the scores: as many, or a batch of recommendations.
+    scored: usize,
     /// Queries at a time.
     queries: usize,
     by_index: bool,
-    /// Queries of whom there is room for the scores: as many as `chunk`, or a batch of recommendations.
-    scored: usize,
 }
 
 impl Sizes {
     fn new(n_rows: usize, width: usize, config: &DeviceConfig, by_index: bool) -> Self {
         let chunk = (config.workspace_bytes as usize / (4 * n_rows.max(1))).clamp(1, MOST_QUERIES);
-        let queries = if by_index { MOST_QUERIES } else { chunk };
-        // With an index, recommendations are not kept on the device.
+        // Recommendations are not computed as a whole where neighbours are not found exactly.
         let scored = if by_index { chunk } else { chunk.max(PipelineSizes::largest(config, n_rows)) };
-        Sizes { n_rows, width, chunk, queries, by_index, scored }
+        Sizes { n_rows, width, chunk, scored, queries: if by_index { MOST_QUERIES } else { chunk }, by_index }
     }
 
     /// Parts that rows are selected in.
@@ -1036,11 +1035,12 @@ pub(super) mod tests {
     use rten::ThreadPool;
 
     use super::super::emulated::Emulated;
-    pub(crate) use super::testing::cuda;
     use super::*;
     use crate::catalog::generation::testing;
     use crate::context::Deadline;
     use crate::device::Ranked;
+
+    pub(crate) use super::testing::cuda;
 
     pub(crate) fn cpu(config: &Arc<PipelineConfig>) -> CpuDevice {
         CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)))

@@ -247,46 +247,6 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
-    /// What a library found (`[n_lists, width]`; distances times `scale[0]` plus `scale[1]` are scores) as lists of `k`, in order, each of
-    /// the `n_rows` rows once, and only those that are `available`.
-    ///
-    /// # Errors
-    /// As [`Self::scores`].
-    ///
-    /// # Panics
-    /// As [`Self::scores`].
-    pub fn take_neighbors(
-        &self,
-        (neighbors, distances): (Part<'_, i64>, Part<'_, f32>),
-        scale: [f32; 2],
-        [n_lists, width, n_rows, k]: [usize; 4],
-        available: Option<Part<'_, u32>>,
-        out: ListsMut<'_>,
-    ) -> Result<(), DeviceError> {
-        holds(neighbors.len(), n_lists, width);
-        holds(distances.len(), n_lists, width);
-        holds(out.rows.0.len(), n_lists, k);
-        holds(out.scores.0.len(), n_lists, k);
-        if let Some(available) = available {
-            holds(available.len(), n_rows.div_ceil(32), 1);
-        }
-        let shape = kernels::TakeNeighbors {
-            neighbors: self.of(&neighbors).0,
-            distances: self.of(&distances).0,
-            factor: scale[0],
-            offset: scale[1],
-            n_lists: count(n_lists),
-            width: count(width),
-            n_rows: count(n_rows),
-            available: available.map(|available| self.of(&available).0),
-            k: count(k),
-            out_rows: self.of(&out.rows.0).0,
-            out_scores: self.of(&out.scores.0).0,
-        };
-        // SAFETY: as in `scores`.
-        unsafe { self.launch(&shaped(shape.launch())?) }
-    }
-
     /// Scores of candidates by a compiled ranker, f32 `[n_requests, width]`: NaN in holes.
     ///
     /// # Errors
@@ -328,6 +288,46 @@ impl Stream {
             scores: self.of(&scores.0).0,
         };
         // SAFETY: as in `scores`, and by contract.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// What a library found (`[n_lists, width]`; distances times `scale[0]` plus `scale[1]` are scores) as lists of `k`, in order, each of
+    /// the `n_rows` rows once, and only those that are `available`.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn take_neighbors(
+        &self,
+        (neighbors, distances): (Part<'_, i64>, Part<'_, f32>),
+        scale: [f32; 2],
+        [n_lists, width, n_rows, k]: [usize; 4],
+        available: Option<Part<'_, u32>>,
+        out: ListsMut<'_>,
+    ) -> Result<(), DeviceError> {
+        holds(neighbors.len(), n_lists, width);
+        holds(distances.len(), n_lists, width);
+        holds(out.rows.0.len(), n_lists, k);
+        holds(out.scores.0.len(), n_lists, k);
+        if let Some(available) = available {
+            holds(available.len(), n_rows.div_ceil(32), 1);
+        }
+        let shape = kernels::TakeNeighbors {
+            neighbors: self.of(&neighbors).0,
+            distances: self.of(&distances).0,
+            factor: scale[0],
+            offset: scale[1],
+            n_lists: count(n_lists),
+            width: count(width),
+            n_rows: count(n_rows),
+            available: available.map(|available| self.of(&available).0),
+            k: count(k),
+            out_rows: self.of(&out.rows.0).0,
+            out_scores: self.of(&out.scores.0).0,
+        };
+        // SAFETY: as in `scores`.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 }

@@ -211,6 +211,9 @@ impl Tables {
         if let Stored::Bf16(_) = resident.vectors {
             return Ok(Err("its vectors are in bf16, and its neighbours would not be the CPU's".to_owned()));
         }
+        if resident.indexed.is_some() {
+            return Ok(Err("neighbours are found by an index".to_owned()));
+        }
         let weights = rest.weighted(generation)?;
         if weights.is_empty() {
             return Ok(Err("there is no ranker".to_owned()));
