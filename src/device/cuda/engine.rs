@@ -179,7 +179,7 @@ impl Cuda {
         });
         let mut budget = Budget::new(matrix, generation.metric, &self.config, self.n_workers, plan.as_ref());
         let (free, _) = shared.context.memory()?;
-        let may = self.left(shared)?;
+        let may = self.may(free);
         if plan.is_some() && budget.all() > may {
             exactly(format!("{budget}; {} may be used of the {} that are free", mib(may), mib(free)));
             plan = None;
@@ -939,11 +939,6 @@ impl CudaDevice {
     /// Makes what keeps recommendations on the device, where that can be; the log says why not.
     fn load_pipeline(&mut self) -> Result<(), DeviceError> {
         let Some(searcher) = &mut self.searcher else { return Ok(()) };
-        if searcher.resident.indexed.is_some() {
-            let reason = "neighbours are found by an index of cuVS";
-            tracing::info!(device = %self.name, reason, "recommendations are ranked on the CPU");
-            return Ok(());
-        }
         let (resident, counters) = (searcher.resident.clone(), &self.cuda.counters);
         // Under the lock: the others wait for the same tables.
         let mut tables = resident.tables.lock();

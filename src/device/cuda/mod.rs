@@ -1,8 +1,8 @@
 //! NVIDIA GPUs. Everything of CUDA is opened at run time; a machine without it builds, tests and serves all the same.
 //!
 //! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
-//! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`cuvs`] is
-//! vector search by cuVS, which [`finder`] has the engine use for the bundle's index.
+//! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`dense`]
+//! compiles rankers, and [`ranker`] runs them. [`cuvs`] is vector search by cuVS, which [`finder`] has the engine use for the bundle's index.
 
 pub mod context;
 pub mod cuvs;
