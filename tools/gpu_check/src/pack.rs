@@ -40,7 +40,7 @@ const NCCL: &str = "nvidia/nccl/lib/libnccl.so.2";
 const NCCL_FAILS: u32 = 2;
 
 /// What a build of everything takes of the disk, bytes, and one where the dependencies are built already; measured, and rounded up.
-const BUILD_BYTES: u64 = 4 << 30;
+const BUILD_BYTES: u64 = 2 << 30;
 const REBUILD_BYTES: u64 = 1 << 30;
 
 /// What is started on the other machine, beside the first piece.
