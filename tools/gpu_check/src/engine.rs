@@ -43,14 +43,28 @@ pub struct Setting<'a> {
 impl Setting<'_> {
     /// A bundle with an index of that kind in `work`, opened.
     fn generation(&self, work: &Path, kind: IndexKind) -> Result<Arc<Generation>> {
-        let (data, out) = (work.join("data"), work.join(kind.name()));
+        self.made(&work.join("data"), &work.join(kind.name()), kind, false)
+    }
+
+    /// The same with an exact index and the demo's ranker.
+    fn ranked(&self, work: &Path) -> Result<Arc<Generation>> {
+        self.made(&work.join("ranked-data"), &work.join("ranked"), IndexKind::BruteForce, true)
+    }
+
+    fn made(&self, data: &Path, out: &Path, kind: IndexKind, with_ranker: bool) -> Result<Arc<Generation>> {
         if !data.exists() {
             let options = SyntheticOptions { n_items: self.n, n_users: 100, dim: self.dim, seed: self.seed };
-            synthetic::generate(&data, &options)?;
+            synthetic::generate(data, &options)?;
+        }
+        if with_ranker {
+            let rankers = data.join("rankers");
+            std::fs::create_dir_all(&rankers)?;
+            std::fs::write(rankers.join("demo.onnx"), include_bytes!("../../../engines/demo.onnx"))?;
+            std::fs::write(rankers.join("demo.toml"), include_str!("../../../engines/demo.toml"))?;
         }
         let options = BuildOptions { index: IndexOptions::of(kind), ..BuildOptions::default() };
-        build::build(&data, &out, &options, &Silent)?;
-        Ok(Arc::new(bundle::open(&out)?))
+        build::build(data, out, &options, &Silent)?;
+        Ok(Arc::new(bundle::open(out)?))
     }
 
     fn config(&self, index: IndexChoice, vectors: Storage) -> DeviceConfig {
@@ -127,6 +141,8 @@ pub fn check(setting: &Setting<'_>, n_jobs: usize, with_cuvs: bool, until: Insta
         let config = setting.config(IndexChoice::Exact, vectors);
         all.push(judged(what, 1.0, one(setting, (&exact, &exact), &config, n_jobs)));
     }
+    let ranked = setting.ranked(work.path()).and_then(|ranked| whole(setting, &ranked, n_jobs));
+    all.push(judged("recommendations as a whole", 0.999, ranked));
     let kinds = [(IndexKind::IvfFlat, 0.999), (IndexKind::IvfPq, 0.9), (IndexKind::Hnsw, 0.9)];
     for (kind, floor) in kinds.into_iter().filter(|_| with_cuvs) {
         let what = format!("by the index of {kind}");
@@ -187,6 +203,33 @@ fn one(
         ensure!(!by_index || searched > 0, "no search was by cuVS: the log says why");
         ensure!(share.1 > 0, "nothing was found");
         Ok((n, share.0 as f64 / share.1 as f64))
+    })
+}
+
+/// How many recommendations that a ranker orders the GPU computed from the neighbours to the slate, and what share of the CPU's items they
+/// have: rounding may exchange the last ones.
+fn whole(setting: &Setting<'_>, generation: &Arc<Generation>, n_jobs: usize) -> Result<(u32, f64)> {
+    let config = setting.config(IndexChoice::Exact, Storage::F32);
+    with_both(generation, setting.ordinal, &config, |accelerator, gpu, cpu| {
+        let mut share = (0, 0);
+        for from in (0..n_jobs).step_by(BATCH) {
+            let make = || -> Result<Vec<Box<Job>>> {
+                let seed = setting.seed.wrapping_add(from as u64);
+                let mut all = jobs(generation, BATCH, K, SearchParams::default(), seed)?;
+                all.retain(|job| matches!(job.task, Task::Recommend { .. }));
+                Ok(all)
+            };
+            let (mut got, mut want) = (make()?, make()?);
+            gpu.execute(&mut got)?;
+            cpu.execute(&mut want)?;
+            for (got, want) in got.iter().zip(&want) {
+                let (hits, all) = recall(&found(got), &found(want));
+                share = (share.0 + hits, share.1 + all);
+            }
+        }
+        let n = accelerator.counters().slates.whole.load(Relaxed);
+        ensure!(n > 0, "no recommendation was computed on the GPU as a whole: the log says why");
+        Ok((n as u32, share.0 as f64 / share.1.max(1) as f64))
     })
 }
 

@@ -374,10 +374,10 @@ fn options_of_the_cpu_become_cuvs_ones() {
     let of = |text: &str| Options::of(&serde_json::from_str::<IndexOptions>(text).unwrap(), 1_000_000, 96);
     assert_eq!(of(r#"{"kind":"brute_force"}"#), Ok(Options::BruteForce));
     let flat = |n_lists, kmeans_n_iters| Ok(Options::IvfFlat { n_lists, kmeans_n_iters });
-    assert_eq!(of(r#"{"kind":"ivf_flat"}"#), flat(4000, 10));
+    assert_eq!(of(r#"{"kind":"ivf_flat"}"#), flat(2000, 10));
     assert_eq!(of(r#"{"kind":"ivf_flat","n_lists":77,"kmeans_n_iters":4}"#), flat(77, 4));
     assert_eq!(of(r#"{"kind":"ivf_flat","storage":"bf16"}"#), Err(Error::Unsupported("lists of bf16 values")));
-    let pq = |pq_dim| Ok(Options::IvfPq { n_lists: 4000, kmeans_n_iters: 10, pq_dim, pq_bits: 8 });
+    let pq = |pq_dim| Ok(Options::IvfPq { n_lists: 2000, kmeans_n_iters: 10, pq_dim, pq_bits: 8 });
     assert_eq!(of(r#"{"kind":"ivf_pq"}"#), pq(48));
     assert_eq!(of(r#"{"kind":"ivf_pq","pq_dim":24}"#), pq(24));
     assert_eq!(of(r#"{"kind":"ivf_rabitq"}"#), pq(16));
