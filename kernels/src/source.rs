@@ -22,7 +22,8 @@ pieces!(
     "settle_lists.cu",
     "fill_columns.cu",
     "finish_slates.cu",
-    "dense.cu"
+    "dense.cu",
+    "assemble_rows.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).
