@@ -257,6 +257,14 @@ pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
     }
 }
 
+/// Whether rankers whose engine is named and is a GPU's can be computed where `accelerated` says whether a GPU does.
+///
+/// # Errors
+/// The first that can't be, and why.
+pub fn check_engines(config: &PipelineConfig, generation: &Generation, accelerated: bool) -> Result<(), String> {
+    cuda::tensorrt::check(config, generation, accelerated)
+}
+
 /// An accelerator that workers use together.
 pub struct Accelerator {
     cuda: Arc<cuda::engine::Cuda>,

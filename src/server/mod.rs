@@ -29,7 +29,7 @@ use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
 use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
-use crate::device::{Accelerator, Counters, Device, Selected, cpu, sim};
+use crate::device::{self, Accelerator, Counters, Device, Selected, cpu, sim};
 use crate::index::Searchers;
 use crate::link::Link;
 use crate::state::sinks::Sinks;
@@ -360,6 +360,10 @@ impl Server {
             }
             _ => None,
         };
+        if let DeviceKind::Cpu | DeviceKind::Accelerator { .. } = kind {
+            let checked = device::check_engines(&shared.config.pipeline, &shared.generation, accelerator.is_some());
+            checked.map_err(anyhow::Error::msg)?;
+        }
         if let DeviceKind::Guarded(_) = kind {
             let _ = shared.device.set(Arc::new(Counters::new("sim")));
         }

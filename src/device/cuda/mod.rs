@@ -2,7 +2,7 @@
 //!
 //! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
 //! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`cuvs`] is
-//! vector search by cuVS, which the engine does not use yet.
+//! vector search by cuVS, which the engine does not use yet. [`tensorrt`] says whether a ranker can be TensorRT's.
 
 pub mod context;
 pub mod cuvs;
@@ -16,3 +16,4 @@ pub mod pipeline;
 pub mod probe;
 pub mod ranker;
 pub mod stream;
+pub mod tensorrt;
