@@ -206,6 +206,9 @@ fn check_names_what_is_wrong() {
     let want = format!("tastemaker: {}:2: unknown key `ttl_second`; did you mean `ttl_seconds`?", file.display());
     assert_eq!(unknown.failed(), want);
     assert!(check("[cache]\nttl_seconds = 0\n", None).failed().contains("ttl_seconds"));
+    // There is no GPU that it would be asked of.
+    let ran = check("[pipeline.engines]\ndemo = \"tensorrt\"\n", Some(bundle_path()));
+    assert!(ran.failed().contains("ranker `demo`: not on engine `tensorrt`"), "{ran:?}");
     // A rule that is sound by itself, over a column that this bundle lacks.
     let rule = "[[rerank.rules]]\nname = \"r\"\naction = \"exclude\"\nwhere = { pirce = { ge = 5 } }\n";
     check(rule, None).ok();

@@ -1,11 +1,14 @@
 //! Every GPU kernel, on the CPU by the emulator, against its twin: the same source that nvcc and NVRTC compile. And that the emulator
 //! and these comparisons notice bugs: each planted one is found. What only a GPU can show is not shown here.
 
+#[path = "kernels/assemble.rs"]
+mod assemble;
 #[path = "kernels/dense.rs"]
 mod dense;
 #[path = "kernels/slates.rs"]
 mod slates;
 
+use assemble::{Assemble, Holes};
 use dense::Dense;
 use half::bf16;
 use proptest::prelude::*;
@@ -717,6 +720,12 @@ proptest! {
     }
 
     #[test]
+    fn assemble_rows_equals_its_twin(shape in Assemble::any(), holes in Holes::any(), seed in any::<u64>()) {
+        held(shape.check("plain", seed))?;
+        held(holes.check("plain", seed))?;
+    }
+
+    #[test]
     fn dense_rank_equals_its_twin(shape in Dense::any(), seed in any::<u64>()) {
         held(shape.check("plain", seed))?;
     }
@@ -763,6 +772,8 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
             }
             .check(variant, seed)
         }
+        "assemble_rows" => Assemble::every(seed).check(variant, seed),
+        "void_holes" => Holes { n_requests: 3, width: 45, n_items: 50 }.check(variant, seed),
         "dense_rank" => Dense::every(seed).check(variant, seed),
         "take_neighbors" => {
             let (width, k) = ([1024, 700, 40, 9][seed as usize % 4], [1024, 300, 64, 9][seed as usize / 2 % 4]);
@@ -784,6 +795,8 @@ fn planted_bugs_are_noticed() {
         "scores_f32",
         "dense_rank",
         "take_neighbors",
+        "assemble_rows",
+        "void_holes",
     ];
     let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
     for kernel in old.into_iter().chain(slates) {

@@ -2,11 +2,13 @@
 //! kernels/README.md says how they are written.
 #![forbid(unsafe_code)]
 
+mod assemble;
 pub mod dense;
 mod launch;
 mod slates;
 mod source;
 
+pub use assemble::{AssembleRows, RowKind, RowPart, VoidHoles};
 pub use launch::{
     Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MOST_ARGUMENTS,
     MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,

@@ -23,7 +23,8 @@ pieces!(
     "fill_columns.cu",
     "finish_slates.cu",
     "dense.cu",
-    "take_neighbors.cu"
+    "take_neighbors.cu",
+    "assemble_rows.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

@@ -4,7 +4,7 @@ use anyhow::Context as _;
 use clap::Args;
 
 use crate::catalog::bundle;
-use crate::device::{Choice, cpu, select};
+use crate::device::{Choice, check_engines, cpu, select};
 use crate::rerank::Reranker;
 
 /// `tastemaker check`
@@ -23,13 +23,14 @@ pub struct Check {
 impl Check {
     pub fn run(self) -> anyhow::Result<()> {
         let config = super::config(Some(&self.config))?;
+        let selected = select(self.device)?;
         if let Some(path) = &self.bundle {
             let generation = bundle::open(path)?;
             Reranker::compile(&config.rerank, &generation)
                 .with_context(|| format!("{} against {}", self.config.display(), path.display()))?;
             cpu::try_rankers(config.pipeline.clone(), &generation)?;
+            check_engines(&config.pipeline, &generation, !selected.gpus.is_empty()).map_err(anyhow::Error::msg)?;
         }
-        let selected = select(self.device)?;
         say!("{}: ok", self.config.display());
         if self.device != Choice::Cpu {
             say!("device: {}: {}", selected.name, selected.reason);

@@ -340,6 +340,14 @@ pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
 /// How long a device that comes back may take where it makes an index of many vectors; the CPU serves meanwhile.
 const INDEX_PATIENCE: Duration = Duration::from_secs(1800);
 
+/// Whether rankers whose engine is named and is a GPU's can be computed where `accelerated` says whether a GPU does.
+///
+/// # Errors
+/// The first that can't be, and why.
+pub fn check_engines(config: &PipelineConfig, generation: &Generation, accelerated: bool) -> Result<(), String> {
+    cuda::tensorrt::check(config, generation, accelerated)
+}
+
 /// An accelerator that workers use together.
 pub struct Accelerator {
     cuda: Arc<cuda::engine::Cuda>,

@@ -18,7 +18,7 @@ use crate::config::in_range;
 use crate::context::{Degradation, Reason, Stage};
 use crate::device::{Device, Job};
 use crate::error::{Code, Error};
-use crate::ranking::manifest::Engine;
+use crate::ranking::manifest::{Engine, RankerManifest};
 use crate::rerank::{RerankInput, RerankScratch, Reranker};
 use crate::response;
 
@@ -54,6 +54,10 @@ pub struct PipelineConfig {
     /// The library of ONNX Runtime, 1.24 or later, for rankers whose engine it is, and for what the embedded runtime lacks. Empty:
     /// `ORT_DYLIB_PATH`, then the loader's usual places, for the former alone.
     pub onnxruntime: String,
+    /// The folder of TensorRT's libraries, for rankers whose engine it is. Empty: the loader's usual places.
+    pub tensorrt: String,
+    /// Where engines that TensorRT built are kept. Empty: in `.tensorrt` beside the bundle.
+    pub tensorrt_cache: String,
     /// Memory for what a ranker computes of each item ahead, per ranker and shared by all workers; one that needs more computes
     /// it for every candidate. 0: none does. Default 2 GiB.
     pub item_table_bytes: u64,
@@ -75,6 +79,8 @@ impl Default for PipelineConfig {
             rankers: BTreeMap::new(),
             engines: BTreeMap::new(),
             onnxruntime: String::new(),
+            tensorrt: String::new(),
+            tensorrt_cache: String::new(),
             item_table_bytes: 2 << 30,
         }
     }
@@ -108,6 +114,11 @@ impl PipelineConfig {
             Some((name, weight)) => Err(format!("pipeline.rankers.{name} is {weight}, expected 0 or more")),
             None => Ok(()),
         }
+    }
+
+    /// What is to compute a ranker: as configured, else as its manifest says.
+    pub fn engine(&self, name: &str, manifest: &RankerManifest) -> Engine {
+        self.engines.get(name).copied().unwrap_or(manifest.engine)
     }
 
     /// Ranked items that re-ranking chooses a slate of `n_items` from: what diversity, caps and pins can use.

@@ -37,6 +37,8 @@ pub enum Engine {
     Rten,
     /// ONNX Runtime, which has to be installed.
     OnnxRuntime,
+    /// TensorRT, on a GPU; what the CPU computes of it is computed as by `Auto`.
+    TensorRt,
 }
 
 /// One ONNX input.

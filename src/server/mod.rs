@@ -29,7 +29,7 @@ use crate::config::{Config, in_range};
 use crate::device::batcher::BatchLimits;
 use crate::device::guard::{self, Guard};
 use crate::device::worker::{self, JobSink};
-use crate::device::{Accelerator, Counters, Device, Gpus, Selected, cpu, sim};
+use crate::device::{self, Accelerator, Counters, Device, Gpus, Selected, cpu, sim};
 use crate::index::Searchers;
 use crate::link::Link;
 use crate::state::sinks::Sinks;
@@ -362,6 +362,10 @@ impl Server {
             }
             _ => Vec::new(),
         };
+        if let DeviceKind::Cpu | DeviceKind::Accelerators { .. } = kind {
+            let checked = device::check_engines(&shared.config.pipeline, &shared.generation, !accelerators.is_empty());
+            checked.map_err(anyhow::Error::msg)?;
+        }
         if let DeviceKind::Guarded(_) = kind {
             let _ = shared.devices.set(vec![Arc::new(Counters::new("sim"))]);
         }

@@ -1,16 +1,20 @@
 //! Recommendations of which another device finds the neighbours and ranks: what depends on neither.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Asked, CpuDevice, Gathered, Loaded, Scratch, fold_in, proposed_by_nobody};
-use crate::candidates::{Scored, Source};
+use crate::candidates::{Dependence, Scored, Source};
 use crate::catalog::generation::Generation;
 use crate::context::Stage;
 use crate::device::{Device, DeviceError, Job};
+use crate::features::assemble::Layout;
 use crate::pipeline::PipelineConfig;
 use crate::ranking::dense::Model;
+use crate::ranking::expression::Expression;
+use crate::ranking::manifest::Engine;
 
 /// A ranker of which a recommendation's score is made.
 #[derive(Clone)]
@@ -25,6 +29,54 @@ pub struct Weighted {
     pub columns: Option<Vec<String>>,
     /// What computes it here, where that is the engine for dense networks.
     pub model: Option<Arc<Model>>,
+    /// Its whole rows, for an engine that takes those: where one is asked for, or nothing here computes it in parts.
+    pub whole: Option<Arc<Whole>>,
+}
+
+/// What the rows of a model's inputs are put together of, and the model, for an engine of another device.
+pub struct Whole {
+    /// Whose items there are.
+    pub generation: Arc<Generation>,
+    /// The model's file.
+    pub onnx: PathBuf,
+    /// The name of the output that is the score, or why there is no such one.
+    pub output: Result<String, String>,
+    /// The inputs' names.
+    pub names: Vec<String>,
+    /// By input: of each value what it depends on, and its place in the row of that layout.
+    pub places: Vec<Vec<(Dependence, usize)>>,
+    /// The columns of all inputs, by [`Dependence`].
+    pub layouts: [Layout; 3],
+}
+
+impl Whole {
+    /// The ranker in that position of the generation, whose inputs have these columns.
+    fn new(generation: &Arc<Generation>, at: usize, inputs: &[Layout]) -> Self {
+        let model = &generation.rankers[at];
+        let mut taken = [0; 3];
+        let mut place = |of: Dependence| {
+            taken[of as usize] += 1;
+            (of, taken[of as usize] - 1)
+        };
+        let places = inputs.iter().map(|input| input.dependences().into_iter().map(&mut place).collect()).collect();
+        let output = model.manifest.output.expression().and_then(|(score, mut names)| match score {
+            Expression::Output(0) => Ok(names.swap_remove(0)),
+            _ => Err("`output.score` combines outputs, which is not done there: put that into the model".to_owned()),
+        });
+        Whole {
+            generation: generation.clone(),
+            onnx: model.onnx.clone(),
+            output,
+            names: model.manifest.inputs.iter().map(|input| input.name.clone()).collect(),
+            places,
+            layouts: Dependence::ALL.map(|of| Layout::part(inputs, |own| own == of)),
+        }
+    }
+
+    /// Values of a row, by [`Dependence`].
+    pub fn widths(&self) -> [usize; 3] {
+        [0, 1, 2].map(|of| self.layouts[of].width())
+    }
 }
 
 impl CpuDevice {
@@ -36,12 +88,25 @@ impl CpuDevice {
         self.load(generation)?;
         let loaded = self.loaded.iter_mut().find(|loaded| Arc::ptr_eq(&loaded.generation, generation));
         let rankers = loaded.into_iter().flat_map(|loaded| loaded.rankers.iter_mut().enumerate());
-        let weighted = rankers.filter(|(_, ranker)| ranker.weight > 0.0).map(|(at, ranker)| Weighted {
-            at,
-            name: ranker.ranker.name().to_owned(),
-            weight: ranker.weight,
-            columns: ranker.parts.as_ref().map(|[_, candidates]| candidates.names().to_vec()),
-            model: ranker.ranker.dense().map(|dense| dense.model().clone()),
+        let config = &self.config;
+        let weighted = rankers.filter(|(_, ranker)| ranker.weight > 0.0).map(|(at, ranker)| {
+            let in_parts = ranker.parts.is_some();
+            let whole = generation.rankers.get(at).filter(|model| match config.engine(&model.name, &model.manifest) {
+                Engine::TensorRt => true,
+                Engine::Auto => !in_parts,
+                _ => false,
+            });
+            let whole = whole.map(|_| Arc::new(Whole::new(generation, at, &ranker.layouts)));
+            let parts = ranker.parts.as_ref().map(|[_, candidates]| candidates);
+            let candidates = whole.as_ref().map(|whole| &whole.layouts[Dependence::Candidate as usize]).or(parts);
+            Weighted {
+                at,
+                name: ranker.ranker.name().to_owned(),
+                weight: ranker.weight,
+                columns: candidates.map(|candidates| candidates.names().to_vec()),
+                model: ranker.ranker.dense().map(|dense| dense.model().clone()),
+                whole,
+            }
         });
         Ok(weighted.collect())
     }
@@ -105,10 +170,12 @@ impl Loaded {
         let mut all = true;
         for (nth, weighted) in rankers.iter().enumerate() {
             let Some(loaded) = self.rankers.get_mut(weighted.at) else { return false };
-            let Some([request, _]) = &loaded.parts else { return false };
+            let whole = weighted.whole.as_ref().map(|whole| &whole.layouts[Dependence::Request as usize]);
+            let parts = loaded.parts.as_ref().map(|[request, _]| request);
+            let Some(request) = whole.or(parts) else { return false };
             let gathered = Gathered { generation: &self.generation, index: None, job, signals, candidates };
             gathered.fill(request, 1, features, &mut inputs[0]);
-            match loaded.ranker.dense() {
+            match loaded.ranker.dense().filter(|_| whole.is_none()) {
                 Some(dense) => {
                     part.clear();
                     part.resize(dense.model().shared_width(), 0.0);

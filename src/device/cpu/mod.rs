@@ -29,9 +29,9 @@ use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
 use crate::retrieval::{Marks, ann, trending};
 use crate::state::fold_in::FoldInScratch;
-pub use apart::Weighted;
 #[cfg(test)]
 pub(crate) use apart::testing as apart_testing;
+pub use apart::{Weighted, Whole};
 #[cfg(test)]
 pub(crate) use live::with_changed;
 use rankers::LoadedRanker;

@@ -152,7 +152,11 @@ fn prepare(
     let mut models = Vec::new();
     for model in &generation.rankers {
         let layouts = layouts(model, generation)?;
-        let engine = config.engines.get(&model.name).copied().unwrap_or(model.manifest.engine);
+        let engine = match config.engine(&model.name, &model.manifest) {
+            // The GPU's; here it is what a GPU that fails leaves to the CPU.
+            Engine::TensorRt => Engine::Auto,
+            engine => engine,
+        };
         let refused =
             |engine: &str, reason: &str| format!("ranker `{}`: not on engine `{engine}`: {reason}", model.name);
         // Tree ensembles are each worker's own, and not of the general runtime.
@@ -475,6 +479,7 @@ mod tests {
         };
         assert_eq!(load(Engine::Auto, PipelineConfig::default()), Ok("dense"));
         assert_eq!(load(Engine::Dense, PipelineConfig::default()), Ok("dense"));
+        assert_eq!(load(Engine::TensorRt, PipelineConfig::default()), Ok("dense"));
         assert_eq!(load(Engine::Rten, PipelineConfig::default()), Ok("rten"));
         assert_eq!(load(Engine::Trees, asked(Engine::Rten)), Ok("rten"));
         let error = load(Engine::Trees, PipelineConfig::default()).unwrap_err();

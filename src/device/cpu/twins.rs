@@ -9,7 +9,7 @@ use crate::index::Exact;
 use crate::ranking::ensemble::WeightedMean;
 use crate::retrieval::collaborative::Signals;
 use crate::retrieval::merge::{MergeScratch, merge};
-use tastemaker_kernels::{Column, CountBy, ScoreBy};
+use tastemaker_kernels::{Column, CountBy, RowKind, RowPart, ScoreBy};
 
 /// A row that is none, and its score.
 const HOLE: Scored = Scored { row: NO_ROW, score: f32::NAN };
@@ -265,6 +265,61 @@ pub fn add_scores(members: &[(&[f32], f32)]) -> Vec<f32> {
     mean.begin(members.first().map_or(0, |(scores, _)| scores.len()));
     members.iter().for_each(|(scores, weight)| mean.add(scores, *weight));
     mean.sum().to_vec()
+}
+
+/// Requests' candidates, with what whole rows are put together of.
+#[derive(Clone, Copy, Debug)]
+pub struct Slots<'a> {
+    /// `[n_requests, width]`
+    pub rows: &'a [u32],
+    /// `[n_requests]`
+    pub counts: &'a [u32],
+    /// Places of a request.
+    pub width: usize,
+    /// Rows from here on are holes.
+    pub n_items: u32,
+}
+
+impl Slots<'_> {
+    /// Request and row of each place; no row for a hole.
+    fn each(self) -> impl Iterator<Item = (usize, Option<usize>)> {
+        let Slots { rows, counts, width, n_items } = self;
+        rows.iter().enumerate().map(move |(at, &row)| {
+            let (request, place) = (at / width, (at % width) as u32);
+            (request, (place < counts[request] && row < n_items).then_some(row as usize))
+        })
+    }
+}
+
+/// Whole rows of a model's input, as words; each value from what there is of the request (f32 `[n_requests, n_shared]`), the item
+/// (`[n_items, n_item]`) or the candidate (`[n_requests, width, n_columns]`). Holes are zeros.
+pub fn assemble_rows(
+    slots: Slots<'_>,
+    [shared, table, columns]: [(&[f32], usize); 3],
+    places: &[RowPart],
+    kind: RowKind,
+) -> Vec<u32> {
+    let mut words = Vec::new();
+    for (at, (request, row)) in slots.each().enumerate() {
+        for &place in places {
+            let value = row.map_or(0.0, |row| match place {
+                RowPart::Shared(which) => shared.0[request * shared.1 + which as usize],
+                RowPart::Item(which) => table.0[row * table.1 + which as usize],
+                RowPart::Candidate(which) => columns.0[at * columns.1 + which as usize],
+            });
+            match kind {
+                RowKind::F32 => words.push(value.to_bits()),
+                RowKind::I32 => words.push(value as i32 as u32),
+                RowKind::I64 => words.extend([value as i64 as u32, (value as i64 >> 32) as u32]),
+            }
+        }
+    }
+    words
+}
+
+/// NaN for holes among the scores.
+pub fn void_holes(slots: Slots<'_>, scores: &mut [f32]) {
+    slots.each().zip(scores).filter(|((_, row), _)| row.is_none()).for_each(|(_, score)| *score = f32::NAN);
 }
 
 /// The `m` best of the candidates with their sources, and how many scores are NaN. `best` is the search's first score, 0 without one.

@@ -111,7 +111,7 @@ impl Cuda {
             cuda: self.clone(),
             config: config.clone(),
             rest,
-            make: super::pipeline::ranker::maker(),
+            make: super::pipeline::ranker::maker(&self.gpu, config, &self.config),
             pipeline: None,
             places: Vec::new(),
             searcher: None,
@@ -962,6 +962,10 @@ impl CudaDevice {
                         let memory = mib(bytes);
                         tracing::info!(device = %self.name, memory, "recommendations are computed as a whole on the GPU");
                         Some(Arc::new(made))
+                    }
+                    Err(reason) if super::tensorrt::asked(&self.config, &resident.generation).next().is_some() => {
+                        let reason = format!("a ranker is to be on engine `tensorrt`: {reason}");
+                        return Err(DeviceError::Load { version: resident.generation.version.clone(), reason });
                     }
                     Err(reason) => {
                         tracing::info!(device = %self.name, reason, "recommendations are ranked on the CPU");

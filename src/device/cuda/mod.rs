@@ -3,6 +3,7 @@
 //! [`probe`] looks for a GPU, [`kernels`] has its machine code, [`context`] and [`stream`] are the driver made safe, [`ops`] the kernels as
 //! safe calls, [`engine`] is the device, and [`pipeline`] what of it keeps recommendations there from the neighbours to the slate. [`dense`]
 //! compiles rankers, and [`ranker`] runs them. [`cuvs`] is vector search by cuVS, which [`finder`] has the engine use for the bundle's index.
+//! [`tensorrt`] says whether a ranker can be TensorRT's.
 
 pub mod context;
 pub mod cuvs;
@@ -17,3 +18,4 @@ pub mod pipeline;
 pub mod probe;
 pub mod ranker;
 pub mod stream;
+pub mod tensorrt;

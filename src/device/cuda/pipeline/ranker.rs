@@ -3,10 +3,14 @@
 use std::sync::Arc;
 
 use super::super::ops::RankBatch;
+use super::super::probe::Gpu;
 use super::super::ranker::{DeviceRanker, RankerOptions, RankerPlan, StreamRanker};
 use super::super::stream::{PartMut, Stream};
-use crate::device::DeviceError;
+use super::super::tensorrt;
+use super::shape::Sizes;
 use crate::device::cpu::Weighted;
+use crate::device::{DeviceConfig, DeviceError};
+use crate::pipeline::PipelineConfig;
 
 /// Tables and weights of a ranker on one GPU, for all workers.
 pub trait ResidentRanker: Send + Sync {
@@ -65,8 +69,15 @@ pub type Make<'a> = dyn Fn(&Stream, &Weighted, u64) -> Made + 'a;
 pub type Maker = dyn Fn(&Stream, &Weighted, u64) -> Made + Send + Sync;
 
 /// Makes the rankers that there are for GPUs.
-pub fn maker() -> Arc<Maker> {
-    Arc::new(|stream, weighted, left| {
+pub fn maker(gpu: &Gpu, config: &Arc<PipelineConfig>, device: &DeviceConfig) -> Arc<Maker> {
+    let (gpu, config, device) = (gpu.clone(), config.clone(), device.clone());
+    Arc::new(move |stream, weighted, left| {
+        if let Some(whole) = &weighted.whole {
+            return match Sizes::new(&config, &device, whole.generation.items.len(), 0, Vec::new(), 0) {
+                Ok(sizes) => tensorrt::make(stream, &gpu, &config, whole, (&sizes.buckets, sizes.width(), left)),
+                Err(reason) => Ok(Err(reason)),
+            };
+        }
         let Some(model) = &weighted.model else {
             return Ok(Err("no engine for GPUs computes it".to_owned()));
         };

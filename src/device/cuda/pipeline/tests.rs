@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use rten::ThreadPool;
-use tastemaker_kernels::MAX_K;
+use tastemaker_kernels::{MAX_K, RowKind};
 
 use super::super::emulated::Emulated;
 use super::super::engine::{Cuda, CudaDevice, testing as engine};
-use super::super::stream::PartMut;
+use super::super::ranker::{DeviceRanker, RankerOptions, StreamRanker};
+use super::super::stream::{Part, PartMut};
+use super::super::tensorrt::assembled::{Assembled, OnStream, RowScorer};
 use super::*;
 use crate::catalog::cooccurrence;
 use crate::catalog::generation::{Interaction, NO_CODE, RankedList, RankerModel, testing};
@@ -16,9 +18,11 @@ use crate::catalog::text::TextIndex;
 use crate::context::Deadline;
 use crate::device::cpu::apart_testing;
 use crate::device::{Device, Storage};
-use crate::ranking::manifest::RankerManifest;
+use crate::ranking::dense::Model;
+use crate::ranking::manifest::{Engine, RankerManifest};
+use crate::ranking::onnx::OnnxRanker;
 use crate::ranking::precision::{Report, Wanted};
-use crate::ranking::{RankError, Ranker as CpuRanker};
+use crate::ranking::{RankError, Ranker as CpuRanker, recognise};
 
 /// Columns of each ranker, and the request's: what a candidate scores is the product of both, summed up as the device's kernel does it.
 const COLUMNS: [[&str; 8]; 2] = [
@@ -343,17 +347,72 @@ fn same_but_for_rounding(got: &[RankedItem], want: &[RankedItem]) -> Result<(), 
     Ok(())
 }
 
+/// Scores whole rows by the dense engine, in the place of TensorRT.
+struct RowsOfDense {
+    ranker: StreamRanker,
+    rows: Table<u32>,
+    counts: Table<u32>,
+}
+
+impl RowScorer for RowsOfDense {
+    fn enqueue(
+        &mut self,
+        stream: &Stream,
+        n_rows: usize,
+        inputs: &[Part<'_, u32>],
+        scores: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let (rows, counts) = (self.rows.part(0..n_rows), self.counts.part(0..n_rows));
+        let shared = self.rows.part(0..0).as_type();
+        let batch = RankBatch { rows, counts, n_requests: n_rows, width: 1, shared, columns: inputs[0].as_type() };
+        self.ranker.enqueue(stream, batch, scores)
+    }
+}
+
+/// The ranker that wants whole rows, with the dense engine behind it.
+fn of_whole_rows(stream: &Stream, weighted: &Weighted) -> super::ranker::Made {
+    let whole = weighted.whole.as_ref().expect("an engine for whole rows was asked for");
+    assert_eq!((&whole.names[..], whole.widths()), (&["features".to_owned()][..], [1, 1, 11]));
+    assert_eq!(whole.output.as_deref(), Ok("score"));
+    let manifest = &whole.generation.rankers[weighted.at].manifest;
+    let pool = Arc::new(ThreadPool::with_num_threads(1));
+    let mut general = OnnxRanker::load("whole", &whole.onnx, manifest, &[13], pool).unwrap();
+    let graph = recognise(&mut general, &whole.onnx, manifest).unwrap();
+    let model = Model::plain("whole", &graph, Kernel::detect());
+    let dense = Arc::new(DeviceRanker::new(stream, &model, RankerOptions::default())?.unwrap());
+    let scorer: Box<OnStream> = Box::new(move |stream, n_slots| {
+        let all = |value| Table::new(stream, n_slots, |_, out: &mut [u32]| out.fill(value));
+        let (rows, counts) = (all(0)?, all(1)?);
+        Ok(Box::new(RowsOfDense { ranker: StreamRanker::new(dense.clone(), n_slots), rows, counts }) as _)
+    });
+    let made = Assembled::new(stream, &whole.generation, whole, &[RowKind::F32], 0, scorer)?;
+    Ok(Ok(Arc::new(made) as Arc<dyn ResidentRanker>))
+}
+
 #[test]
 fn slates_of_a_bundle_s_ranker_are_the_cpu_s_but_for_rounding() {
+    like_the_cpu_s(Engine::Auto, None);
+}
+
+#[test]
+fn slates_of_a_ranker_of_whole_rows_are_the_cpu_s_but_for_rounding() {
+    like_the_cpu_s(Engine::TensorRt, Some(Arc::new(|stream, weighted, _| of_whole_rows(stream, weighted))));
+}
+
+fn like_the_cpu_s(asked: Engine, maker: Option<Arc<super::ranker::Maker>>) {
     let Some(emulated) = Emulated::open("seed=11,delay_us=0") else { return };
     let (mut items, mut elsewhere) = (0, 0);
     for (metric, bytes) in [(Metric::InnerProduct, 1 << 20), (Metric::Cosine, 1 << 20)] {
         let case = Case { n: 700, dim: 12, metric, coarse: false, n_rankers: 1, seed: 21 };
         let generation = case.with_demo();
-        let config = Arc::new(PipelineConfig { item_table_bytes: bytes, ..config(100) });
+        let engines = [(generation.rankers[0].name.clone(), asked)].into();
+        let config = Arc::new(PipelineConfig { item_table_bytes: bytes, engines, ..config(100) });
         let cpu = || CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
         let cuda = engine::cuda(&DeviceConfig::default(), 1);
         let (mut device, mut other) = (cuda.device(cpu(), &config).unwrap(), cpu());
+        if let Some(maker) = &maker {
+            device.make = maker.clone();
+        }
         device.load(&generation).unwrap();
         other.load(&generation).unwrap();
         emulated.script("seed=12,delay_us=0");
