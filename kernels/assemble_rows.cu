@@ -11,7 +11,7 @@
 // Whether a place has no candidate.
 DEVICE bool is_hole(u32 row, u32 n_items, u32 place, u32 count) { return place >= count || row >= n_items; }
 
-KERNEL(assemble_rows, 8)
+KERNEL(assemble_rows, 6)
 (const u32* __restrict__ rows, const u32* __restrict__ counts, u32 n_requests, u32 width, const float* __restrict__ shared,
  u32 n_shared, const float* __restrict__ table, u32 n_items, u32 n_item, const float* __restrict__ columns, u32 n_columns,
  const u32* __restrict__ places, u32 n_values, u32 kind, u32* __restrict__ values) {
@@ -45,7 +45,7 @@ KERNEL(assemble_rows, 8)
 // launch grid (n_requests * width / 256, rounded up), 256 threads, no shared memory
 // order  as given
 // twin   void_holes in src/device/cpu/twins.rs
-KERNEL(void_holes, 8)
+KERNEL(void_holes, 6)
 (const u32* __restrict__ rows, const u32* __restrict__ counts, u32 n_requests, u32 width, u32 n_items, float* __restrict__ scores) {
     const u64 at = (u64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= (u64)n_requests * width) return;

@@ -382,7 +382,7 @@ struct Stream {
     int take(Work one) {
         if (context->lost) return context->lost;
         if (capture) {
-            capture->work.push_back(std::move(one));
+            capture->push_back(std::move(one));
             return SUCCESS;
         }
         give(std::move(one));
@@ -425,7 +425,7 @@ struct Module {
 };
 struct Executable {
     Context* context;
-    std::vector<Work> work;
+    Graph graph;
 };
 
 // Then copies that were given are not done any more.
@@ -965,7 +965,7 @@ API int cuGraphLaunch(Executable* executable, Stream* stream) {
     if (const int not_ready = ready()) return not_ready;
     if (!is_live(executable, "graph") || !is_live(stream, "stream")) return INVALID_HANDLE;
     count(GRAPHS, executable->context->ordinal);
-    for (const Work& one : executable->work) {
+    for (const Work& one : executable->graph) {
         if (const int refused = stream->take(one)) return refused;
     }
     return SUCCESS;
