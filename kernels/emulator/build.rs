@@ -30,7 +30,8 @@ fn unit(name: &str, pieces: &[(&str, String)]) -> String {
 }
 
 /// A folder with the emulated driver and NVRTC, under the names by which both are looked for; `None`, with a warning, where the
-/// compiler can't make them. They name themselves as they are first asked for, so that one that is open already is found again.
+/// compiler can't make them, unless TASTEMAKER_REQUIRE_EMULATOR is set. They name themselves as they are first asked for, so that one
+/// that is open already is found again.
 fn libraries(out: &Path, plain: &str) -> Option<PathBuf> {
     let folder = out.join("cuda");
     std::fs::create_dir_all(&folder).expect("OUT_DIR is writable");
@@ -53,6 +54,7 @@ fn libraries(out: &Path, plain: &str) -> Option<PathBuf> {
             Ok(ran) => String::from_utf8_lossy(&ran.stderr).lines().next().unwrap_or("it said nothing").to_owned(),
             Err(error) => error.to_string(),
         };
+        assert!(std::env::var_os("TASTEMAKER_REQUIRE_EMULATOR").is_none(), "no emulated {name}: {why}");
         println!("cargo::warning=no emulated {name}: {why}");
         return None;
     }
@@ -109,4 +111,5 @@ fn main() {
     for file in ["src/emulator.h", "src/scheduler.cpp", "src/planted.rs", "driver/driver.cpp", "driver/nvrtc.cpp"] {
         println!("cargo::rerun-if-changed={file}");
     }
+    println!("cargo::rerun-if-env-changed=TASTEMAKER_REQUIRE_EMULATOR");
 }
