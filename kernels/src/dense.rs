@@ -88,6 +88,22 @@ pub enum Binary {
     Pow,
 }
 
+impl Binary {
+    /// The result; the larger and the smaller of two is NaN where one of them is.
+    pub fn of(self, a: f32, b: f32) -> f32 {
+        match self {
+            Binary::Add => a + b,
+            Binary::Sub => a - b,
+            Binary::Mul => a * b,
+            Binary::Div => a / b,
+            Binary::Max if a > b || a.is_nan() => a,
+            Binary::Min if a < b || a.is_nan() => a,
+            Binary::Max | Binary::Min => b,
+            Binary::Pow => a.powf(b),
+        }
+    }
+}
+
 /// What [`Op::Each`] and [`Op::Pair`] compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Function {

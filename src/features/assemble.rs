@@ -57,8 +57,9 @@ pub struct Inputs<'a> {
     pub dots: &'a Dots<'a>,
 }
 
+/// What a column is.
 #[derive(Clone, Debug)]
-enum Op {
+pub(crate) enum Op {
     SourceScore(Source),
     SourceRank(Source),
     SourcePresent(Source),
@@ -93,7 +94,7 @@ impl Op {
     }
 
     /// The codes of items that it reads, where it reads nothing else of them but where the item stands in a series.
-    fn field(&self, roles: &Roles) -> Option<Field> {
+    pub(crate) fn field(&self, roles: &Roles) -> Option<Field> {
         match *self {
             Op::SameCreator(column) | Op::Overlap(column) => Some(Field { column, first_only: false }),
             Op::SameCategory(column) => Some(Field { column, first_only: true }),
@@ -218,9 +219,9 @@ impl Layout {
         self.width
     }
 
-    /// The columns' names; an embedding is one.
-    pub fn names(&self) -> &[String] {
-        &self.names
+    /// The columns and their names; an embedding is one.
+    pub(crate) fn columns(&self) -> impl Iterator<Item = (&str, &Op)> {
+        self.names.iter().map(String::as_str).zip(&self.ops)
     }
 
     /// What each value depends on, `[width]`.
@@ -867,7 +868,8 @@ mod tests {
         assert_eq!(whole[1].dependences(), [Item, Candidate, Item, Request, Request]);
         let width = |wanted: Dependence| Layout::part(&whole, |d| d == wanted).width();
         assert_eq!((width(Request), width(Item), width(Candidate)), (4, 4, 2));
-        let names = Layout::part(&whole, |d| d == Request).names().to_vec();
+        let part = Layout::part(&whole, |d| d == Request);
+        let names: Vec<&str> = part.columns().map(|(name, _)| name).collect();
         assert_eq!(names, ["user.history_length", "context.hour", "user.embedding"]);
         let mut out = Vec::new();
         let items = Layout::part(&whole, |d| d == Item);

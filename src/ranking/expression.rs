@@ -51,30 +51,7 @@ impl Expression {
                     _ => 1.0 / (1.0 + (-x).exp()),
                 }
             }
-            Expression::Binary(binary, a, b) => {
-                let (a, b) = (a.value(outputs), b.value(outputs));
-                match binary {
-                    Binary::Add => a + b,
-                    Binary::Sub => a - b,
-                    Binary::Mul => a * b,
-                    Binary::Div => a / b,
-                    Binary::Pow => a.powf(b),
-                    Binary::Max => {
-                        if a > b || a.is_nan() {
-                            a
-                        } else {
-                            b
-                        }
-                    }
-                    Binary::Min => {
-                        if a < b || a.is_nan() {
-                            a
-                        } else {
-                            b
-                        }
-                    }
-                }
-            }
+            Expression::Binary(binary, a, b) => binary.of(a.value(outputs), b.value(outputs)),
         }
     }
 

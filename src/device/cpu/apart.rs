@@ -25,8 +25,8 @@ pub struct Weighted {
     pub name: String,
     /// Its share in the mean.
     pub weight: f32,
-    /// Names of the columns of candidates, each one value wide; `None`: it is not computed in parts.
-    pub columns: Option<Vec<String>>,
+    /// The columns of candidates, each one value wide; `None`: it is not computed in parts.
+    pub columns: Option<Layout>,
     /// What computes it here, where that is the engine for dense networks.
     pub model: Option<Arc<Model>>,
     /// Its whole rows, for an engine that takes those: where one is asked for, or nothing here computes it in parts.
@@ -103,7 +103,7 @@ impl CpuDevice {
                 at,
                 name: ranker.ranker.name().to_owned(),
                 weight: ranker.weight,
-                columns: candidates.map(|candidates| candidates.names().to_vec()),
+                columns: candidates.cloned(),
                 model: ranker.ranker.dense().map(|dense| dense.model().clone()),
                 whole,
             }

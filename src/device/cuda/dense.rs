@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use half::bf16;
-use tastemaker_kernels::dense::{Binary, Function, NARROW_COLUMNS, NONE, Op as Does, Program, RELU, ROUND, Step, TILE};
+use tastemaker_kernels::dense::{Function, NARROW_COLUMNS, NONE, Op as Does, Program, RELU, ROUND, Step, TILE};
 use tastemaker_kernels::dense::{TURNED, Unary, bf16_place, f32_place};
 
 use crate::ranking::dense::ops::{self, Graph, Id, Op};
@@ -383,15 +383,7 @@ impl Compiler<'_> {
                 self.changed(Step { function, a, b, ..Step::new(Does::Each) }, *x, None)
             }
             Op::Binary(binary, x, y) => {
-                let function = Function::Binary(match binary {
-                    ops::Binary::Add => Binary::Add,
-                    ops::Binary::Sub => Binary::Sub,
-                    ops::Binary::Mul => Binary::Mul,
-                    ops::Binary::Div => Binary::Div,
-                    ops::Binary::Max => Binary::Max,
-                    ops::Binary::Min => Binary::Min,
-                    ops::Binary::Pow => Binary::Pow,
-                });
+                let function = Function::Binary(*binary);
                 let n = self.graph.width(*y) as u32;
                 self.changed(Step { function, n, ..Step::new(Does::Pair) }, *x, Some(*y))
             }

@@ -19,7 +19,7 @@ use super::context::Context;
 use super::cuvs::{Cuvs, Unavailable};
 use super::finder::{Asked, Failure, Finder, Indexed, Plan};
 use super::kernels::{Image, image};
-use super::ops::{Lists, ListsMut, Scoring, Vectors};
+use super::ops::{ListsMut, Scoring, Vectors};
 use super::pipeline::ranker::Maker;
 use super::pipeline::{Pipeline, PipelineSizes, Place, Setting, Tables};
 use super::probe::Gpu;
@@ -169,8 +169,7 @@ impl Cuda {
             tracing::warn!(device = %self.gpu.ordinal, "vectors that are not finite: neighbours are found on the CPU");
             return Ok(None);
         }
-        let device = format_args!("cuda:{}", self.gpu.ordinal).to_string();
-        let exactly = |reason: String| tracing::warn!(device, reason, "neighbours are found exactly, not by cuVS");
+        let exactly = |reason: String| no_finder(self.gpu.ordinal, &reason);
         let width = padded(matrix.dim);
         let plan = Plan::of(&self.config, generation, [matrix.n_rows(), matrix.dim, width]);
         let mut plan = plan.unwrap_or_else(|error| {
@@ -721,26 +720,15 @@ impl Searcher {
             let pairs = self.input.part(n * width..n_input);
             stream.mask_scores(pairs, n_pairs, self.scores.part_mut(0..n * n_rows), [n, n_rows])?;
         }
-        let n_parts = self.sizes.parts(n);
-        let all = self.scores.part(0..n * n_rows);
-        if n_parts == 1 {
-            stream.topk(all, [n, n_rows, 1, fetched], best)?;
-        } else {
-            let size = n * n_parts * fetched;
-            let (rows, scores) = self.lists.part_mut(0..2 * size).split_at(size);
-            stream.topk(all, [n, n_rows, n_parts, fetched], ListsMut { rows, scores: scores.as_type() })?;
-            let lists = self.lists.part(0..2 * size);
-            let lists = Lists { rows: lists.part(0..size), scores: lists.part(size..2 * size).as_type() };
-            stream.partition_merge(lists, [n, n_parts, fetched, fetched], best)?;
-        }
+        let shape = [n, n_rows, self.sizes.parts(n), fetched];
+        stream.best(self.scores.part(0..n * n_rows), None, shape, &mut self.lists, best)?;
         Ok(stream.download(self.output.part(0..2 * n * fetched), down)?)
     }
 }
 
-/// The line for the operator, once a worker.
-fn no_finder(ordinal: u32, failure: &Failure) {
-    let device = format_args!("cuda:{ordinal}").to_string();
-    tracing::warn!(device, reason = %failure, "neighbours are found exactly, not by cuVS");
+/// The line for the operator.
+fn no_finder(ordinal: u32, reason: &dyn std::fmt::Display) {
+    tracing::warn!(device = %format_args!("cuda:{ordinal}"), %reason, "neighbours are found exactly, not by cuVS");
 }
 
 /// Has the stream compute something whose result is known.
@@ -768,7 +756,7 @@ fn try_out(stream: &Stream) -> Result<(), DeviceError> {
     };
     stream.scores(scoring, scores.part_mut(0..N_ROWS))?;
     let out = ListsMut { rows: rows.part_mut(0..3), scores: best.part_mut(0..3) };
-    stream.topk(scores.part(0..N_ROWS), [1, N_ROWS, 1, 3], out)?;
+    stream.topk(scores.part(0..N_ROWS), None, [1, N_ROWS, 1, 3], out)?;
     let got = stream.download(rows.part(0..3), stream.pinned(3)?)?.wait()?;
     let values: Vec<f32> = (0..N_ROWS * 4).map(value).collect();
     let want = twins::scores(&query, &values, 4, (ScoreBy::InnerProduct, &[]), None);

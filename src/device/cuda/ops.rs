@@ -5,7 +5,7 @@ use half::bf16;
 use tastemaker_kernels as kernels;
 use tastemaker_kernels::{Launch, ScoreBy, ShapeError};
 
-use super::stream::{Part, PartMut, Stream};
+use super::stream::{Buffer, Part, PartMut, Stream};
 use crate::device::DeviceError;
 
 /// A table of vectors, of either type.
@@ -183,7 +183,8 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
-    /// The `k` best of each of `n_parts` parts of every row of `scores` (f32 `[n_rows, n_cols]`): `[n_rows, n_parts, k]`.
+    /// The `k` best of each of `n_parts` parts of every row of `scores` (f32 `[n_rows, n_cols]`), of which as many columns count as
+    /// `lengths` says (u32 `[n_rows]`), or all: `[n_rows, n_parts, k]`.
     ///
     /// # Errors
     /// As [`Self::scores`].
@@ -193,16 +194,20 @@ impl Stream {
     pub fn topk(
         &self,
         scores: Part<'_, f32>,
+        lengths: Option<Part<'_, u32>>,
         [n_rows, n_cols, n_parts, k]: [usize; 4],
         out: ListsMut<'_>,
     ) -> Result<(), DeviceError> {
         holds(scores.len(), n_rows, n_cols);
+        if let Some(lengths) = lengths {
+            holds(lengths.len(), n_rows, 1);
+        }
         holds(out.rows.0.len(), n_rows.saturating_mul(n_parts), k);
         holds(out.scores.0.len(), n_rows.saturating_mul(n_parts), k);
         let shape = kernels::TopkSelect {
             scores: self.of(&scores).0,
             ids: None,
-            lengths: None,
+            lengths: lengths.map(|lengths| self.of(&lengths).0),
             n_rows: count(n_rows),
             n_cols: count(n_cols),
             stride: count(n_cols),
@@ -245,6 +250,34 @@ impl Stream {
         };
         // SAFETY: as in `scores`.
         unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// The `k` best of every row of scores: as [`Self::topk`] in that many parts, which are put together in `parts`
+    /// (u32 `[2, n_rows, n_parts, k]`, used where there is more than one).
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn best(
+        &self,
+        scores: Part<'_, f32>,
+        lengths: Option<Part<'_, u32>>,
+        [n_rows, n_cols, n_parts, k]: [usize; 4],
+        parts: &mut Buffer<u32>,
+        out: ListsMut<'_>,
+    ) -> Result<(), DeviceError> {
+        if n_parts == 1 {
+            return self.topk(scores, lengths, [n_rows, n_cols, 1, k], out);
+        }
+        let size = n_rows * n_parts * k;
+        let (rows, of_rows) = parts.part_mut(0..2 * size).split_at(size);
+        let lists = ListsMut { rows, scores: of_rows.as_type() };
+        self.topk(scores, lengths, [n_rows, n_cols, n_parts, k], lists)?;
+        let lists = parts.part(0..2 * size);
+        let lists = Lists { rows: lists.part(0..size), scores: lists.part(size..2 * size).as_type() };
+        self.partition_merge(lists, [n_rows, n_parts, k, k], out)
     }
 
     /// Scores of candidates by a compiled ranker, f32 `[n_requests, width]`: NaN in holes.

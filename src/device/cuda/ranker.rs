@@ -128,16 +128,19 @@ impl DeviceRanker {
     /// # Errors
     /// Of the driver; within, what the GPU does not have, and the CPU therefore has to compute.
     pub fn new(stream: &Stream, model: &Model, options: RankerOptions) -> Result<Result<Self, String>, DeviceError> {
-        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
-            Ok(plan) => plan,
-            Err(reason) => return Ok(Err(reason)),
-        };
-        let upload = |from: &[u32]| {
-            Table::new(stream, from.len(), |start, out: &mut [u32]| {
-                out.copy_from_slice(&from[start..start + out.len()])
-            })
-        };
-        let (program, params) = (upload(&plan.program.words(plan.table))?, upload(&plan.program.params)?);
+        match RankerPlan::new(model, stream.context().shared_bytes(), options) {
+            Ok(plan) => Self::planned(stream, model, plan).map(Ok),
+            Err(reason) => Ok(Err(reason)),
+        }
+    }
+
+    /// Brings a model to the GPU as it was compiled for that; waits until it is there.
+    ///
+    /// # Errors
+    /// Of the driver.
+    pub fn planned(stream: &Stream, model: &Model, plan: RankerPlan) -> Result<Self, DeviceError> {
+        let program = Table::copied(stream, &plan.program.words(plan.table))?;
+        let params = Table::copied(stream, &plan.program.params)?;
         let TableShape { n_rows, stride, is_bf16 } = plan.table;
         let table = match model.table().filter(|_| stride > 0) {
             Some(from) => {
@@ -146,7 +149,7 @@ impl DeviceRanker {
             }
             None => None,
         };
-        Ok(Ok(DeviceRanker { plan, program, params, table }))
+        Ok(DeviceRanker { plan, program, params, table })
     }
 
     /// Values per request that the CPU computes, by [`DenseRanker::share`].

@@ -774,6 +774,14 @@ impl<T: Plain> Table<T> {
         Ok(table)
     }
 
+    /// A table of these values.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn copied(stream: &Stream, values: &[T]) -> Result<Self, DeviceError> {
+        Self::new(stream, values.len(), |start, out| out.copy_from_slice(&values[start..start + out.len()]))
+    }
+
     /// Values.
     pub fn len(&self) -> usize {
         self.len

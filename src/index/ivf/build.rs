@@ -142,15 +142,17 @@ impl Plan {
                 None => Lists::Rabitq(codes),
             }
         };
-        self.lift(&mut slices);
-        let first: Vec<Slice> = offsets
-            .windows(2)
-            .map(|pair| slices[pair[0] as usize..pair[1] as usize].first().copied().unwrap_or_default())
-            .collect();
+        let lifts = self.lifts(&slices);
+        // Of each list: what its gains are shares of, and the lift of its first block.
+        let of_first = |pair: &[u32]| match (pair[0] as usize, pair[0] < pair[1]) {
+            (block, true) => (slices[block].unit(), lifts[block]),
+            _ => (1.0, 0.0),
+        };
+        let first: Vec<(f32, f32)> = offsets.windows(2).map(of_first).collect();
         let promises = |list: usize| {
-            let unit = first[list].unit();
-            let slices = &slices[offsets[list] as usize..offsets[list + 1] as usize];
-            slices.iter().flat_map(move |slice| [slice.gain / unit, slice.lift])
+            let (blocks, unit) = (offsets[list] as usize..offsets[list + 1] as usize, first[list].0);
+            let blocks = slices[blocks.clone()].iter().zip(&lifts[blocks]);
+            blocks.flat_map(move |(slice, &lift)| [slice.gain / unit, lift])
         };
         IvfParts {
             kind: self.kind,
@@ -188,18 +190,15 @@ impl Plan {
         order.sort_by(|a, b| b.0.total_cmp(&a.0));
         let mut list = List::default();
         for block in order.chunks(BLOCK) {
-            let mean = |of: &dyn Fn(usize) -> f32| {
-                (block.iter().map(|&(_, at)| f64::from(of(at as usize))).sum::<f64>() / block.len() as f64) as f32
+            let mean = |of: &dyn Fn(f32, usize) -> f32| {
+                (block.iter().map(|&(gain, at)| f64::from(of(gain, at as usize))).sum::<f64>() / block.len() as f64)
+                    as f32
             };
             let residual = |at: usize| &residuals[at * self.padded..(at + 1) * self.padded];
-            let gain = (block.iter().map(|o| f64::from(o.0)).sum::<f64>() / block.len() as f64) as f32;
-            let spread = mean(&|at| square(residual(at))) - (gain - 1.0) * (gain - 1.0) * of_centroid;
-            list.slices.push(Slice {
-                gain,
-                lift: spread.max(0.0).sqrt(),
-                half_square: 0.5 * mean(&|at| squares[at]),
-                n: block.len() as u32,
-            });
+            let gain = mean(&|gain, _| gain);
+            let spread = mean(&|_, at| square(residual(at))) - (gain - 1.0) * (gain - 1.0) * of_centroid;
+            let half_square = 0.5 * mean(&|_, at| squares[at]);
+            list.slices.push(Slice { gain, spread: spread.max(0.0).sqrt(), half_square, n: block.len() as u32 });
             for &(_, at) in block {
                 list.ids.push(members[at as usize]);
                 list.residuals.extend_from_slice(residual(at as usize));
@@ -209,17 +208,16 @@ impl Plan {
         list
     }
 
-    /// Makes of spreads what ranks are lifted by.
-    fn lift(&self, slices: &mut [Slice]) {
-        let sum: f64 = slices.iter().map(|slice| f64::from(slice.n) * f64::from(slice.lift).powi(2)).sum();
+    /// What the rank of each block is lifted by, times the query's length but for L2.
+    fn lifts(&self, slices: &[Slice]) -> Vec<f32> {
+        let sum: f64 = slices.iter().map(|slice| f64::from(slice.n) * f64::from(slice.spread).powi(2)).sum();
         let n: f64 = slices.iter().map(|slice| f64::from(slice.n)).sum();
         let typical = (sum / n.max(1.0)).sqrt() as f32;
-        for slice in slices {
-            slice.lift = match self.metric {
-                Metric::L2 => L2_LIFT * typical * slice.lift - slice.half_square,
-                _ => LIFT * slice.lift,
-            };
-        }
+        let lift = |slice: &Slice| match self.metric {
+            Metric::L2 => L2_LIFT * typical * slice.spread - slice.half_square,
+            _ => LIFT * slice.spread,
+        };
+        slices.iter().map(lift).collect()
     }
 
     fn train_words(
@@ -337,7 +335,7 @@ impl Plan {
     }
 
     /// The centroids as the lists' first blocks weigh them, coded as vectors are.
-    fn code_centroids(&self, signs: &Codebook, centroids: &[f32], first: &[Slice]) -> Codes {
+    fn code_centroids(&self, signs: &Codebook, centroids: &[f32], first: &[(f32, f32)]) -> Codes {
         let layout = Blocks { n_subspaces: self.padded / 4, has_bias: true };
         let n_blocks = first.len().div_ceil(BLOCK);
         let mut blocks = vec![0u8; n_blocks * layout.bytes()];
@@ -347,10 +345,10 @@ impl Plan {
         let mut values = Vec::with_capacity(BLOCK * self.padded);
         for (at, (centroids, first)) in centroids.chunks(BLOCK * self.padded).zip(first.chunks(BLOCK)).enumerate() {
             values.clear();
-            for (centroid, slice) in centroids.chunks_exact(self.padded).zip(first) {
-                values.extend(centroid.iter().map(|value| value * slice.unit()));
+            for (centroid, (unit, _)) in centroids.chunks_exact(self.padded).zip(first) {
+                values.extend(centroid.iter().map(|value| value * unit));
             }
-            let lifts: Vec<f32> = first.iter().map(|slice| slice.lift).collect();
+            let lifts: Vec<f32> = first.iter().map(|&(_, lift)| lift).collect();
             let into = BlockMut {
                 block: &mut blocks[at * layout.bytes()..(at + 1) * layout.bytes()],
                 refined: &mut refined[at * BLOCK * self.padded..(at + 1) * BLOCK * self.padded],
@@ -377,21 +375,15 @@ struct List {
 }
 
 /// What is known of the vectors of a block together.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Slice {
     /// Their mean's product with the centroid, as a share of the centroid's own.
     gain: f32,
-    /// At first the root mean square of their distances from where `gain` puts them, in the end what is made of it.
-    lift: f32,
+    /// Root mean square of their distances from where `gain` puts them.
+    spread: f32,
     /// Mean of half the squares of their lengths.
     half_square: f32,
     n: u32,
-}
-
-impl Default for Slice {
-    fn default() -> Self {
-        Slice { gain: 1.0, lift: 0.0, half_square: 0.0, n: 0 }
-    }
 }
 
 impl Slice {

@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+pub use tastemaker_kernels::dense::Binary;
+
 /// A value of a [`Graph`].
 pub type Id = usize;
 
@@ -43,18 +45,6 @@ pub enum Unary {
     Pow { power: f32 },
     /// At least `low`, at most `high`.
     Clip { low: f32, high: f32 },
-}
-
-/// Of two values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Binary {
-    Add,
-    Sub,
-    Mul,
-    Div,
-    Max,
-    Min,
-    Pow,
 }
 
 /// What makes a value.

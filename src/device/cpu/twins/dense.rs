@@ -1,7 +1,7 @@
 //! What kernels/dense.cu computes: a program, step by step, of one candidate after the other.
 
 use half::bf16;
-use tastemaker_kernels::dense::{Binary, Function, NONE, Op, Program, RELU, ROUND, Step, TURNED, Unary};
+use tastemaker_kernels::dense::{Function, NONE, Op, Program, RELU, ROUND, Step, TURNED, Unary};
 use tastemaker_kernels::dense::{bf16_place, f32_place};
 
 use crate::catalog::generation::NO_ROW;
@@ -193,30 +193,7 @@ impl Row<'_> {
             Op::Each | Op::Pair => {
                 let value = |column| match step.function {
                     Function::Unary(unary) => self.each(step, unary, column),
-                    Function::Binary(binary) => {
-                        let (a, b) = (x(column), y(if n == 1 { 0 } else { column }));
-                        match binary {
-                            Binary::Add => a + b,
-                            Binary::Sub => a - b,
-                            Binary::Mul => a * b,
-                            Binary::Div => a / b,
-                            Binary::Max => {
-                                if a > b || a.is_nan() {
-                                    a
-                                } else {
-                                    b
-                                }
-                            }
-                            Binary::Min => {
-                                if a < b || a.is_nan() {
-                                    a
-                                } else {
-                                    b
-                                }
-                            }
-                            Binary::Pow => a.powf(b),
-                        }
-                    }
+                    Function::Binary(binary) => binary.of(x(column), y(if n == 1 { 0 } else { column })),
                 };
                 (0..width).map(value).collect()
             }

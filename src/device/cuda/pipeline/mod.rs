@@ -26,11 +26,13 @@ use super::engine::{Resident, Searcher, Stored, mib, square};
 use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
 use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
 use crate::candidates::{Scored, Source, SourceSet};
-use crate::catalog::generation::{self, ColumnData, Generation, Metric};
+use crate::catalog::generation::{self, ColumnData, Metric, Roles};
 use crate::catalog::live::LiveItems;
+use crate::catalog::records::Field;
 use crate::context::Stage;
 use crate::device::cpu::{CpuDevice, Weighted};
 use crate::device::{DeviceConfig, DeviceError, Job, RankedItem, Task};
+use crate::features::assemble::Op;
 use crate::index::{Exact, Kernel};
 use crate::pipeline::PipelineConfig;
 use ops::{Asked, Blend, Columns, Compared, Counting, Merged, MergedMut, Neighbours, Settled, SettledMut};
@@ -64,43 +66,36 @@ pub enum Place {
 /// Logarithms that are at hand, beside those of numbers of liked items.
 const LOGARITHMS: usize = 4096;
 
-/// What a column makes of codes of the history, and of which column of items they are; of the first code of each alone.
-fn counting(name: &str, generation: &Generation) -> Option<(CountBy, usize, bool)> {
-    let (items, roles) = (&generation.items, &generation.roles);
-    let (by, column) = match name {
-        "cross.same_creator" => (CountBy::Logarithm, roles.creator?),
-        "cross.same_category" => (CountBy::First, roles.category?),
-        _ => (CountBy::Share, items.column_index(name.strip_prefix("cross.overlap.")?)?),
+/// What a column makes of codes of the history, and of which codes of items, where that is what it is.
+fn counting(op: &Op, roles: &Roles) -> Option<(CountBy, Field)> {
+    let by = match op {
+        Op::SameCreator(_) => CountBy::Logarithm,
+        Op::SameCategory(_) => CountBy::First,
+        Op::Overlap(_) => CountBy::Share,
+        _ => return None,
     };
-    Some((by, column, by == CountBy::First))
+    Some((by, op.field(roles)?))
 }
 
-/// The column of that name, where the device can compute it by itself.
-fn column(name: &str) -> Option<Column> {
-    Some(match name {
-        "cross.dot" => Column::Dot,
-        "cross.cooccurrence_sum" => Column::CoSum,
-        "cross.cooccurrence_max" => Column::CoMax,
-        "cross.cooccurrence_count" => Column::CoCount,
-        "cross.cooccurrence_mean" => Column::CoMean,
-        "cross.cooccurrence_top3" => Column::CoTop3,
-        _ => {
-            let (source, what) = name.strip_prefix("candidate.")?.rsplit_once('.')?;
-            let source = Source::ALL.into_iter().find(|known| known.name() == source)? as u8;
-            match what {
-                "score" => Column::SourceScore(source),
-                "rank" => Column::SourceRank(source),
-                "present" => Column::SourcePresent(source),
-                _ => return None,
-            }
-        }
+/// The column as the device computes it by itself, where it can.
+fn column(op: &Op) -> Option<Column> {
+    Some(match *op {
+        Op::SourceScore(source) => Column::SourceScore(source as u8),
+        Op::SourceRank(source) => Column::SourceRank(source as u8),
+        Op::SourcePresent(source) => Column::SourcePresent(source as u8),
+        Op::Dot => Column::Dot,
+        Op::CoSum => Column::CoSum,
+        Op::CoMax => Column::CoMax,
+        Op::CoCount => Column::CoCount,
+        Op::CoMean => Column::CoMean,
+        Op::CoTop3 => Column::CoTop3,
+        _ => return None,
     })
 }
 
 /// Codes of a column of items.
 struct Codes {
-    column: usize,
-    first_only: bool,
+    field: Field,
     /// Where each item's begin.
     offsets: Table<u32>,
     codes: Table<u32>,
@@ -109,12 +104,7 @@ struct Codes {
 }
 
 impl Codes {
-    fn new(
-        stream: &Stream,
-        data: &ColumnData,
-        n_rows: usize,
-        (column, first_only): (usize, bool),
-    ) -> Result<Option<Self>, DeviceError> {
+    fn new(stream: &Stream, data: &ColumnData, n_rows: usize, field: Field) -> Result<Option<Self>, DeviceError> {
         let (mut offsets, mut codes, mut most) = (vec![0u32], Vec::new(), 0);
         for row in 0..n_rows as u32 {
             let own = data.codes(row);
@@ -123,8 +113,8 @@ impl Codes {
             let Ok(end) = u32::try_from(codes.len()) else { return Ok(None) };
             offsets.push(end);
         }
-        let (offsets, codes) = (copied(stream, &offsets)?, copied(stream, &codes)?);
-        Ok(Some(Codes { column, first_only, offsets, codes, most }))
+        let (offsets, codes) = (Table::copied(stream, &offsets)?, Table::copied(stream, &codes)?);
+        Ok(Some(Codes { field, offsets, codes, most }))
     }
 }
 
@@ -175,10 +165,6 @@ fn lists_are_sound(lists: &generation::Lists, n_rows: usize) -> bool {
         })
 }
 
-fn copied<T: super::stream::Plain>(stream: &Stream, values: &[T]) -> Result<Table<T>, DeviceError> {
-    Table::new(stream, values.len(), |start, out| out.copy_from_slice(&values[start..start + out.len()]))
-}
-
 /// What the pipeline may use, and for how many.
 pub struct Setting<'a> {
     /// The sources' sizes and weights.
@@ -219,18 +205,17 @@ impl Tables {
             return Ok(Err("there is no ranker".to_owned()));
         }
         let (mut rankers, mut bytes, mut widths) = (Vec::new(), 0, Vec::new());
-        let mut kinds: Vec<(usize, bool)> = Vec::new();
+        let mut kinds: Vec<Field> = Vec::new();
         for weighted in &weights {
             let name = &weighted.name;
-            let Some(names) = &weighted.columns else {
+            let Some(layout) = &weighted.columns else {
                 return Ok(Err(format!("ranker `{name}` is not computed in parts")));
             };
             let (mut columns, mut counts) = (Vec::new(), Vec::new());
-            for name_of in names {
-                match (column(name_of), counting(name_of, generation)) {
+            for (name_of, op) in layout.columns() {
+                match (column(op), counting(op, &generation.roles)) {
                     (Some(column), _) => columns.push(column),
-                    (None, Some((by, column, first_only))) => {
-                        let kind = (column, first_only);
+                    (None, Some((by, kind))) => {
                         let place = kinds.iter().position(|known| *known == kind).unwrap_or(kinds.len());
                         if place == kinds.len() {
                             kinds.push(kind);
@@ -254,7 +239,7 @@ impl Tables {
             rankers.push(Ranker {
                 weighted: weighted.clone(),
                 counting: counts,
-                codes: copied(stream, &codes)?,
+                codes: Table::copied(stream, &codes)?,
                 reads_lists: columns.iter().any(|column| column.reads_lists()),
                 reads_dots: columns.contains(&Column::Dot),
                 resident,
@@ -275,7 +260,7 @@ impl Tables {
         }
         let n_norms = if resident.by == ScoreBy::InnerProduct { 0 } else { resident.n_rows };
         let n_lists = if reads_lists { 2 * lists.offsets.len() + 2 * lists.rows.len() } else { 0 };
-        let data = |kind: &(usize, bool)| &generation.items.columns[kind.0].data;
+        let data = |kind: &Field| &generation.items.columns[kind.column].data;
         let n_codes = |kind| (0..resident.n_rows as u32).map(|row| data(kind).codes(row).len()).sum::<usize>();
         let n_codes = kinds.iter().map(|kind| resident.n_rows + 1 + n_codes(kind)).sum::<usize>();
         let n_logarithms = LOGARITHMS.max(sizes.liked + 1);
@@ -290,16 +275,18 @@ impl Tables {
         let kernel = Kernel::detect();
         let norms = match resident.by {
             ScoreBy::InnerProduct => None,
-            _ => Some(copied(stream, Exact::new(matrix.clone(), generation.metric, kernel).norms())?),
+            _ => Some(Table::copied(stream, Exact::new(matrix.clone(), generation.metric, kernel).norms())?),
         };
         let neighbours = match reads_lists {
-            true => {
-                Some((copied(stream, &lists.offsets)?, copied(stream, &lists.rows)?, copied(stream, &lists.scores)?))
-            }
+            true => Some((
+                Table::copied(stream, &lists.offsets)?,
+                Table::copied(stream, &lists.rows)?,
+                Table::copied(stream, &lists.scores)?,
+            )),
             false => None,
         };
         let logarithms: Vec<f32> = (0..n_logarithms).map(|n| (n as f32).ln_1p()).collect();
-        let logarithms = copied(stream, &logarithms)?;
+        let logarithms = Table::copied(stream, &logarithms)?;
         let mut codes = Vec::new();
         for kind in &kinds {
             match Codes::new(stream, data(kind), resident.n_rows, *kind)? {
@@ -322,8 +309,8 @@ impl Tables {
 
     /// The codes of each liked item.
     fn history_codes<'a>(&'a self, of: &Codes, job: &'a Job) -> impl Iterator<Item = &'a [u32]> + use<'a> {
-        let (data, n_rows) = (&job.generation.items.columns[of.column].data, self.sizes.n_rows as u32);
-        let most = if of.first_only { 1 } else { usize::MAX };
+        let (data, n_rows) = (&job.generation.items.columns[of.field.column].data, self.sizes.n_rows as u32);
+        let most = if of.field.first_only { 1 } else { usize::MAX };
         let liked = job.user.history.iter().filter(move |entry| entry.weight > 0.0 && entry.row < n_rows);
         liked.map(move |entry| {
             let codes = data.codes(entry.row);
@@ -533,18 +520,8 @@ impl Pipeline {
         let all = searcher.scores.part(0..n * n_rows);
         let best =
             ListsMut { rows: found_rows.part_mut(0..n * fetched), scores: found_scores.part_mut(0..n * fetched) };
-        match searcher.sizes.parts(n) {
-            1 => stream.topk_of(all, asked.scanned, [n, n_rows, 1, fetched], best)?,
-            n_parts => {
-                let size = n * n_parts * fetched;
-                let (rows, scores) = searcher.lists.part_mut(0..2 * size).split_at(size);
-                let parts = ListsMut { rows, scores: scores.as_type() };
-                stream.topk_of(all, asked.scanned, [n, n_rows, n_parts, fetched], parts)?;
-                let lists = searcher.lists.part(0..2 * size);
-                let lists = Lists { rows: lists.part(0..size), scores: lists.part(size..2 * size).as_type() };
-                stream.partition_merge(lists, [n, n_parts, fetched, fetched], best)?;
-            }
-        }
+        let shape = [n, n_rows, searcher.sizes.parts(n), fetched];
+        stream.best(all, Some(asked.scanned), shape, &mut searcher.lists, best)?;
         let compared = Compared {
             vectors,
             n_rows,
@@ -660,7 +637,6 @@ impl Pipeline {
             && items.is_none_or(|items| items.n_entries() == 0 && items.n_rows() as usize == sizes.n_rows)
             && job.filter.forbids_only_gone(items)
             && user.history.len() <= sizes.liked
-            && self.tables.most_words(job) <= sizes.tail()
     }
 
     /// Gives the device those jobs of a batch that it can compute, and says which.
@@ -721,11 +697,15 @@ impl Pipeline {
         let (mut jobs, mut m, mut looked_at) = (Vec::with_capacity(room.min(fit.len())), 4, 0);
         for &at in fit {
             let job = &mut *batch[at];
-            // The first of them fits.
-            if to.n == room || to.tail + tables.most_words(job) > sizes.tail() {
+            let words = tables.most_words(job);
+            let fits = words <= sizes.tail();
+            if to.n == room || fits && to.tail + words > sizes.tail() {
                 break;
             }
             looked_at += 1;
+            if !fits {
+                continue;
+            }
             let n_degraded = job.degraded.len();
             if put(&tables, &resident, rest, job, &mut self.codes, &mut to)? {
                 let Task::Recommend { top_m, .. } = job.task else { continue };

@@ -171,41 +171,6 @@ pub struct Blend<'a> {
 }
 
 impl Stream {
-    /// The `k` best of each of `n_parts` parts of every row of `scores` (f32 `[n_rows, n_cols]`), of which as many columns count as
-    /// `lengths` says: `[n_rows, n_parts, k]`.
-    ///
-    /// # Errors
-    /// As [`Stream::scores`].
-    ///
-    /// # Panics
-    /// As [`Stream::scores`].
-    pub fn topk_of(
-        &self,
-        scores: Part<'_, f32>,
-        lengths: Part<'_, u32>,
-        [n_rows, n_cols, n_parts, k]: [usize; 4],
-        out: ListsMut<'_>,
-    ) -> Result<(), DeviceError> {
-        holds(scores.len(), n_rows, n_cols);
-        holds(lengths.len(), n_rows, 1);
-        holds(out.rows.0.len(), n_rows.saturating_mul(n_parts), k);
-        holds(out.scores.0.len(), n_rows.saturating_mul(n_parts), k);
-        let shape = kernels::TopkSelect {
-            scores: self.of(&scores).0,
-            ids: None,
-            lengths: Some(self.of(&lengths).0),
-            n_rows: count(n_rows),
-            n_cols: count(n_cols),
-            stride: count(n_cols),
-            n_parts: count(n_parts),
-            k: count(k),
-            out_rows: self.of(&out.rows.0).0,
-            out_scores: self.of(&out.scores.0).0,
-        };
-        // SAFETY: the parts are this stream's or tables, and as long as the kernel reads and writes: checked above. So below.
-        unsafe { self.launch(&shaped(shape.launch())?) }
-    }
-
     /// Takes what was seen out of the scores of all rows, f32 `[n, n_rows]`. Whoever uploaded what is asked vouches for its places.
     ///
     /// # Errors
@@ -231,7 +196,8 @@ impl Stream {
             n_requests: count(asked.n),
             n_rows: count(n_rows),
         };
-        // SAFETY: as above, and what lies in the tail is the caller's word.
+        // SAFETY: the parts are this stream's or tables, and as long as the kernel reads and writes: checked above; what lies in the tail is
+        // the caller's word. So below.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 

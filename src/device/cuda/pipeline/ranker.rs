@@ -81,16 +81,15 @@ pub fn maker(gpu: &Gpu, config: &Arc<PipelineConfig>, device: &DeviceConfig) -> 
         let Some(model) = &weighted.model else {
             return Ok(Err("no engine for GPUs computes it".to_owned()));
         };
-        let options = RankerOptions::default();
-        // Before anything is allocated.
-        let bytes = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
-            Ok(plan) => plan.bytes(),
+        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), RankerOptions::default()) {
+            Ok(plan) => plan,
             Err(reason) => return Ok(Err(reason)),
         };
+        // Before anything is allocated.
+        let bytes = plan.bytes();
         if bytes > left {
             return Ok(Err(format!("it takes {bytes} bytes of GPU memory, and {left} are left")));
         }
-        let made = DeviceRanker::new(stream, model, options)?;
-        Ok(made.map(|ranker| Arc::new(ranker) as Arc<dyn ResidentRanker>))
+        Ok(Ok(Arc::new(DeviceRanker::planned(stream, model, plan)?)))
     })
 }

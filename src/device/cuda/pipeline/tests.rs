@@ -13,7 +13,7 @@ use super::super::stream::{Part, PartMut};
 use super::super::tensorrt::assembled::{Assembled, OnStream, RowScorer};
 use super::*;
 use crate::catalog::cooccurrence;
-use crate::catalog::generation::{Interaction, NO_CODE, RankedList, RankerModel, testing};
+use crate::catalog::generation::{Generation, Interaction, NO_CODE, RankedList, RankerModel, testing};
 use crate::catalog::text::TextIndex;
 use crate::context::Deadline;
 use crate::device::cpu::apart_testing;

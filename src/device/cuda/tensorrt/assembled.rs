@@ -147,10 +147,7 @@ impl Assembled {
         })?;
         let inputs = whole.places.iter().zip(kinds).map(|(places, &kind)| {
             let codes: Vec<u32> = places.iter().map(|&(of, at)| place(of, at).code()).collect();
-            let n_values = codes.len();
-            let table =
-                Table::new(stream, n_values, |start, out| out.copy_from_slice(&codes[start..start + out.len()]));
-            Ok(InputRows { places: table?, n_values, kind })
+            Ok(InputRows { places: Table::copied(stream, &codes)?, n_values: codes.len(), kind })
         });
         let inputs = inputs.collect::<Result<Vec<_>, DeviceError>>()?;
         let bytes = table_bytes(whole, generation) + engine_bytes;
