@@ -46,20 +46,31 @@ pub fn code(value: f32, unit: f32) -> u8 {
     ((value * unit).round().clamp(-127.0, 127.0) as i32 + ZERO) as u8
 }
 
-/// Calls `take(i, <query, codes> )` for every `i`-th of `positions`, where the codes of position `p` are the `dim` bytes from
-/// `p * dim` and stand for `code - 128`; `soon` is called some positions ahead, to ask for what `take` will read.
+/// Replaces `out` by `<query, codes>` for `positions`, where the codes of position `p` are the `dim` bytes from `p * dim` and stand for
+/// `code - 128`; `soon` is called some positions ahead, to ask for what will be read with the product.
 ///
 /// # Panics
-/// If a position lies beyond `codes`.
+/// If a position lies beyond `codes`, or `out` is not as long as `positions`.
 #[inline(always)]
-pub fn each(
-    simd: Simd,
+pub fn dots(simd: Simd, query: &WideQuery, codes: &[u8], positions: &[u32], soon: impl Fn(u32), out: &mut [f32]) {
+    match simd {
+        // SAFETY: `Simd` has this variant only where the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe { x86::dots_avx512(query, codes, positions, soon, out) },
+        _ => dots_of(query, codes, positions, soon, out, |rows| rows.map(|row| dot(simd, query, row))),
+    }
+}
+
+#[inline(always)]
+fn dots_of(
     query: &WideQuery,
     codes: &[u8],
     positions: &[u32],
     soon: impl Fn(u32),
-    mut take: impl FnMut(usize, f32),
+    out: &mut [f32],
+    four_dots: impl Fn([&[u8]; 4]) -> [i32; 4],
 ) {
+    assert_eq!(positions.len(), out.len());
     let dim = query.high.len();
     let ask = |position: u32| {
         let from = position as usize * dim;
@@ -68,18 +79,20 @@ pub fn each(
         }
         soon(position);
     };
-    positions.iter().take(AHEAD).for_each(|&position| ask(position));
+    for &position in &positions[..positions.len().min(AHEAD)] {
+        ask(position);
+    }
     let row = |position: u32| &codes[position as usize * dim..(position as usize + 1) * dim];
     let (fours, rest) = positions.as_chunks::<4>();
-    for (at, four) in fours.iter().enumerate() {
-        let at = 4 * at;
-        positions[(at + AHEAD).min(positions.len())..].iter().take(4).for_each(|&later| ask(later));
-        for (nth, dot) in dots(simd, query, four.map(row)).into_iter().enumerate() {
-            take(at + nth, dot as f32 * query.scale);
+    let (of_fours, of_rest) = out.as_chunks_mut::<4>();
+    for (at, (&[a, b, c, d], out)) in fours.iter().zip(of_fours).enumerate() {
+        for &later in positions.get(4 * at + AHEAD..).unwrap_or_default().iter().take(4) {
+            ask(later);
         }
+        *out = four_dots([row(a), row(b), row(c), row(d)]).map(|dot| dot as f32 * query.scale);
     }
-    for (nth, &position) in rest.iter().enumerate() {
-        take(4 * fours.len() + nth, dot(simd, query, row(position)) as f32 * query.scale);
+    for (&position, out) in rest.iter().zip(of_rest) {
+        *out = four_dots([row(position); 4])[0] as f32 * query.scale;
     }
 }
 
@@ -94,17 +107,6 @@ pub fn all(simd: Simd, query: &WideQuery, rows: &[u8], out: &mut [f32]) {
             let rows = rows.chunks_exact(query.high.len());
             out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot(simd, query, row) as f32 * query.scale);
         }
-    }
-}
-
-/// [`dot`] for four rows.
-#[inline(always)]
-fn dots(simd: Simd, query: &WideQuery, rows: [&[u8]; 4]) -> [i32; 4] {
-    match simd {
-        // SAFETY: `Simd` has this variant only where the features were detected.
-        #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { x86::dots_avx512(query, rows) },
-        _ => rows.map(|row| dot(simd, query, row)),
     }
 }
 
@@ -167,6 +169,12 @@ mod x86 {
         _mm512_reduce_add_epi32(sums).wrapping_sub(query.offset)
     }
 
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
+    pub fn dots_avx512(query: &WideQuery, codes: &[u8], positions: &[u32], soon: impl Fn(u32), out: &mut [f32]) {
+        super::dots_of(query, codes, positions, soon, out, |rows| four_avx512(query, rows));
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
     pub fn all_avx512(query: &WideQuery, rows: &[u8], out: &mut [f32]) {
         let dim = query.high.len();
@@ -174,7 +182,7 @@ mod x86 {
         let (of_fours, of_rest) = rows.split_at(fours.len() * 4 * dim);
         for (out, rows) in fours.iter_mut().zip(of_fours.chunks_exact(4 * dim)) {
             let ((a, b), (c, d)) = (rows[..2 * dim].split_at(dim), rows[2 * dim..].split_at(dim));
-            *out = dots_avx512(query, [a, b, c, d]).map(|dot| dot as f32 * query.scale);
+            *out = four_avx512(query, [a, b, c, d]).map(|dot| dot as f32 * query.scale);
         }
         for (out, row) in rest.iter_mut().zip(of_rest.chunks_exact(dim)) {
             *out = dot_avx512(query, row) as f32 * query.scale;
@@ -184,7 +192,7 @@ mod x86 {
     /// As `dot_avx512`; the four sums are put together at the end.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
-    pub fn dots_avx512(query: &WideQuery, rows: [&[u8]; 4]) -> [i32; 4] {
+    fn four_avx512(query: &WideQuery, rows: [&[u8]; 4]) -> [i32; 4] {
         let (mut high, mut low) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
         let (highs, high_rest) = query.high.as_chunks::<64>();
         let (lows, low_rest) = query.low.as_chunks::<64>();
@@ -269,7 +277,7 @@ mod tests {
             let mut variants = Vec::new();
             for simd in Simd::available() {
                 let mut got = vec![0.0; n];
-                each(simd, &wide, &codes, &positions, |_| {}, |at, dot| got[at] = dot);
+                dots(simd, &wide, &codes, &positions, |_| {}, &mut got);
                 let mut in_order = vec![0.0; n];
                 all(simd, &wide, &codes, &mut in_order);
                 prop_assert!(positions.iter().zip(&got).all(|(&at, got)| in_order[at as usize] == *got));

@@ -20,7 +20,7 @@ impl Select {
     /// Begins anew, for the best `keep`.
     pub fn begin(&mut self, keep: usize) {
         self.keep = keep;
-        self.room = (3 * keep).max(512);
+        self.room = (3 * keep).max(2048);
         self.len = 0;
         self.threshold = f32::NEG_INFINITY;
         // A block more than the room: it is looked at after a block only.
@@ -36,56 +36,84 @@ impl Select {
         (&self.scores[..self.len], &self.positions[..self.len])
     }
 
-    /// Offers the scores of a block, at `first` and following positions; bit `i` of `lanes` says whether the `i`-th counts.
-    /// `admits` is asked about those that pass the threshold. NaN does not pass.
+    /// Scores that are to be replaced by better ones, and their positions; then [`Self::again`].
+    pub fn kept_mut(&mut self) -> (&mut [f32], &[u32]) {
+        (&mut self.scores[..self.len], &self.positions[..self.len])
+    }
+
+    /// Of what is kept the best `keep` are wanted.
+    pub fn again(&mut self, keep: usize) {
+        self.keep = keep;
+        self.threshold = f32::NEG_INFINITY;
+    }
+
+    /// Offers the scores of blocks, whole ones, at `first` and following positions; bit `i` of `lanes(b)` says whether the `i`-th score of
+    /// the `b`-th counts. `admits` is asked about those that pass the threshold. NaN does not pass.
     #[inline(always)]
-    pub fn push(
+    pub fn push_all(
         &mut self,
         simd: Simd,
-        scores: &[f32; BLOCK],
+        scores: &[f32],
         first: u32,
-        lanes: u32,
+        lanes: impl Fn(usize) -> u32,
         admits: Option<&dyn Fn(u32) -> bool>,
     ) {
+        let blocks = scores.as_chunks::<BLOCK>().0;
         match simd {
             // SAFETY: `Simd` has this variant only where the features were detected.
             #[cfg(target_arch = "x86_64")]
-            Simd::Avx512 => unsafe { self.push_avx512(scores, first, lanes, admits) },
-            _ => self.push_portable(scores, first, lanes, admits),
+            Simd::Avx512 => unsafe { self.push_all_avx512(blocks, first, lanes, admits) },
+            _ => {
+                for (at, scores) in blocks.iter().enumerate() {
+                    self.push_portable(scores, first + (at * BLOCK) as u32, lanes(at), admits);
+                }
+            }
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn push_avx512(&mut self, scores: &[f32; BLOCK], first: u32, lanes: u32, admits: Option<&dyn Fn(u32) -> bool>) {
+    fn push_all_avx512(
+        &mut self,
+        blocks: &[[f32; BLOCK]],
+        first: u32,
+        lanes: impl Fn(usize) -> u32,
+        admits: Option<&dyn Fn(u32) -> bool>,
+    ) {
         use std::arch::x86_64::*;
-        let threshold = _mm512_set1_ps(self.threshold);
-        // SAFETY: 16 values from 0 and from 16 lie within the 32.
-        let halves = unsafe { [_mm512_loadu_ps(scores.as_ptr()), _mm512_loadu_ps(scores.as_ptr().add(16))] };
-        let above = halves.map(|half| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(half, threshold));
-        let mut passing = (u32::from(above[0]) | u32::from(above[1]) << 16) & lanes;
-        if passing == 0 {
-            return;
-        }
-        if let Some(admits) = admits {
-            passing = admitted(passing, first, admits);
-        }
         let ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (half, values) in halves.into_iter().enumerate() {
-            let mask = (passing >> (16 * half)) as u16;
-            let places = _mm512_add_epi32(_mm512_set1_epi32((first + 16 * half as u32) as i32), ramp);
-            assert!(self.len + 16 <= self.scores.len() && self.len + 16 <= self.positions.len());
-            // SAFETY: 16 values from `len` lie within both buffers, as was just seen.
-            unsafe {
-                _mm512_storeu_ps(self.scores.as_mut_ptr().add(self.len), _mm512_maskz_compress_ps(mask, values));
-                let places = _mm512_maskz_compress_epi32(mask, places);
-                _mm512_storeu_si512(self.positions.as_mut_ptr().add(self.len).cast(), places);
+        for (at, scores) in blocks.iter().enumerate() {
+            let threshold = _mm512_set1_ps(self.threshold);
+            // SAFETY: 16 values from 0 and from 16 lie within the 32.
+            let halves = unsafe { [_mm512_loadu_ps(scores.as_ptr()), _mm512_loadu_ps(scores.as_ptr().add(16))] };
+            let above = halves.map(|half| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(half, threshold));
+            let mut passing = (u32::from(above[0]) | u32::from(above[1]) << 16) & lanes(at);
+            if passing == 0 {
+                continue;
             }
-            self.len += mask.count_ones() as usize;
-        }
-        if self.len >= self.room {
-            self.prune(Simd::Avx512, self.keep / 8);
+            let first = first + (at * BLOCK) as u32;
+            if let Some(admits) = admits {
+                passing = admitted(passing, first, admits);
+            }
+            let to = self.len..self.len + BLOCK;
+            let (to_scores, to_positions) = (&mut self.scores[to.clone()], &mut self.positions[to]);
+            let mut kept = 0;
+            for (half, values) in halves.into_iter().enumerate() {
+                let mask = (passing >> (16 * half)) as u16;
+                let places = _mm512_add_epi32(_mm512_set1_epi32((first + 16 * half as u32) as i32), ramp);
+                // SAFETY: at most 16 were kept of the first half, and both have room for 32.
+                unsafe {
+                    _mm512_storeu_ps(to_scores.as_mut_ptr().add(kept), _mm512_maskz_compress_ps(mask, values));
+                    let places = _mm512_maskz_compress_epi32(mask, places);
+                    _mm512_storeu_si512(to_positions.as_mut_ptr().add(kept).cast(), places);
+                }
+                kept += mask.count_ones() as usize;
+            }
+            self.len += kept;
+            if self.len >= self.room {
+                self.prune(Simd::Avx512, self.keep / 8);
+            }
         }
     }
 
@@ -126,15 +154,16 @@ impl Select {
             if above_low <= most {
                 break;
             }
-            // Scores thin out towards the best: begin near where a line would meet them, then halve; what does not yield to that
-            // is many alike, and halving the integers that stand for floats ends in any case.
+            // Scores thin out towards the best: the roots of their counts fall about in a line. What does not yield to that is many
+            // alike, and halving the integers that stand for floats ends in any case.
             let middle = if step >= 24 {
                 from_ordered(ordered(low) + (ordered(high) - ordered(low)) / 2)
-            } else if step % 3 == 2 {
+            } else if step % 4 == 3 {
                 low + (high - low) * 0.5
             } else {
-                let line = (above_low - self.keep - slack / 2) as f32 / (above_low - above_high) as f32;
-                low + (high - low) * (line * line).clamp(0.02, 0.98)
+                let [of_low, of_high, wanted] =
+                    [above_low, above_high, self.keep + slack / 2].map(|n| (n as f32).sqrt());
+                low + (high - low) * ((of_low - wanted) / (of_low - of_high)).clamp(0.02, 0.98)
             };
             if middle <= low || middle >= high {
                 if step >= 24 {
@@ -291,10 +320,8 @@ mod tests {
             for simd in Simd::available() {
                 let mut select = Select::default();
                 select.begin(keep);
-                for (block, scores) in scores.as_chunks::<BLOCK>().0.iter().enumerate() {
-                    let filter: Option<&dyn Fn(u32) -> bool> = if every == 1 { None } else { Some(&admits) };
-                    select.push(simd, scores, (block * BLOCK) as u32, lanes[block], filter);
-                }
+                let filter: Option<&dyn Fn(u32) -> bool> = if every == 1 { None } else { Some(&admits) };
+                select.push_all(simd, &scores, 0, |block| lanes[block], filter);
                 select.prune(simd, 0);
                 let (kept, positions) = select.kept();
                 prop_assert!(positions.windows(2).all(|p| p[0] < p[1]));

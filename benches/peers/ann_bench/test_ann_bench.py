@@ -9,6 +9,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import bench  # noqa: E402
+import coverage  # noqa: E402
 import data as datasets  # noqa: E402
 import ours  # noqa: E402
 import report  # noqa: E402
@@ -57,6 +58,16 @@ def test_truth_is_what_all_scores_say_with_and_without_a_filter(small):
     n_allowed = only.rows.sum()
     assert 0 < n_allowed < 50 and only.rows[found[:, :n_allowed]].all() and (found[:, n_allowed:] == -1).all()
     assert (datasets.truth(small, 60, 50) != -1).all(), "kept apart from the filtered one"
+
+
+def test_coverage_grows_to_all_in_every_order(small):
+    exact = datasets.truth(small, 20, 50)
+    found = coverage.coverage(small.base, small.queries[:20], exact, 8, [0, 96, 1500, 3000])
+    assert len(found) == 3
+    for shares in found.values():
+        assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == pytest.approx(1) and shares[2] > 0.8
+    whole, _, projection = found.values()
+    assert projection[1] > whole[1], "96 vectors are three blocks, and less than any list"
 
 
 @pytest.mark.parametrize("batch", [False, True])

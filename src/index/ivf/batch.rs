@@ -134,7 +134,7 @@ impl Ivf {
                     }
                     let from = *at as usize + (blocks.start - start) * BLOCK;
                     let scores = &mut scores[from..from + blocks.len() * BLOCK];
-                    self.score(list as u32, blocks, &mut of_query[*query as usize], scores);
+                    self.score(blocks, &mut of_query[*query as usize], scores);
                 }
             }
         }

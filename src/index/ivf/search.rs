@@ -6,12 +6,13 @@ use half::slice::HalfFloatSliceExt;
 
 use super::Ivf;
 use super::codes::Codes;
-use super::parts::{Lists, Vectors};
-use crate::candidates::{Packed, Scored, keep_best};
+use super::parts::{IvfParts, Lists, Vectors};
+use crate::candidates::{Packed, Scored, keep_best, sort_best};
 use crate::catalog::generation::{Metric, NO_ROW};
 use crate::index::fastscan::{self, BLOCK, Tables, Terms};
 use crate::index::refine::{self, WideQuery};
 use crate::index::select::Select;
+use crate::index::simd::for_each_simd;
 use crate::index::{Filter, Kernel, SearchParams, SearchScratch};
 use crate::memory::{prefetch, prefetch_range};
 
@@ -21,6 +22,10 @@ pub(super) const AT_ONCE: usize = 8;
 const COARSE_RATIO: usize = 8;
 /// Runs of blocks ahead of their scan that memory is asked for.
 const SOON: usize = 2;
+/// Promises of blocks that are looked at together.
+const TOGETHER: usize = 16;
+/// Results ahead of whose reading their rows are asked for.
+const LATER: usize = 16;
 /// Up to so many results are scored exactly in the end: 8 bits would cost recall there.
 pub const EXACT_BELOW: usize = 128;
 /// Vectors that pay for one random read of a whole vector, when it is decided to read all that a filter admits.
@@ -39,16 +44,20 @@ pub struct IvfScratch {
     ranked: Vec<Packed>,
     /// By list that is ranked: where its blocks' ranks begin.
     starts: Vec<u32>,
+    /// By list that is ranked: what the query's product with its first block comes to.
+    products: Vec<f32>,
     /// What the blocks of these lists promise.
     ranks: Vec<f32>,
     /// What is scanned, but not yet in its order.
     found: Vec<Run>,
     /// What to scan, best first.
     pub(super) runs: Vec<Run>,
-    /// By list: the query's product with the centroid, where the list is scanned.
+    /// By block: the query's product with the list's centroid, where the block is scanned.
     bases: Vec<f32>,
     scores: Vec<f32>,
     rows: Vec<u32>,
+    /// A buffer for sorting.
+    spare: Vec<Packed>,
     /// Vectors that are stored in 2 bytes a value.
     converted: Vec<f32>,
     n_refined: usize,
@@ -193,21 +202,24 @@ impl Ivf {
     ) {
         let k = asked.k;
         let SearchScratch { best, block, exact, .. } = scratch;
-        best.clear();
-        match &self.parts.lists {
-            Lists::Pq { codes, .. } | Lists::Rabitq(codes) if !ivf.direct => {
-                ivf.select.prune(self.simd, ivf.n_refined / 16);
-                self.refine(codes, ivf, best);
-            }
-            _ => {
-                ivf.select.prune(self.simd, 0);
-                let (scores, positions) = ivf.select.kept();
-                let found = positions.iter().zip(scores);
-                best.extend(
-                    found.map(|(&at, &score)| Packed::from(Scored { row: self.parts.ids[at as usize], score })),
-                );
-            }
+        if let Some(codes) = self.parts.codes()
+            && !ivf.direct
+        {
+            ivf.select.prune(self.simd, ivf.n_refined / 16);
+            self.refine(codes, ivf);
+            ivf.select.again(rescored(k));
         }
+        ivf.select.prune(self.simd, k / 16);
+        let (ids, (scores, positions)) = (&self.parts.ids[..], ivf.select.kept());
+        ivf.rows.clear();
+        ivf.rows.extend(positions.iter().enumerate().map(|(at, &position)| {
+            if let Some(&later) = positions.get(at + LATER) {
+                prefetch(ids, later as usize);
+            }
+            ids[position as usize]
+        }));
+        best.clear();
+        best.extend(ivf.rows.iter().zip(scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
         if k <= EXACT_BELOW && !matches!(self.parts.lists, Lists::Flat(Vectors::F32(_))) {
             keep_best(best, rescored(k));
             ivf.rows.clear();
@@ -216,7 +228,8 @@ impl Ivf {
             keep_best(best, k);
             out.extend(best.iter().map(|&p| Scored::from(p)));
         } else {
-            keep_best(best, k);
+            sort_best(best, &mut ivf.spare);
+            best.truncate(k);
             out.extend(
                 best.iter()
                     .map(|&p| Scored::from(p))
@@ -235,31 +248,26 @@ impl Ivf {
         }
     }
 
-    /// Fills `ivf.runs` with the blocks that promise most, as many as `n_probes` lists have on average, and `ivf.bases` for their lists.
+    /// Fills `ivf.runs` with the blocks that promise most, as many as `n_probes` lists have on average, and `ivf.bases` for them.
     fn rank_blocks(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
         let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
         self.choose_lists(weight, n_probes, ivf);
-        let IvfScratch { rotated, wide, select, ranked, starts, ranks, found, runs, bases, rows: lists, .. } = ivf;
+        let IvfScratch {
+            rotated, wide, select, ranked, starts, products, ranks, found, runs, bases, rows: lists, ..
+        } = ivf;
         let (parts, coarse) = (&self.parts, &self.parts.coarse);
-        starts.clear();
-        ranks.clear();
         let promises = parts.promises.as_chunks::<2>().0;
-        let soon = |list: u32| prefetch(&parts.promises, 2 * parts.offsets[list as usize] as usize);
-        refine::each(self.simd, wide, &coarse.refined, lists, soon, |at, dot| {
-            let list = lists[at] as usize;
-            let product = coarse.scales[list / BLOCK] * dot;
-            starts.push(ranks.len() as u32);
-            let promises = &promises[parts.blocks_of(list)];
-            ranks.extend(promises.iter().map(|[gain, lift]| gain * product + weight * lift));
-        });
-        let n_ranked = ranks.len();
-        starts.push(n_ranked as u32);
+        let soon = |list: u32| prefetch(promises, parts.offsets[list as usize] as usize);
+        products.resize(lists.len(), 0.0);
+        refine::dots(self.simd, wide, &coarse.refined, lists, soon, products);
+        let most = promises.len().next_multiple_of(BLOCK) + TOGETHER;
+        ranks.resize(most.max(ranks.len()), f32::NAN);
+        let n_ranked = rank(self.simd, parts, lists, products, weight, starts, ranks);
+        let padded = n_ranked.next_multiple_of(BLOCK);
+        ranks[n_ranked..padded].fill(f32::NAN);
         let n_blocks = (n_probes as f64 * parts.n_blocks() as f64 / parts.n_lists() as f64).ceil() as usize;
         select.begin(n_blocks);
-        ranks.resize(n_ranked.next_multiple_of(BLOCK), f32::NAN);
-        for (at, ranks) in ranks.as_chunks::<BLOCK>().0.iter().enumerate() {
-            select.push(self.simd, ranks, (at * BLOCK) as u32, u32::MAX, None);
-        }
+        select.push_all(self.simd, &ranks[..padded], 0, |_| u32::MAX, None);
         select.prune(self.simd, n_blocks / 16);
 
         // What is kept is in the order of the lists.
@@ -288,14 +296,15 @@ impl Ivf {
         runs.clear();
         runs.extend(ranked.iter().map(|&run| found[Scored::from(run).row as usize]));
 
-        bases.resize(parts.n_lists(), 0.0);
+        bases.resize(parts.n_blocks(), 0.0);
         let padded = parts.padded;
         let centroid = |list: u32| &parts.centroids[list as usize * padded..(list as usize + 1) * padded];
         for (at, run) in runs.iter().enumerate() {
             if let Some(later) = runs.get(at + 2) {
                 prefetch_range(centroid(later.list), 0..padded);
             }
-            bases[run.list as usize] = self.exact.kernel().dot(rotated, centroid(run.list));
+            let base = self.exact.kernel().dot(rotated, centroid(run.list));
+            bases[run.blocks()].fill(base);
         }
     }
 
@@ -318,13 +327,13 @@ impl Ivf {
             scores.resize(AT_ONCE * BLOCK, 0.0);
             let terms = Terms { base: 0.0, weight };
             fastscan::scan(self.simd, coarse.layout, blocks, tables, terms, &mut scores[..n * BLOCK]);
-            for (at, scores) in scores[..n * BLOCK].as_chunks::<BLOCK>().0.iter().enumerate() {
-                let from = first + at * BLOCK;
-                let lanes = if n_lists - from >= BLOCK { u32::MAX } else { (1 << (n_lists - from)) - 1 };
-                select.push(self.simd, scores, from as u32, lanes, None);
-            }
+            let lanes = |at: usize| match n_lists - (first + at * BLOCK) {
+                n if n >= BLOCK => u32::MAX,
+                n => (1 << n) - 1,
+            };
+            select.push_all(self.simd, &scores[..n * BLOCK], first as u32, lanes, None);
         }
-        select.prune(self.simd, n_probes / 8);
+        select.prune(self.simd, n_probes * COARSE_RATIO / 16);
         rows.extend_from_slice(select.kept().1);
     }
 
@@ -340,7 +349,7 @@ impl Ivf {
             for first in run.blocks().step_by(AT_ONCE) {
                 let blocks = first..(first + AT_ONCE).min(run.end as usize);
                 let scores = &mut scores[..blocks.len() * BLOCK];
-                self.score(run.list, blocks.clone(), ivf, scores);
+                self.score(blocks.clone(), ivf, scores);
                 self.offer(filter, blocks, scores, &mut ivf.select);
             }
         }
@@ -360,17 +369,17 @@ impl Ivf {
         }
     }
 
-    /// The scores of some blocks of a list; `scores` is as long as they are.
-    pub(super) fn score(&self, list: u32, range: Range<usize>, ivf: &mut IvfScratch, scores: &mut [f32]) {
+    /// The scores of some neighbouring blocks of a list; `scores` is as long as they are.
+    pub(super) fn score(&self, range: Range<usize>, ivf: &mut IvfScratch, scores: &mut [f32]) {
         match &self.parts.lists {
             Lists::Flat(vectors) => self.score_vectors(vectors, range, ivf, scores),
             Lists::Pq { codes, .. } | Lists::Rabitq(codes) if ivf.direct => {
-                self.score_at_once(codes, ivf.bases[list as usize], range, &ivf.wide, scores);
+                self.score_at_once(codes, ivf.bases[range.start], range, &ivf.wide, scores);
             }
             Lists::Pq { codes, .. } | Lists::Rabitq(codes) => {
                 let bytes = codes.layout.bytes();
                 let blocks = &codes.blocks[range.start * bytes..range.end * bytes];
-                let terms = Terms { base: ivf.bases[list as usize], weight: 1.0 };
+                let terms = Terms { base: ivf.bases[range.start], weight: 1.0 };
                 fastscan::scan(self.simd, codes.layout, blocks, &ivf.tables, terms, scores);
             }
         }
@@ -417,34 +426,68 @@ impl Ivf {
         let ids = &self.parts.ids[..];
         let admits = |position: u32| filter.allows(ids[position as usize]);
         let admits: Option<&dyn Fn(u32) -> bool> = if filter.is_all() { None } else { Some(&admits) };
-        for (block, scores) in blocks.zip(scores.as_chunks::<BLOCK>().0) {
-            select.push(self.simd, scores, (block * BLOCK) as u32, self.lanes[block], admits);
-        }
+        let lanes = &self.lanes[blocks.clone()];
+        select.push_all(self.simd, scores, (blocks.start * BLOCK) as u32, |at| lanes[at], admits);
     }
 
-    /// Scores what was selected by its 8-bit codes.
-    fn refine(&self, codes: &Codes, ivf: &IvfScratch, best: &mut Vec<Packed>) {
-        let positions = ivf.select.kept().1;
-        let (ids, bytes) = (&self.parts.ids[..], codes.layout.bytes());
-        let (blocks, scales) = (&codes.blocks[..], &codes.scales[..]);
-        let soon = |position: u32| prefetch(ids, position as usize);
-        // Positions are in the order of the runs.
-        let (mut runs, mut blocks_of_run, mut base) = (ivf.runs.iter(), 0..0, 0.0);
-        refine::each(self.simd, &ivf.wide, &codes.refined, positions, soon, |at, dot| {
-            let position = positions[at] as usize;
-            let block = position / BLOCK;
-            while !blocks_of_run.contains(&block)
-                && let Some(run) = runs.next()
-            {
-                (blocks_of_run, base) = (run.blocks(), ivf.bases[run.list as usize]);
-            }
-            let mut score = base + scales[block] * dot;
+    /// Scores what was selected anew, by its 8-bit codes.
+    fn refine(&self, codes: &Codes, ivf: &mut IvfScratch) {
+        let IvfScratch { select, wide, bases, .. } = ivf;
+        let (scores, positions) = select.kept_mut();
+        let (blocks, scales, bytes) = (&codes.blocks[..], &codes.scales[..], codes.layout.bytes());
+        refine::dots(self.simd, wide, &codes.refined, positions, |_| {}, scores);
+        for (score, &position) in scores.iter_mut().zip(positions) {
+            let (block, lane) = (position as usize / BLOCK, position as usize % BLOCK);
+            *score = bases[block] + scales[block] * *score;
             if codes.layout.has_bias {
-                score += codes.layout.bias(&blocks[block * bytes..(block + 1) * bytes], position % BLOCK);
+                *score += codes.layout.bias(&blocks[block * bytes..(block + 1) * bytes], lane);
             }
-            best.push(Packed::from(Scored { row: ids[position], score }));
-        });
+        }
     }
+}
+
+for_each_simd!(
+    /// Writes what the blocks of `lists` promise, list by list, and to `starts` where each list's begin and the last's end, which is
+    /// returned. `products` are those with the lists' first blocks but for the scales.
+    fn rank(
+        parts: &IvfParts,
+        lists: &[u32],
+        products: &[f32],
+        weight: f32,
+        starts: &mut Vec<u32>,
+        ranks: &mut [f32],
+    ) -> usize = rank_of
+);
+
+#[inline(always)]
+fn rank_of<const FUSED: bool>(
+    parts: &IvfParts,
+    lists: &[u32],
+    products: &[f32],
+    weight: f32,
+    starts: &mut Vec<u32>,
+    ranks: &mut [f32],
+) -> usize {
+    let promises = parts.promises.as_chunks::<2>().0;
+    let mut n_ranked = 0;
+    starts.clear();
+    for (&list, &product) in lists.iter().zip(products) {
+        let product = parts.coarse.scales[list as usize / BLOCK] * product;
+        let rank = |&[gain, lift]: &[f32; 2]| gain * product + weight * lift;
+        starts.push(n_ranked as u32);
+        let blocks = parts.blocks_of(list as usize);
+        // The last of them may reach beyond the list: what they write there, the next list overwrites.
+        for first in blocks.clone().step_by(TOGETHER) {
+            let ranks = &mut ranks[n_ranked + first - blocks.start..][..TOGETHER];
+            match promises[first..].first_chunk::<TOGETHER>() {
+                Some(promises) => ranks.iter_mut().zip(promises).for_each(|(to, promise)| *to = rank(promise)),
+                None => ranks.iter_mut().zip(&promises[first..]).for_each(|(to, promise)| *to = rank(promise)),
+            }
+        }
+        n_ranked += blocks.len();
+    }
+    starts.push(n_ranked as u32);
+    n_ranked
 }
 
 /// Up to [`EXACT_BELOW`] results: how many are scored exactly for them; for more, as many as they are.
