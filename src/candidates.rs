@@ -167,7 +167,7 @@ pub fn keep_best(list: &mut Vec<Packed>, k: usize) {
 /// half the time of comparisons. `spare` is a buffer.
 pub fn sort_best(list: &mut Vec<Packed>, spare: &mut Vec<Packed>) {
     let n = list.len();
-    if !(64..=usize::from(u16::MAX)).contains(&n) {
+    if n < 64 {
         list.sort_unstable();
         return;
     }
@@ -175,7 +175,7 @@ pub fn sort_best(list: &mut Vec<Packed>, spare: &mut Vec<Packed>) {
     let shift = 48u32.saturating_sub((most - least).leading_zeros());
     let low = |key: Packed| ((key.0 - least) >> shift & 255) as usize;
     let high = |key: Packed| ((key.0 - least) >> shift >> 8 & 255) as usize;
-    let (mut lows, mut highs) = ([0u16; 256], [0u16; 256]);
+    let (mut lows, mut highs) = ([0u32; 256], [0u32; 256]);
     for &key in &*list {
         lows[low(key)] += 1;
         highs[high(key)] += 1;
@@ -202,14 +202,14 @@ pub fn sort_best(list: &mut Vec<Packed>, spare: &mut Vec<Packed>) {
 }
 
 /// Puts `from` into `to` in the order of its digits; `counts` holds how many have each.
-fn place(from: &[Packed], to: &mut [Packed], counts: &mut [u16; 256], digit: impl Fn(Packed) -> usize) {
+fn place(from: &[Packed], to: &mut [Packed], counts: &mut [u32; 256], digit: impl Fn(Packed) -> usize) {
     let mut sum = 0;
     for count in &mut *counts {
         sum += std::mem::replace(count, sum);
     }
     for &key in from {
         let at = &mut counts[digit(key)];
-        to[usize::from(*at)] = key;
+        to[*at as usize] = key;
         *at += 1;
     }
 }

@@ -1,6 +1,7 @@
 //! Scoring chosen vectors by 8-bit codes, read at random: a quarter of the bytes of the vectors themselves.
 #![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected, and their loads.
 
+use super::fastscan::BLOCK;
 use super::simd::Simd;
 use crate::memory::prefetch;
 
@@ -96,16 +97,34 @@ fn dots_of(
     }
 }
 
-/// Replaces `out` by `<query, codes>` for rows of codes that lie one behind the other, as [`each`] has it.
-pub fn all(simd: Simd, query: &WideQuery, rows: &[u8], out: &mut [f32]) {
-    debug_assert_eq!(rows.len(), query.high.len() * out.len());
+/// Replaces `out` by `base + scale * <query, codes>` for rows of codes that lie one behind the other, as [`dots`] has them; every
+/// [`BLOCK`] of them have one of `scales`.
+pub fn blocks(simd: Simd, query: &WideQuery, codes: &[u8], scales: &[f32], base: f32, out: &mut [f32]) {
+    debug_assert_eq!(codes.len(), query.high.len() * out.len());
+    debug_assert_eq!(scales.len() * BLOCK, out.len());
     match simd {
         // SAFETY: `Simd` has this variant only where the features were detected.
         #[cfg(target_arch = "x86_64")]
-        Simd::Avx512 => unsafe { x86::all_avx512(query, rows, out) },
-        _ => {
-            let rows = rows.chunks_exact(query.high.len());
-            out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot(simd, query, row) as f32 * query.scale);
+        Simd::Avx512 => unsafe { x86::blocks_avx512(query, codes, scales, base, out) },
+        _ => blocks_of(query, codes, scales, base, out, |rows| rows.map(|row| dot(simd, query, row))),
+    }
+}
+
+#[inline(always)]
+fn blocks_of(
+    query: &WideQuery,
+    codes: &[u8],
+    scales: &[f32],
+    base: f32,
+    out: &mut [f32],
+    four_dots: impl Fn([&[u8]; 4]) -> [i32; 4],
+) {
+    let dim = query.high.len();
+    let all = codes.chunks_exact(BLOCK * dim).zip(scales).zip(out.as_chunks_mut::<BLOCK>().0);
+    for ((codes, scale), out) in all {
+        for (rows, out) in codes.chunks_exact(4 * dim).zip(out.as_chunks_mut::<4>().0) {
+            let ((a, b), (c, d)) = (rows[..2 * dim].split_at(dim), rows[2 * dim..].split_at(dim));
+            *out = four_dots([a, b, c, d]).map(|dot| base + scale * (dot as f32 * query.scale));
         }
     }
 }
@@ -176,17 +195,8 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2")]
-    pub fn all_avx512(query: &WideQuery, rows: &[u8], out: &mut [f32]) {
-        let dim = query.high.len();
-        let (fours, rest) = out.as_chunks_mut::<4>();
-        let (of_fours, of_rest) = rows.split_at(fours.len() * 4 * dim);
-        for (out, rows) in fours.iter_mut().zip(of_fours.chunks_exact(4 * dim)) {
-            let ((a, b), (c, d)) = (rows[..2 * dim].split_at(dim), rows[2 * dim..].split_at(dim));
-            *out = four_avx512(query, [a, b, c, d]).map(|dot| dot as f32 * query.scale);
-        }
-        for (out, row) in rest.iter_mut().zip(of_rest.chunks_exact(dim)) {
-            *out = dot_avx512(query, row) as f32 * query.scale;
-        }
+    pub fn blocks_avx512(query: &WideQuery, codes: &[u8], scales: &[f32], base: f32, out: &mut [f32]) {
+        super::blocks_of(query, codes, scales, base, out, |rows| four_avx512(query, rows));
     }
 
     /// As `dot_avx512`; the four sums are put together at the end.
@@ -265,7 +275,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_variant_is_the_product(halves in 1usize..33, n in 1usize..40, seed in any::<u64>()) {
+        fn every_variant_is_the_product(halves in 1usize..33, n in 1usize..100, seed in any::<u64>()) {
             let dim = halves * 32;
             let mut next = crate::testing::noise(seed);
             let query: Vec<f32> = (0..dim).map(|_| next()).collect();
@@ -278,9 +288,13 @@ mod tests {
             for simd in Simd::available() {
                 let mut got = vec![0.0; n];
                 dots(simd, &wide, &codes, &positions, |_| {}, &mut got);
-                let mut in_order = vec![0.0; n];
-                all(simd, &wide, &codes, &mut in_order);
-                prop_assert!(positions.iter().zip(&got).all(|(&at, got)| in_order[at as usize] == *got));
+                let n_blocks = n / BLOCK;
+                let scales: Vec<f32> = (0..n_blocks).map(|block| 0.5 + block as f32).collect();
+                let mut scores = vec![0.0; n_blocks * BLOCK];
+                blocks(simd, &wide, &codes[..n_blocks * BLOCK * dim], &scales, 2.0, &mut scores);
+                for (&at, &dot) in positions.iter().zip(&got).filter(|(at, _)| (**at as usize) < scores.len()) {
+                    prop_assert_eq!(scores[at as usize], 2.0 + scales[at as usize / BLOCK] * dot);
+                }
                 variants.push(got);
             }
             prop_assert!(variants.windows(2).all(|pair| pair[0] == pair[1]));

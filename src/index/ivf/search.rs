@@ -218,8 +218,7 @@ impl Ivf {
             }
             ids[position as usize]
         }));
-        best.clear();
-        best.extend(ivf.rows.iter().zip(scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
+        pack(self.simd, &ivf.rows, scores, best);
         if k <= EXACT_BELOW && !matches!(self.parts.lists, Lists::Flat(Vectors::F32(_))) {
             keep_best(best, rescored(k));
             ivf.rows.clear();
@@ -230,21 +229,18 @@ impl Ivf {
         } else {
             sort_best(best, &mut ivf.spare);
             best.truncate(k);
-            out.extend(
-                best.iter()
-                    .map(|&p| Scored::from(p))
-                    .map(|s| Scored { score: self.metric_score(s.score, query_norm), ..s }),
-            );
+            unpack(self.simd, best, self.metric_score(query_norm), out);
         }
     }
 
-    /// What lists are ordered and vectors selected by, as the metric's score: for L2 that is `<q, x> - |x|²/2`.
-    fn metric_score(&self, score: f32, query_norm: f32) -> f32 {
+    /// Factor and addend that make the metric's score of what lists are ordered and vectors selected by: for L2 that is
+    /// `<q, x> - |x|²/2`.
+    fn metric_score(&self, query_norm: f32) -> (f32, f32) {
         match self.exact.metric() {
-            Metric::InnerProduct => score,
-            Metric::Cosine if query_norm > 0.0 => score,
-            Metric::Cosine => 0.0,
-            Metric::L2 => 2.0 * score - query_norm * query_norm,
+            Metric::InnerProduct => (1.0, 0.0),
+            Metric::Cosine if query_norm > 0.0 => (1.0, 0.0),
+            Metric::Cosine => (0.0, 0.0),
+            Metric::L2 => (2.0, -query_norm * query_norm),
         }
     }
 
@@ -388,12 +384,12 @@ impl Ivf {
     /// The scores of blocks by their 8-bit codes.
     fn score_at_once(&self, codes: &Codes, base: f32, range: Range<usize>, query: &WideQuery, scores: &mut [f32]) {
         let size = BLOCK * self.parts.padded;
-        refine::all(self.simd, query, &codes.refined[range.start * size..range.end * size], scores);
-        let (bytes, blocks) = (codes.layout.bytes(), &codes.blocks[..]);
-        for (block, scores) in range.zip(scores.as_chunks_mut::<BLOCK>().0) {
-            scores.iter_mut().for_each(|score| *score = base + codes.scales[block] * *score);
-            if codes.layout.has_bias {
-                let block = &blocks[block * bytes..(block + 1) * bytes];
+        let rows = &codes.refined[range.start * size..range.end * size];
+        refine::blocks(self.simd, query, rows, &codes.scales[range.clone()], base, scores);
+        if codes.layout.has_bias {
+            let bytes = codes.layout.bytes();
+            let blocks = codes.blocks[range.start * bytes..range.end * bytes].chunks_exact(bytes);
+            for (block, scores) in blocks.zip(scores.as_chunks_mut::<BLOCK>().0) {
                 scores.iter_mut().enumerate().for_each(|(lane, score)| *score += codes.layout.bias(block, lane));
             }
         }
@@ -488,6 +484,26 @@ fn rank_of<const FUSED: bool>(
     }
     starts.push(n_ranked as u32);
     n_ranked
+}
+
+for_each_simd!(
+    fn pack(rows: &[u32], scores: &[f32], best: &mut Vec<Packed>) = pack_of
+);
+
+#[inline(always)]
+fn pack_of<const FUSED: bool>(rows: &[u32], scores: &[f32], best: &mut Vec<Packed>) {
+    best.clear();
+    best.extend(rows.iter().zip(scores).map(|(&row, &score)| Packed::from(Scored { row, score })));
+}
+
+for_each_simd!(
+    fn unpack(best: &[Packed], score: (f32, f32), out: &mut Vec<Scored>) = unpack_of
+);
+
+#[inline(always)]
+fn unpack_of<const FUSED: bool>(best: &[Packed], (factor, addend): (f32, f32), out: &mut Vec<Scored>) {
+    let found = best.iter().map(|&packed| Scored::from(packed));
+    out.extend(found.map(|s| Scored { score: factor * s.score + addend, ..s }));
 }
 
 /// Up to [`EXACT_BELOW`] results: how many are scored exactly for them; for more, as many as they are.
