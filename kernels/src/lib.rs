@@ -5,6 +5,7 @@
 mod assemble;
 pub mod dense;
 mod launch;
+mod live;
 mod slates;
 mod source;
 
@@ -14,6 +15,7 @@ pub use launch::{
     MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,
     TakeNeighbors, TopkSelect,
 };
+pub use live::{ApplyChanges, FindPlaces, More, NamePlaces};
 pub use slates::{
     AddScores, Column, CountBy, ExactScores, FillColumns, FillCounts, FinishSlates, MaskSeen, SettleLists, SumOrder,
 };

@@ -184,17 +184,41 @@ pub fn mask_scores(scores: &mut [f32], pairs: &[[u32; 2]], [n_queries, n_rows, s
     }
 }
 
-/// The scores of `rows`, NaN for those that there are not.
-pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32]) -> Vec<f32> {
+/// The scores of `rows`, NaN for those that there are not, 0 for those without a vector.
+pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32], has_vector: impl Fn(u32) -> bool) -> Vec<f32> {
     let mut converted = Vec::new();
     let score = |&row: &u32| {
         let mut out = Vec::new();
-        if (row as usize) < exact.rows().n_rows() {
-            exact.scores(query, &[row], &mut converted, &mut out);
+        match (row as usize) < exact.rows().n_rows() {
+            true if has_vector(row) => exact.scores(query, &[row], &mut converted, &mut out),
+            true => out.push(0.0),
+            false => {}
         }
         out.first().copied().unwrap_or(f32::NAN)
     };
     rows.iter().map(score).collect()
+}
+
+/// Puts each piece of `staged` (begin there, begin in `target`, length) where it belongs, but for those beyond either end.
+pub fn apply_changes(staged: &[u32], pieces: &[[u32; 3]], target: &mut [u32]) {
+    for &[from, to, n] in pieces {
+        let range = |start: u32| start as usize..start as usize + n as usize;
+        if let (Some(from), Some(to)) = (staged.get(range(from)), target.get_mut(range(to))) {
+            to.copy_from_slice(from);
+        }
+    }
+}
+
+/// The row of the item at a place: itself below `n_rows`, then what `names` says.
+pub fn name_place(place: u32, n_rows: u32, names: &[u32]) -> u32 {
+    let beside = |slot: u32| names.get(slot as usize).copied().unwrap_or(NO_ROW);
+    place.checked_sub(n_rows).map_or(place, beside)
+}
+
+/// The place of the item of that row; `changed` are rows and their places beside the tables.
+pub fn find_place(row: u32, n_rows: u32, changed: &[(u32, u32)]) -> u32 {
+    let beside = changed.iter().find(|(changed, _)| *changed == row).map(|(_, slot)| n_rows + slot);
+    beside.unwrap_or(if row < n_rows { row } else { NO_ROW })
 }
 
 /// Takes the rows that each query's user has `seen` out of its scores (`[n_queries, n_rows]`).

@@ -5,9 +5,12 @@
 //! they are the CPU's to the bit; the lists are merged, the rankers' columns filled, candidates ranked, and the best of them collected. What comes
 //! back is a record per request. Where rounding leaves open which the nearest are, or a score is no number, the CPU computes the job anew.
 //!
+//! Items that came or changed lie beside the tables ([`live`]).
+//!
 //! Sizes that differ from batch to batch lie in device memory: the work of a bucket is one recorded graph.
 #![allow(unsafe_code)] // Kernels that read by places which are written here.
 
+mod live;
 mod ops;
 pub mod ranker;
 mod shape;
@@ -27,7 +30,7 @@ use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
 use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
 use crate::candidates::{Scored, Source, SourceSet};
 use crate::catalog::generation::{self, ColumnData, Metric, Roles};
-use crate::catalog::live::LiveItems;
+use crate::catalog::live::{LiveItem, LiveItems, n_rows};
 use crate::catalog::records::Field;
 use crate::context::Stage;
 use crate::device::cpu::{CpuDevice, Weighted};
@@ -35,6 +38,7 @@ use crate::device::{DeviceConfig, DeviceError, Job, RankedItem, Task};
 use crate::features::assemble::Op;
 use crate::index::{Exact, Kernel};
 use crate::pipeline::PipelineConfig;
+use live::{LiveRows, Shape};
 use ops::{Asked, Blend, Columns, Compared, Counting, Merged, MergedMut, Neighbours, Settled, SettledMut};
 use ranker::{Make, ResidentRanker, WorkerRanker};
 use shape::{Regions, Sizes};
@@ -50,6 +54,8 @@ pub struct Slates {
     pub refused: AtomicU64,
     /// The device's answer left something open, and the CPU computed them anew.
     pub open: AtomicU64,
+    /// Items that were brought to a worker's memory after they came or changed.
+    pub sent: AtomicU64,
 }
 
 /// Who computes a job of a batch.
@@ -116,6 +122,16 @@ impl Codes {
         let (offsets, codes) = (Table::copied(stream, &offsets)?, Table::copied(stream, &codes)?);
         Ok(Some(Codes { field, offsets, codes, most }))
     }
+
+    /// Those of an item that came or changed.
+    fn live<'a>(&self, item: &'a LiveItem) -> &'a [u32] {
+        self.first(item.codes(self.field.column))
+    }
+
+    /// Those that count.
+    fn first<'a>(&self, codes: &'a [u32]) -> &'a [u32] {
+        if self.field.first_only { &codes[..codes.len().min(1)] } else { codes }
+    }
 }
 
 /// A ranker in the GPU's memory.
@@ -140,6 +156,8 @@ pub struct Tables {
     logarithms: Table<f32>,
     /// Codes that are counted.
     codes: Vec<Codes>,
+    /// What lies beside all of it.
+    beside: Shape,
     kernel: Kernel,
     search_weight: f32,
 }
@@ -262,7 +280,20 @@ impl Tables {
         let n_lists = if reads_lists { 2 * lists.offsets.len() + 2 * lists.rows.len() } else { 0 };
         let data = |kind: &Field| &generation.items.columns[kind.column].data;
         let n_codes = |kind| (0..resident.n_rows as u32).map(|row| data(kind).codes(row).len()).sum::<usize>();
-        let n_codes = kinds.iter().map(|kind| resident.n_rows + 1 + n_codes(kind)).sum::<usize>();
+        let n_codes: Vec<usize> = kinds.iter().map(n_codes).collect();
+        // For items with twice as many as usual.
+        let usual = |n_codes: usize| (2 * n_codes).div_ceil(resident.n_rows).clamp(4, 64);
+        let usual = |(kind, n): (&Field, &usize)| if kind.first_only { 1 } else { usual(*n) };
+        let beside = Shape {
+            n_rows: resident.n_rows,
+            n_more: sizes.more,
+            width: resident.width,
+            with_norms: resident.by != ScoreBy::InnerProduct,
+            codes: kinds.iter().zip(&n_codes).map(|of| sizes.more * usual(of)).collect(),
+            lines: rankers.iter().map(|ranker| ranker.resident.line_words()).collect(),
+        };
+        worker += beside.bytes();
+        let n_codes = n_codes.iter().map(|n| resident.n_rows + 1 + n).sum::<usize>();
         let n_logarithms = LOGARITHMS.max(sizes.liked + 1);
         let tables = 4 * (n_norms + n_lists + n_codes + n_logarithms) as u64;
         let all = bytes + tables + worker * n_workers as u64;
@@ -295,7 +326,9 @@ impl Tables {
             }
         }
         let search_weight = config.search_weight;
-        Ok(Ok((Tables { sizes, rankers, weights, norms, neighbours, logarithms, codes, kernel, search_weight }, all)))
+        let tables =
+            Tables { sizes, rankers, weights, norms, neighbours, logarithms, codes, beside, kernel, search_weight };
+        Ok(Ok((tables, all)))
     }
 }
 
@@ -308,15 +341,21 @@ impl Tables {
     }
 
     /// The codes of each liked item.
-    fn history_codes<'a>(&'a self, of: &Codes, job: &'a Job) -> impl Iterator<Item = &'a [u32]> + use<'a> {
+    fn history_codes<'a>(&self, of: &'a Codes, job: &'a Job) -> impl Iterator<Item = &'a [u32]> + use<'a> {
         let (data, n_rows) = (&job.generation.items.columns[of.field.column].data, self.sizes.n_rows as u32);
-        let most = if of.field.first_only { 1 } else { usize::MAX };
-        let liked = job.user.history.iter().filter(move |entry| entry.weight > 0.0 && entry.row < n_rows);
-        liked.map(move |entry| {
-            let codes = data.codes(entry.row);
-            &codes[..codes.len().min(most)]
+        let changed = changed(job);
+        let liked = job.user.history.iter().filter(move |entry| entry.weight > 0.0);
+        liked.map(move |entry| match changed.and_then(|items| items.get(entry.row)) {
+            Some(item) => of.live(item),
+            None if entry.row < n_rows => of.first(data.codes(entry.row)),
+            None => &[],
         })
     }
+}
+
+/// What came or changed, where something did.
+fn changed(job: &Job) -> Option<&LiveItems> {
+    job.items.as_deref().filter(|items| items.n_entries() > 0)
 }
 
 /// What the pipeline computes in.
@@ -334,6 +373,7 @@ struct Buffers {
     source_scores: Buffer<f32>,
     source_ranks: Buffer<u16>,
     counts: Buffer<u32>,
+    places: Buffer<u32>,
     dots: Buffer<f32>,
     columns: Buffer<f32>,
     scores: Buffer<f32>,
@@ -359,6 +399,7 @@ impl Buffers {
             source_scores: stream.buffer(4 * candidates)?,
             source_ranks: stream.buffer(4 * candidates)?,
             counts: stream.buffer(most)?,
+            places: stream.buffer(candidates)?,
             dots: stream.buffer(candidates)?,
             columns: stream.buffer(candidates * columns)?,
             scores: stream.buffer(candidates)?,
@@ -398,12 +439,14 @@ pub struct Pipeline {
     resident: Arc<Resident>,
     rankers: Vec<Box<dyn WorkerRanker>>,
     buffers: Buffers,
+    live: LiveRows,
     buckets: Vec<Bucket>,
     up: Ring<u32>,
     down: Vec<Pinned<u32>>,
     flying: VecDeque<Flying>,
-    /// Jobs of a batch that may be taken.
+    /// Jobs of a batch that may be taken, and those that were planned with the same items.
     fit: Vec<usize>,
+    alike: Vec<usize>,
     /// Codes of a history.
     codes: Vec<u32>,
 }
@@ -438,7 +481,12 @@ impl Pipeline {
     ///
     /// # Errors
     /// Out of memory, or the GPU fails.
-    pub(super) fn new(stream: &Stream, searcher: &mut Searcher, tables: Arc<Tables>) -> Result<Self, DeviceError> {
+    pub(super) fn new(
+        stream: &Stream,
+        searcher: &mut Searcher,
+        rest: &mut CpuDevice,
+        tables: Arc<Tables>,
+    ) -> Result<Self, DeviceError> {
         let sizes = &tables.sizes;
         let n_slots = sizes.most() * sizes.width();
         let rankers = tables.rankers.iter().map(|ranker| ranker.resident.clone().on(stream, n_slots));
@@ -446,22 +494,25 @@ impl Pipeline {
         let mut pipeline = Pipeline {
             rankers: rankers.collect::<Result<_, _>>()?,
             buffers: Buffers::new(stream, sizes)?,
+            live: LiveRows::new(stream, &tables.beside)?,
             buckets: sizes.buckets.iter().map(bucket).collect(),
             up: Ring::new(stream, 2, sizes.input())?,
             down: Vec::new(),
             flying: VecDeque::new(),
             fit: Vec::new(),
+            alike: Vec::new(),
             codes: Vec::new(),
             resident: searcher.resident.clone(),
             tables,
         };
-        pipeline.warm_up(stream, searcher)?;
+        pipeline.warm_up(stream, searcher, rest)?;
         Ok(pipeline)
     }
 
     /// Runs a batch of no requests of each size, and records it.
-    fn warm_up(&mut self, stream: &Stream, searcher: &mut Searcher) -> Result<(), DeviceError> {
-        searcher.know(stream, None)?;
+    fn warm_up(&mut self, stream: &Stream, searcher: &mut Searcher, rest: &mut CpuDevice) -> Result<(), DeviceError> {
+        let (of, none) = ((&*self.tables, &*self.resident), Slates::default());
+        while !self.live.know(stream, rest, of, None, &none)? {}
         for bucket in 0..self.buckets.len() {
             let regions = self.buckets[bucket].regions.clone();
             let mut host = self.up.take()?;
@@ -483,14 +534,26 @@ impl Pipeline {
 
     /// Gives the stream all kernels of a bucket's batch.
     fn give(&mut self, stream: &Stream, searcher: &mut Searcher, bucket: usize) -> Result<(), DeviceError> {
-        let Self { tables, resident, rankers, buffers, buckets, .. } = self;
+        let Self { tables, resident, rankers, buffers, live, buckets, .. } = self;
         let Buffers { input, found_rows, found_scores, exact, list_rows, list_scores, lengths, open, .. } = buffers;
         let Buffers {
-            rows, sources, source_scores, source_ranks, counts, dots, columns, scores, sums, records, ..
+            rows,
+            sources,
+            source_scores,
+            source_ranks,
+            counts,
+            places,
+            dots,
+            columns,
+            scores,
+            sums,
+            records,
+            ..
         } = buffers;
         let Bucket { n, regions, .. } = &buckets[bucket];
         let (n, sizes, n_rows) = (*n, &tables.sizes, resident.n_rows);
-        let (width, fetched) = (sizes.width(), sizes.fetched);
+        let (width, fetched, all) = (sizes.width(), sizes.fetched, sizes.columns());
+        let (same, more, more_terms, there) = live.searched();
         let asked = Asked {
             n,
             header: input.part(0..4),
@@ -512,21 +575,27 @@ impl Pipeline {
             width: resident.width,
             by: resident.by,
             terms: resident.terms.as_ref().map(|terms| terms.part(0..n_rows)),
-            available: Some(searcher.words.part(0..searcher.words.len())),
+            available: Some(same),
         };
-        stream.scores(scoring, searcher.scores.part_mut(0..n * n_rows))?;
+        stream.scores_among(scoring, all, searcher.scores.part_mut(0..n * all))?;
+        if sizes.more > 0 {
+            let (vectors, n_rows, terms) = (more, sizes.more, more_terms);
+            let scoring = Scoring { vectors, n_rows, terms, available: Some(there), ..scoring };
+            stream.scores_among(scoring, all, searcher.scores.part_mut(resident.n_rows..n * all))?;
+        }
         // SAFETY: what lies in the tail was written by `begin`, which says where in the words; after `warm_up` nothing is said to.
-        unsafe { stream.mask_seen(asked, searcher.scores.part_mut(0..n * n_rows), n_rows)? };
-        let all = searcher.scores.part(0..n * n_rows);
+        unsafe { stream.mask_seen(asked, searcher.scores.part_mut(0..n * all), all)? };
+        let of_all = searcher.scores.part(0..n * all);
         let best =
             ListsMut { rows: found_rows.part_mut(0..n * fetched), scores: found_scores.part_mut(0..n * fetched) };
-        let shape = [n, n_rows, searcher.sizes.parts(n), fetched];
-        stream.best(all, Some(asked.scanned), shape, &mut searcher.lists, best)?;
+        let shape = [n, all, searcher.sizes.parts(n), fetched];
+        stream.best(of_all, Some(asked.scanned), shape, &mut searcher.lists, best)?;
         let compared = Compared {
             vectors,
             n_rows,
             widths: [resident.width, resident.dim],
             norms: tables.norms.as_ref().map(|norms| norms.part(0..n_rows)),
+            more: live.compared(),
             by: resident.by,
             order: match tables.kernel {
                 Kernel::Avx512 => SumOrder::Avx512,
@@ -534,8 +603,12 @@ impl Pipeline {
                 Kernel::Portable => SumOrder::Portable,
             },
         };
+        let found = found_rows.part(0..n * fetched);
+        stream.exact_scores(asked, compared, found, None, exact.part_mut(0..n * fetched), fetched)?;
+        if sizes.more > 0 {
+            stream.name_places(found_rows.part_mut(0..n * fetched), n_rows, live.names())?;
+        }
         let found = Lists { rows: found_rows.part(0..n * fetched), scores: found_scores.part(0..n * fetched) };
-        stream.exact_scores(asked, compared, found.rows, None, exact.part_mut(0..n * fetched), fetched)?;
         let lists = ListsMut { rows: list_rows.part_mut(0..n * width), scores: list_scores.part_mut(0..n * width) };
         let out = SettledMut { lists, lengths: lengths.part_mut(0..4 * n), open: open.part_mut(0..n) };
         let exact = exact.part(0..n * fetched);
@@ -563,9 +636,14 @@ impl Pipeline {
             source_ranks: source_ranks.part(0..4 * n * width),
             counts: counts.part(0..n),
         };
+        let mut at = merged.rows;
+        if sizes.more > 0 {
+            stream.find_places(asked, merged, n_rows, live.changed(), places.part_mut(0..n * width))?;
+            at = places.part(0..n * width);
+        }
         if tables.rankers.iter().any(|ranker| ranker.reads_dots) {
             let skip = Some((merged.counts, merged.sources));
-            stream.exact_scores(asked, compared, merged.rows, skip, dots.part_mut(0..n * width), width)?;
+            stream.exact_scores(asked, compared, at, skip, dots.part_mut(0..n * width), width)?;
         }
         for (nth, (ranker, on_stream)) in tables.rankers.iter().zip(rankers).enumerate() {
             let [shared, stride] = sizes.rankers[nth];
@@ -588,6 +666,7 @@ impl Pipeline {
                 let counting = Counting {
                     offsets: offsets.part(0..offsets.len()),
                     codes: codes.part(0..codes.len()),
+                    more: live.codes(kind),
                     places: input.part(regions.counted.clone()),
                     places_stride: 2 * sizes.counted,
                     place: 2 * kind,
@@ -597,10 +676,11 @@ impl Pipeline {
                     column,
                 };
                 // SAFETY: as above; `Codes` are where their offsets say.
-                unsafe { stream.fill_counts(asked, merged, counting, columns.part_mut(0..n * width * stride))? };
+                unsafe { stream.fill_counts(asked, (merged, at), counting, columns.part_mut(0..n * width * stride))? };
             }
             let batch = RankBatch {
-                rows: merged.rows,
+                rows: at,
+                more: (sizes.more > 0).then(|| live.lines(nth)),
                 counts: merged.counts,
                 n_requests: n,
                 width,
@@ -628,13 +708,14 @@ impl Pipeline {
         let user = &job.user;
         let norm = square(&user.vector).sqrt();
         let items = job.items.as_ref();
+        let has_room = |items: &Arc<LiveItems>| items.n_entries() <= sizes.more;
         matches!(job.task, Task::Recommend { explain: false, .. })
             && Arc::ptr_eq(&job.generation, &self.resident.generation)
             && !job.deadline.passed(now)
             && user.vector.len() == self.resident.dim
             && norm > 0.0
             && norm < 1e18
-            && items.is_none_or(|items| items.n_entries() == 0 && items.n_rows() as usize == sizes.n_rows)
+            && items.is_none_or(has_room)
             && job.filter.forbids_only_gone(items)
             && user.history.len() <= sizes.liked
     }
@@ -650,29 +731,26 @@ impl Pipeline {
         rest: &mut CpuDevice,
         batch: &mut [Box<Job>],
         places: &mut [Place],
+        counted: &Slates,
     ) -> Result<(), DeviceError> {
         let now = Instant::now();
-        let gone = |job: &Job| job.items.clone().filter(|items| items.n_gone() > 0);
-        let mut fit = std::mem::take(&mut self.fit);
+        let (mut fit, mut alike) = (std::mem::take(&mut self.fit), std::mem::take(&mut self.alike));
         fit.clear();
-        // What the GPU is told of items holds for jobs that were planned with the same ones.
-        let mut told: Option<Option<Arc<LiveItems>>> = None;
-        for (at, job) in batch.iter().enumerate().filter(|(_, job)| self.takes(job, now)) {
-            let (own, first) = (gone(job), told.is_none());
-            let told = told.get_or_insert(own.clone());
-            if first || told.as_ref().map(Arc::as_ptr) == own.as_ref().map(Arc::as_ptr) {
-                fit.push(at);
+        fit.extend((0..batch.len()).filter(|&at| self.takes(&batch[at], now)));
+        // What the GPU knows of items holds for jobs that were planned with the same ones.
+        while let Some(&first) = fit.first() {
+            let items = batch[first].items.clone();
+            let own = |at: usize| batch[at].items.as_ref().map(Arc::as_ptr) == items.as_ref().map(Arc::as_ptr);
+            alike.clear();
+            alike.extend(fit.extract_if(.., |at| own(*at)));
+            if self.live.know(stream, rest, (&self.tables, &self.resident), items.as_ref(), counted)? {
+                let mut from = 0;
+                while from < alike.len() {
+                    from += self.launch(stream, searcher, rest, batch, &alike[from..], places)?;
+                }
             }
         }
-        if let Some(told) = told.filter(|_| !fit.is_empty())
-            && searcher.know(stream, told.as_ref())?
-        {
-            let mut from = 0;
-            while from < fit.len() {
-                from += self.launch(stream, searcher, rest, batch, &fit[from..], places)?;
-            }
-        }
-        self.fit = fit;
+        (self.fit, self.alike) = (fit, alike);
         Ok(())
     }
 
@@ -695,6 +773,7 @@ impl Pipeline {
         let room = *room;
         let mut to = Writer { host: &mut host, regions, tail: 0, n: 0 };
         let (mut jobs, mut m, mut looked_at) = (Vec::with_capacity(room.min(fit.len())), 4, 0);
+        let n_changed = fit.first().and_then(|&at| changed(&batch[at])).map_or(0, LiveItems::n_entries);
         for &at in fit {
             let job = &mut *batch[at];
             let words = tables.most_words(job);
@@ -707,7 +786,7 @@ impl Pipeline {
                 continue;
             }
             let n_degraded = job.degraded.len();
-            if put(&tables, &resident, rest, job, &mut self.codes, &mut to)? {
+            if put((&tables, &resident), &self.live, rest, job, &mut self.codes, &mut to)? {
                 let Task::Recommend { top_m, .. } = job.task else { continue };
                 m = m.max(sizes.items(top_m as usize));
                 jobs.push(Taken { at, n_degraded });
@@ -722,7 +801,7 @@ impl Pipeline {
             self.up.give_idle(host);
             return Ok(looked_at);
         }
-        host[..4].copy_from_slice(&[n as u32, m as u32, 0, 0]);
+        host[..4].copy_from_slice(&[n as u32, m as u32, n_changed as u32, 0]);
         host[regions.scanned.clone()][n..].fill(0);
         host[regions.words.clone()][8 * n..].fill(0);
         host[regions.counted.clone()][2 * sizes.counted * n..].fill(0);
@@ -786,10 +865,9 @@ impl Pipeline {
         }
         let n = (top_m as usize).min(n_candidates as usize).min(m);
         // What the device was told was told before; few rows are looked at again.
+        let n_rows = n_rows(&job.generation, job.items.as_deref());
         let fits = |&row: &u32| {
-            (row as usize) < self.tables.sizes.n_rows
-                && job.filter.allows(row)
-                && job.user.seen.binary_search(&row).is_err()
+            (row as usize) < n_rows && job.filter.allows(row) && job.user.seen.binary_search(&row).is_err()
         };
         if !rows[..n].iter().all(fits) {
             tracing::warn!("the GPU returned an item that must not be shown");
@@ -809,8 +887,8 @@ impl Pipeline {
 
 /// Writes what a job asks; `false`: it is better computed on the CPU.
 fn put(
-    tables: &Tables,
-    resident: &Resident,
+    (tables, resident): (&Tables, &Resident),
+    live: &LiveRows,
     rest: &mut CpuDevice,
     job: &mut Job,
     codes: &mut Vec<u32>,
@@ -836,7 +914,13 @@ fn put(
     for (count, list) in job.ranked.n_by_source[1..].iter_mut().zip(lists) {
         *count = list.len() as u32;
     }
-    let [seen, n_seen] = to.put(job.user.seen.iter().copied());
+    let changed = changed(job);
+    // Where its score is.
+    let place = |&row: &u32| match changed.and_then(|items| items.place(row)) {
+        Some(at) => sizes.n_rows as u32 + at,
+        None => row,
+    };
+    let [seen, n_seen] = to.put(job.user.seen.iter().map(place));
     let liked = || job.user.history.iter().filter(|entry| entry.weight > 0.0);
     let [first, n_liked] = to.put(liked().map(|entry| entry.row));
     to.put(liked().map(|entry| entry.weight.to_bits()));
@@ -846,7 +930,7 @@ fn put(
         codes.sort_unstable();
         let most = codes.chunk_by(|a, b| a == b).map(<[u32]>::len).max().unwrap_or(0);
         // Where more than that may come together, the logarithm is the CPU's.
-        if most * of.most >= LOGARITHMS {
+        if most * of.most.max(live.most_codes(kind)) >= LOGARITHMS {
             return Ok(false);
         }
         let [first, n] = to.put(codes.chunk_by(|a, b| a == b).map(|same| same[0]));
@@ -857,13 +941,13 @@ fn put(
     let [one, two, three] = lists.map(|list| list.len() as u32);
     to.host[regions.words.clone()][8 * at..8 * at + 8]
         .copy_from_slice(&[start, one, two, three, seen, n_seen, first, n_liked]);
-    to.host[regions.scanned.start + at] = sizes.n_rows as u32;
+    to.host[regions.scanned.start + at] = (sizes.n_rows + changed.map_or(0, LiveItems::n_entries)) as u32;
     let vector = &job.user.vector;
     let length = match resident.generation.metric {
         Metric::InnerProduct => 0.0,
         _ => tables.kernel.dot(vector, vector).sqrt(),
     };
-    let (shift, scale, error) = resident.tolerance(square(vector).sqrt());
+    let (shift, scale, error) = resident.tolerance(square(vector).sqrt(), resident.longest.max(live.longest()));
     write(&mut to.host[regions.bounds.clone()][4 * at..4 * at + 4], &[shift, scale, error, length]);
     let query = &mut to.host[regions.queries.clone()][sizes.query * at..sizes.query * (at + 1)];
     write(query, vector);

@@ -18,6 +18,12 @@ pub trait ResidentRanker: Send + Sync {
     fn shared_width(&self) -> usize;
     /// Columns of a candidate.
     fn columns_width(&self) -> usize;
+    /// Words of what is kept of an item, 0 where nothing is.
+    fn line_words(&self) -> usize {
+        0
+    }
+    /// What [`CpuDevice::line`](crate::device::cpu::CpuDevice::line) says of an item, as it is kept.
+    fn put_line(&self, _line: &[f32], _out: &mut [u32]) {}
     /// Memory of all of it, and of what a worker adds for `n_slots` candidates, bytes.
     fn bytes(&self, n_slots: usize) -> [u64; 2];
     /// What a worker scores up to `n_slots` candidates with.
@@ -44,6 +50,14 @@ impl ResidentRanker for DeviceRanker {
 
     fn columns_width(&self) -> usize {
         DeviceRanker::columns_width(self)
+    }
+
+    fn line_words(&self) -> usize {
+        DeviceRanker::line_words(self)
+    }
+
+    fn put_line(&self, line: &[f32], out: &mut [u32]) {
+        DeviceRanker::put_line(self, line, out);
     }
 
     fn bytes(&self, n_slots: usize) -> [u64; 2] {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use tastemaker_kernels::{self as kernels, RowKind, RowPart};
 
-use super::super::ops::{RankBatch, count, holds, shaped};
+use super::super::ops::{MoreRows, RankBatch, count, holds, shaped};
 use super::super::pipeline::ranker::{ResidentRanker, WorkerRanker};
 use super::super::stream::{Buffer, Part, PartMut, Stream, Table};
 use crate::candidates::Dependence;
@@ -40,6 +40,9 @@ impl Stream {
         holds(batch.columns.len(), slots, columns);
         holds(from.table.len(), from.n_items, item);
         holds(values.0.len(), slots, input.n_values * input.kind.words());
+        if let Some(MoreRows { rows, n }) = &batch.more {
+            holds(rows.len(), *n, item);
+        }
         let shape = kernels::AssembleRows {
             rows: self.of(&batch.rows).0,
             counts: self.of(&batch.counts).0,
@@ -49,6 +52,7 @@ impl Stream {
             n_shared: count(shared),
             table: self.of(&from.table.part(0..from.table.len())).0,
             n_items: count(from.n_items),
+            more: self.more(batch.more),
             n_item: count(item),
             columns: self.of(&batch.columns).0,
             n_columns: count(columns),
@@ -61,6 +65,7 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
+    /// NaN for places without a candidate: rows from `n_items` on are none.
     fn void_holes(&self, batch: RankBatch<'_>, n_items: usize, scores: PartMut<'_, f32>) -> Result<(), DeviceError> {
         holds(batch.rows.len(), batch.n_requests, batch.width);
         holds(batch.counts.len(), batch.n_requests, 1);
@@ -173,6 +178,14 @@ impl ResidentRanker for Assembled {
         self.widths[Dependence::Candidate as usize]
     }
 
+    fn line_words(&self) -> usize {
+        self.widths[Dependence::Item as usize]
+    }
+
+    fn put_line(&self, line: &[f32], out: &mut [u32]) {
+        out.iter_mut().zip(line).for_each(|(out, value)| *out = value.to_bits());
+    }
+
     fn bytes(&self, n_slots: usize) -> [u64; 2] {
         let words: usize = self.inputs.iter().map(|input| input.n_values * input.kind.words()).sum();
         [self.bytes, 4 * (words * n_slots) as u64]
@@ -211,6 +224,6 @@ impl WorkerRanker for OfWorker {
         let parts: SmallVec<[Part<'_, u32>; 8]> =
             inputs.iter().zip(&*rows).map(|(input, rows)| rows.part(0..words(input))).collect();
         scorer.enqueue(stream, n_rows, &parts, scores.reborrow())?;
-        stream.void_holes(batch, *n_items, scores)
+        stream.void_holes(batch, *n_items + batch.more.map_or(0, |more| more.n), scores)
     }
 }
