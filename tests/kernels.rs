@@ -3,6 +3,8 @@
 
 #[path = "kernels/assemble.rs"]
 mod assemble;
+#[path = "kernels/columns.rs"]
+mod columns;
 #[path = "kernels/dense.rs"]
 mod dense;
 #[path = "kernels/live.rs"]
@@ -23,6 +25,8 @@ use tastemaker_emulator::{Buffer, PLANTED};
 use tastemaker_kernels as kernels;
 use tastemaker_kernels::{Launch, ShapeError};
 
+/// A number that no kernel writes.
+const LEFT: f32 = 0.12345;
 /// Marks what a kernel must not touch.
 const UNTOUCHED: u32 = 0xdead_beef;
 
@@ -783,6 +787,7 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
                 .check(variant, seed)
         }
         "apply_changes" | "name_places" | "find_places" => live::check(kernel, variant, seed),
+        "copy_columns" | "fill_series" => columns::check(kernel, variant, seed),
         _ => slates::check(kernel, variant, seed),
     }
 }
@@ -802,7 +807,7 @@ fn planted_bugs_are_noticed() {
         "void_holes",
     ];
     let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
-    let live = ["apply_changes", "name_places", "find_places"];
+    let live = ["apply_changes", "name_places", "find_places", "copy_columns", "fill_series"];
     for kernel in old.into_iter().chain(slates).chain(live) {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");

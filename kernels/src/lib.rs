@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod assemble;
+mod columns;
 pub mod dense;
 mod launch;
 mod live;
@@ -10,6 +11,7 @@ mod slates;
 mod source;
 
 pub use assemble::{AssembleRows, RowKind, RowPart, VoidHoles};
+pub use columns::{CopyColumns, FillSeries};
 pub use launch::{
     Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MOST_ARGUMENTS,
     MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,

@@ -228,7 +228,7 @@ pub enum Column {
     CoMean,
     /// The sum of the three largest similarities.
     CoTop3,
-    /// [`FillCounts`] writes it.
+    /// Another kernel writes it.
     Counted,
 }
 

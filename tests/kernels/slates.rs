@@ -7,9 +7,6 @@ use tastemaker::retrieval::collaborative::Signals;
 
 use super::*;
 
-/// A number that no kernel writes.
-const LEFT: f32 = 0.12345;
-
 #[derive(Clone, Copy, Debug)]
 pub struct ExactScores {
     pub n_requests: usize,

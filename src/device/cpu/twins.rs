@@ -283,6 +283,23 @@ pub fn fill_counts(by: CountBy, codes: &[u32], times: impl Fn(u32) -> u32, n_lik
     }
 }
 
+/// Writes the columns of the item in that row of `table` (`[n_items, columns]`) to where `columns` says; 0 for one that there is not.
+pub fn copy_columns(table: &[f32], row: u32, columns: &[u32], out: &mut [f32]) {
+    let line = table.get(row as usize * columns.len()..).filter(|rest| rest.len() >= columns.len());
+    for (at, &column) in columns.iter().enumerate() {
+        out[column as usize] = line.map_or(0.0, |line| line[at]);
+    }
+}
+
+/// What the history says of a series: of an item's place, the furthest one in the history, and how many of the series are liked there;
+/// `None`: it holds none. The logarithm of liked items, whether it is the next, how much further it is.
+pub fn fill_series(of: Option<(f32, f32, u32)>) -> [f32; 3] {
+    let Some((place, furthest, n_liked)) = of else { return [0.0; 3] };
+    let gap = place - furthest;
+    let next = if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 };
+    [(n_liked as f32).ln_1p(), next, if gap.is_nan() { 0.0 } else { gap.clamp(-10.0, 10.0) }]
+}
+
 /// The sum of `members`, each with its weight, before it is divided by all of these.
 pub fn add_scores(members: &[(&[f32], f32)]) -> Vec<f32> {
     let mut mean = WeightedMean::default();

@@ -18,11 +18,13 @@ use super::super::engine::{Resident, square, term};
 use super::super::ops::{MoreRows, Vectors};
 use super::super::stream::{Buffer, Part, Ring, Stream};
 use super::ops::Beside;
-use super::{Slates, Tables};
+use super::{Slates, Tables, in_series};
 use crate::catalog::generation::NO_ROW;
 use crate::catalog::live::{LiveItem, LiveItems, extend_vector};
 use crate::device::DeviceError;
 use crate::device::cpu::CpuDevice;
+use crate::features::assemble::FeatureScratch;
+use crate::features::history::SeriesColumns;
 use crate::index::live::PAGE;
 use crate::index::norm;
 
@@ -50,6 +52,10 @@ pub struct Shape {
     pub codes: Vec<usize>,
     /// By ranker: words of an item's row.
     pub lines: Vec<usize>,
+    /// By ranker: columns that depend on the item alone.
+    pub columns: Vec<usize>,
+    /// Words of what is known of an item's series.
+    pub series: usize,
 }
 
 impl Shape {
@@ -61,13 +67,18 @@ impl Shape {
     /// Words of a copy: an item fits, and so do the lists of all.
     fn staged(&self) -> usize {
         let codes: usize = self.codes.iter().map(|codes| 2 + codes.min(&MOST_CODES)).sum();
-        let item = self.width + 2 + codes + self.lines.iter().sum::<usize>();
+        let item = self.width + 2 + codes + self.others();
         (4 * self.n_more + item + PAGE).max(STAGED)
     }
 
     /// Pieces of an item, or of the lists, at most.
     fn pieces(&self) -> usize {
-        8 + 2 * self.codes.len() + self.lines.len()
+        8 + 2 * self.codes.len() + 2 * self.lines.len()
+    }
+
+    /// Words of an item beside vector and codes.
+    fn others(&self) -> usize {
+        self.lines.iter().chain(&self.columns).sum::<usize>() + self.series
     }
 }
 
@@ -89,6 +100,8 @@ struct Regions {
     codes: Vec<[Range<usize>; 2]>,
     /// By ranker.
     lines: Vec<Range<usize>>,
+    columns: Vec<Range<usize>>,
+    series: Range<usize>,
     end: usize,
 }
 
@@ -107,7 +120,9 @@ impl Regions {
         let (terms, norms) = (take(n_norms), take(n_norms));
         let codes = shape.codes.iter().map(|codes| [take(2 * n), take(*codes)]).collect();
         let lines = shape.lines.iter().map(|words| take(n * words)).collect();
-        Regions { same, there, names, changed, vectors, terms, norms, codes, lines, end }
+        let columns = shape.columns.iter().map(|words| take(n * words)).collect();
+        let series = take(n * shape.series);
+        Regions { same, there, names, changed, vectors, terms, norms, codes, lines, columns, series, end }
     }
 }
 
@@ -173,6 +188,7 @@ pub struct LiveRows {
     vector: Vec<f32>,
     line: Vec<f32>,
     words: Vec<u32>,
+    features: FeatureScratch,
 }
 
 impl LiveRows {
@@ -202,6 +218,7 @@ impl LiveRows {
             vector: Vec::new(),
             line: Vec::new(),
             words: Vec::new(),
+            features: FeatureScratch::default(),
             regions,
             shape: shape.clone(),
         })
@@ -267,6 +284,16 @@ impl LiveRows {
     /// What lies beside the table of a ranker.
     pub fn lines(&self, ranker: usize) -> MoreRows<'_> {
         self.more(&self.regions.lines[ranker])
+    }
+
+    /// Columns of items beside the table of a ranker.
+    pub fn columns(&self, ranker: usize) -> MoreRows<'_> {
+        self.more(&self.regions.columns[ranker])
+    }
+
+    /// What is known of items' series.
+    pub fn series(&self) -> MoreRows<'_> {
+        self.more(&self.regions.series)
     }
 
     fn more(&self, range: &Range<usize>) -> MoreRows<'_> {
@@ -402,8 +429,7 @@ impl LiveRows {
     fn item_words(&self, tables: &Tables, target: &LiveItems, at: u32) -> usize {
         let codes =
             |item: &LiveItem| tables.codes.iter().map(|of| 2 + of.live(item).len().min(MOST_CODES)).sum::<usize>();
-        let lines = self.shape.lines.iter().sum::<usize>();
-        self.shape.width + 2 + lines + target.entry(at).map_or(0, |(_, item)| codes(item))
+        self.shape.width + 2 + self.shape.others() + target.entry(at).map_or(0, |(_, item)| codes(item))
     }
 
     fn send_page(&self, target: &LiveItems, page: usize, staging: &mut Staging<'_>) {
@@ -426,7 +452,7 @@ impl LiveRows {
     ) -> Result<bool, DeviceError> {
         let Some((row, item)) = target.entry(at) else { return Ok(true) };
         let (generation, place) = (&resident.generation, at as usize);
-        let Regions { vectors, terms, norms, codes, lines, .. } = &self.regions;
+        let Regions { vectors, terms, norms, codes, lines, columns, series, .. } = &self.regions;
         if std::mem::replace(&mut self.names[place], row) != row {
             self.lists_differ = true;
         }
@@ -461,6 +487,16 @@ impl LiveRows {
                 ranker.resident.put_line(&self.line, &mut self.words[..words]);
                 staging.push(region.start + place * words, self.words[..words].iter().copied());
             }
+        }
+        for (ranker, region) in tables.rankers.iter().zip(columns) {
+            if let Some(items) = &ranker.items {
+                let (layout, line) = (&items.layout, &mut self.line);
+                layout.fill_item(generation, target, row, &mut self.features, line);
+                staging.push(region.start + place * layout.width(), line.iter().map(|value| value.to_bits()));
+            }
+        }
+        if let Some(of) = SeriesColumns::of(generation, Some(target)).filter(|_| self.shape.series > 0) {
+            staging.push(series.start + 2 * place, in_series(&of, row));
         }
         Ok(true)
     }

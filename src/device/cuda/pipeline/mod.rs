@@ -23,23 +23,28 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
+use smallvec::SmallVec;
 use tastemaker_kernels::{Column, CountBy, FinishSlates, ScoreBy, SumOrder};
 
 use super::engine::{Resident, Searcher, Stored, mib, square};
 use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
 use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
-use crate::candidates::{Scored, Source, SourceSet};
-use crate::catalog::generation::{self, ColumnData, Metric, Roles};
+use super::tensorrt::assembled::columns_of_items;
+use crate::candidates::{Dependence, Scored, Source, SourceSet};
+use crate::catalog::generation::{self, ColumnData, Metric, NO_CODE, Roles};
 use crate::catalog::live::{LiveItem, LiveItems, n_rows};
 use crate::catalog::records::Field;
 use crate::context::Stage;
 use crate::device::cpu::{CpuDevice, Weighted};
 use crate::device::{DeviceConfig, DeviceError, Job, RankedItem, Task};
-use crate::features::assemble::Op;
+use crate::features::assemble::{Layout, Op};
+use crate::features::history::{Series, SeriesColumns, SeriesEntry};
 use crate::index::{Exact, Kernel};
 use crate::pipeline::PipelineConfig;
 use live::{LiveRows, Shape};
-use ops::{Asked, Blend, Columns, Compared, Counting, Merged, MergedMut, Neighbours, Settled, SettledMut};
+use ops::{
+    Asked, Blend, Columns, Compared, Copied, Counting, InSeries, Merged, MergedMut, Neighbours, Settled, SettledMut,
+};
 use ranker::{Make, ResidentRanker, WorkerRanker};
 use shape::{Regions, Sizes};
 
@@ -134,11 +139,38 @@ impl Codes {
     }
 }
 
+/// Which of the columns that speak of series an operation is.
+fn of_series(op: &Op) -> Option<usize> {
+    match op {
+        Op::SameSeries => Some(0),
+        Op::NextInSeries => Some(1),
+        Op::SeriesGap => Some(2),
+        _ => None,
+    }
+}
+
+/// An item's series, `NO_CODE` without one, and the bits of where it stands in it.
+fn in_series(columns: &SeriesColumns<'_>, row: u32) -> [u32; 2] {
+    [columns.code(row).unwrap_or(NO_CODE), columns.position(row).to_bits()]
+}
+
+/// Columns of a ranker that depend on the item alone.
+struct ItemColumns {
+    layout: Layout,
+    /// f32 `[n_items, width]`
+    table: Table<f32>,
+    /// Which of a candidate's values each becomes.
+    columns: Table<u32>,
+}
+
 /// A ranker in the GPU's memory.
 struct Ranker {
     weighted: Weighted,
     /// Columns that count codes of the history: which, what they make of it, and of which codes.
     counting: Vec<(usize, CountBy, usize)>,
+    items: Option<ItemColumns>,
+    /// Columns that speak of series, as [`of_series`] has them.
+    series: [Option<usize>; 3],
     codes: Table<u32>,
     reads_lists: bool,
     reads_dots: bool,
@@ -156,6 +188,8 @@ pub struct Tables {
     logarithms: Table<f32>,
     /// Codes that are counted.
     codes: Vec<Codes>,
+    /// u32 `[n_items, 2]`: [`in_series`], where a ranker reads it.
+    series: Option<Table<u32>>,
     /// What lies beside all of it.
     beside: Shape,
     kernel: Kernel,
@@ -223,14 +257,14 @@ impl Tables {
             return Ok(Err("there is no ranker".to_owned()));
         }
         let (mut rankers, mut bytes, mut widths) = (Vec::new(), 0, Vec::new());
-        let mut kinds: Vec<Field> = Vec::new();
+        let (mut kinds, mut columns_of): (Vec<Field>, Vec<Vec<u32>>) = (Vec::new(), Vec::new());
         for weighted in &weights {
             let name = &weighted.name;
             let Some(layout) = &weighted.columns else {
                 return Ok(Err(format!("ranker `{name}` is not computed in parts")));
             };
-            let (mut columns, mut counts) = (Vec::new(), Vec::new());
-            for (name_of, op) in layout.columns() {
+            let (mut columns, mut counts, mut of_items, mut series) = (Vec::new(), Vec::new(), Vec::new(), [None; 3]);
+            for (name_of, op, width) in layout.columns() {
                 match (column(op), counting(op, &generation.roles)) {
                     (Some(column), _) => columns.push(column),
                     (None, Some((by, kind))) => {
@@ -239,6 +273,14 @@ impl Tables {
                             kinds.push(kind);
                         }
                         counts.push((columns.len(), by, place));
+                        columns.push(Column::Counted);
+                    }
+                    (None, None) if op.dependence() == Dependence::Item => {
+                        of_items.extend((columns.len()..columns.len() + width).map(|column| column as u32));
+                        columns.resize(columns.len() + width, Column::Counted);
+                    }
+                    (None, None) if let Some(which) = of_series(op) => {
+                        series[which] = Some(columns.len());
                         columns.push(Column::Counted);
                     }
                     (None, None) => return Ok(Err(format!("ranker `{name}`: column `{name_of}` is the CPU's"))),
@@ -252,18 +294,23 @@ impl Tables {
             if resident.columns_width() != columns.len() {
                 return Ok(Err(format!("ranker `{name}`: it takes {} columns", resident.columns_width())));
             }
+            columns_of.push(of_items);
             widths.push([resident.shared_width(), resident.columns_width()]);
             let codes: Vec<u32> = columns.iter().map(|column| column.code()).collect();
             rankers.push(Ranker {
                 weighted: weighted.clone(),
                 counting: counts,
+                items: None,
+                series,
                 codes: Table::copied(stream, &codes)?,
                 reads_lists: columns.iter().any(|column| column.reads_lists()),
                 reads_dots: columns.contains(&Column::Dot),
                 resident,
             });
         }
-        let sizes = match Sizes::new(config, device, resident.n_rows, resident.width, widths, kinds.len()) {
+        let has_series = rankers.iter().any(|ranker| ranker.series.iter().any(Option::is_some));
+        let counted = kinds.len() + usize::from(has_series);
+        let sizes = match Sizes::new(config, device, resident.n_rows, resident.width, widths, counted) {
             Ok(sizes) => sizes,
             Err(reason) => return Ok(Err(reason)),
         };
@@ -291,11 +338,14 @@ impl Tables {
             with_norms: resident.by != ScoreBy::InnerProduct,
             codes: kinds.iter().zip(&n_codes).map(|of| sizes.more * usual(of)).collect(),
             lines: rankers.iter().map(|ranker| ranker.resident.line_words()).collect(),
+            columns: columns_of.iter().map(Vec::len).collect(),
+            series: if has_series { 2 } else { 0 },
         };
         worker += beside.bytes();
         let n_codes = n_codes.iter().map(|n| resident.n_rows + 1 + n).sum::<usize>();
         let n_logarithms = LOGARITHMS.max(sizes.liked + 1);
-        let tables = 4 * (n_norms + n_lists + n_codes + n_logarithms) as u64;
+        let n_columns = (columns_of.iter().map(Vec::len).sum::<usize>() + beside.series) * resident.n_rows;
+        let tables = 4 * (n_norms + n_lists + n_codes + n_columns + n_logarithms) as u64;
         let all = bytes + tables + worker * n_workers as u64;
         if all > left {
             let (all, tables, worker, left) = (mib(all), mib(bytes + tables), mib(worker), mib(left));
@@ -325,9 +375,34 @@ impl Tables {
                 None => return Ok(Err("items have more codes than 2^32".to_owned())),
             }
         }
+        for (ranker, columns) in rankers.iter_mut().zip(&columns_of).filter(|(_, columns)| !columns.is_empty()) {
+            let Some(all) = &ranker.weighted.columns else { continue };
+            let layout = Layout::part(std::slice::from_ref(all), |of| of == Dependence::Item);
+            let table = columns_of_items(stream, generation, &layout)?;
+            ranker.items = Some(ItemColumns { layout, table, columns: Table::copied(stream, columns)? });
+        }
+        let series = match SeriesColumns::of(generation, None).filter(|_| has_series) {
+            Some(of) => Some(Table::new(stream, 2 * resident.n_rows, |start, out: &mut [u32]| {
+                // Pieces are of whole items: both numbers are even.
+                let items = (start / 2..).zip(out.as_chunks_mut::<2>().0);
+                items.for_each(|(row, out)| *out = in_series(&of, row as u32));
+            })?),
+            None => None,
+        };
         let search_weight = config.search_weight;
-        let tables =
-            Tables { sizes, rankers, weights, norms, neighbours, logarithms, codes, beside, kernel, search_weight };
+        let tables = Tables {
+            sizes,
+            rankers,
+            weights,
+            norms,
+            neighbours,
+            logarithms,
+            codes,
+            series,
+            beside,
+            kernel,
+            search_weight,
+        };
         Ok(Ok((tables, all)))
     }
 }
@@ -337,7 +412,8 @@ impl Tables {
     fn most_words(&self, job: &Job) -> usize {
         let codes = |of: &Codes| self.history_codes(of, job).map(<[u32]>::len).sum::<usize>();
         let codes = self.codes.iter().map(codes).sum::<usize>();
-        self.sizes.lists() + job.user.seen.len() + 2 * codes
+        let series = if self.series.is_some() { 3 * job.user.history.len() } else { 0 };
+        self.sizes.lists() + job.user.seen.len() + 2 * codes + series
     }
 
     /// The codes of each liked item.
@@ -447,8 +523,9 @@ pub struct Pipeline {
     /// Jobs of a batch that may be taken, and those that were planned with the same items.
     fit: Vec<usize>,
     alike: Vec<usize>,
-    /// Codes of a history.
+    /// Codes of a history, and its series.
     codes: Vec<u32>,
+    series: Series,
 }
 
 /// Places in what is uploaded, while it is written.
@@ -502,6 +579,7 @@ impl Pipeline {
             fit: Vec::new(),
             alike: Vec::new(),
             codes: Vec::new(),
+            series: Series::default(),
             resident: searcher.resident.clone(),
             tables,
         };
@@ -678,6 +756,30 @@ impl Pipeline {
                 // SAFETY: as above; `Codes` are where their offsets say.
                 unsafe { stream.fill_counts(asked, (merged, at), counting, columns.part_mut(0..n * width * stride))? };
             }
+            if let Some(items) = &ranker.items {
+                let copied = Copied {
+                    table: items.table.part(0..items.table.len()),
+                    more: live.columns(nth),
+                    columns: items.columns.part(0..items.columns.len()),
+                    stride,
+                };
+                // SAFETY: columns are places in a row of `stride` values: `Tables::new`.
+                unsafe { stream.copy_columns((merged, at), copied, columns.part_mut(0..n * width * stride))? };
+            }
+            if let Some(items) = tables.series.as_ref().filter(|_| ranker.series.iter().any(Option::is_some)) {
+                let series = InSeries {
+                    items: items.part(0..items.len()),
+                    more: live.series(),
+                    places: input.part(regions.counted.clone()),
+                    places_stride: 2 * sizes.counted,
+                    place: 2 * tables.codes.len(),
+                    logarithms: filled.logarithms,
+                    stride,
+                    columns: ranker.series,
+                };
+                // SAFETY: as above.
+                unsafe { stream.fill_series(asked, (merged, at), series, columns.part_mut(0..n * width * stride))? };
+            }
             let batch = RankBatch {
                 rows: at,
                 more: (sizes.more > 0).then(|| live.lines(nth)),
@@ -786,7 +888,7 @@ impl Pipeline {
                 continue;
             }
             let n_degraded = job.degraded.len();
-            if put((&tables, &resident), &self.live, rest, job, &mut self.codes, &mut to)? {
+            if put((&tables, &resident), &self.live, rest, job, (&mut self.codes, &mut self.series), &mut to)? {
                 let Task::Recommend { top_m, .. } = job.task else { continue };
                 m = m.max(sizes.items(top_m as usize));
                 jobs.push(Taken { at, n_degraded });
@@ -891,7 +993,7 @@ fn put(
     live: &LiveRows,
     rest: &mut CpuDevice,
     job: &mut Job,
-    codes: &mut Vec<u32>,
+    (codes, series): (&mut Vec<u32>, &mut Series),
     to: &mut Writer<'_>,
 ) -> Result<bool, DeviceError> {
     let (sizes, at) = (&tables.sizes, to.n);
@@ -935,7 +1037,19 @@ fn put(
         }
         let [first, n] = to.put(codes.chunk_by(|a, b| a == b).map(|same| same[0]));
         to.put(codes.chunk_by(|a, b| a == b).map(|same| same.len() as u32));
-        let place = regions.counted.start + 2 * (at * tables.codes.len() + kind);
+        let place = regions.counted.start + 2 * (at * sizes.counted + kind);
+        to.host[place..place + 2].copy_from_slice(&[first, n]);
+    }
+    if tables.series.is_some()
+        && let Some(columns) = SeriesColumns::of(&job.generation, changed)
+    {
+        series.gather(&columns, &job.user.history);
+        let mut entries: SmallVec<[SeriesEntry; 64]> = series.entries().into();
+        entries.sort_unstable_by_key(|entry| entry.code);
+        let [first, n] = to.put(entries.iter().map(|entry| entry.code));
+        to.put(entries.iter().map(|entry| entry.position.to_bits()));
+        to.put(entries.iter().map(|entry| entry.n_liked));
+        let place = regions.counted.start + 2 * (at * sizes.counted + tables.codes.len());
         to.host[place..place + 2].copy_from_slice(&[first, n]);
     }
     let [one, two, three] = lists.map(|list| list.len() as u32);

@@ -152,6 +152,40 @@ pub struct Counting<'a> {
     pub column: usize,
 }
 
+/// Columns that depend on the item alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Copied<'a> {
+    /// f32 `[n_items, columns]`
+    pub table: Part<'a, f32>,
+    /// Beside it.
+    pub more: MoreRows<'a>,
+    /// u32: which of a candidate's values each becomes, below `stride`.
+    pub columns: Part<'a, u32>,
+    /// Values from one candidate to the next.
+    pub stride: usize,
+}
+
+/// Columns that speak of series.
+#[derive(Clone, Copy, Debug)]
+pub struct InSeries<'a> {
+    /// u32 `[n_items, 2]`: the code of each item's series, and where the item stands in it.
+    pub items: Part<'a, u32>,
+    /// Beside them.
+    pub more: MoreRows<'a>,
+    /// u32 `[n, places_stride]`: where in the tail what the history holds lies, how much that is.
+    pub places: Part<'a, u32>,
+    /// Words of a request's places.
+    pub places_stride: usize,
+    /// Which of them.
+    pub place: usize,
+    /// f32: ln(1 + n).
+    pub logarithms: Part<'a, f32>,
+    /// Values from one candidate to the next, and which of them.
+    pub stride: usize,
+    /// See [`Self::stride`].
+    pub columns: [Option<usize>; 3],
+}
+
 /// The lists of all sources.
 #[derive(Clone, Copy, Debug)]
 pub struct Settled<'a> {
@@ -539,6 +573,90 @@ impl Stream {
             column: count(counting.column),
         };
         // SAFETY: as above, and what lies in the tail and in the codes is the caller's word.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// Columns of the candidates, which are at `places` (u32 `[n, width]`), that depend on the item alone: some values of f32 `[n, width,
+    /// stride]`.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    ///
+    /// # Safety
+    /// No column is beyond the stride.
+    pub unsafe fn copy_columns(
+        &self,
+        (merged, at): (Merged<'_>, Part<'_, u32>),
+        copied: Copied<'_>,
+        values: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let Copied { table, more, columns, stride } = copied;
+        let (n, width) = (merged.counts.len(), merged.width);
+        merged.holds(n);
+        holds(at.len(), n, width);
+        holds(more.rows.len(), more.n, columns.len());
+        holds(values.0.len(), n * width, stride);
+        let shape = kernels::CopyColumns {
+            rows: self.of(&at).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(n),
+            width: count(width),
+            table: self.of(&table).0,
+            n_items: count(table.len() / columns.len().max(1)),
+            more: self.more(Some(more)),
+            n: count(columns.len()),
+            columns: self.of(&columns).0,
+            values: self.of(&values.0).0,
+            stride: count(stride),
+        };
+        // SAFETY: as above, and columns are the caller's word.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// Columns of the candidates, which are at `places` (u32 `[n, width]`), that speak of series: some values of f32 `[n, width, stride]`.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    ///
+    /// # Safety
+    /// What the places say lies in the tail does.
+    pub unsafe fn fill_series(
+        &self,
+        asked: Asked<'_>,
+        (merged, at): (Merged<'_>, Part<'_, u32>),
+        series: InSeries<'_>,
+        values: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        merged.holds(asked.n);
+        holds(at.len(), asked.n, merged.width);
+        holds(series.more.rows.len(), series.more.n, 2);
+        holds(series.places.len(), asked.n, series.places_stride);
+        holds(values.0.len(), asked.n * merged.width, series.stride);
+        let shape = kernels::FillSeries {
+            rows: self.of(&at).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(asked.n),
+            width: count(merged.width),
+            items: self.of(&series.items).0,
+            n_items: count(series.items.len() / 2),
+            more: self.more(Some(series.more)),
+            tail: self.of(&asked.tail).0,
+            places: self.of(&series.places).0,
+            places_stride: count(series.places_stride),
+            place: count(series.place),
+            logarithms: self.of(&series.logarithms).0,
+            n_logarithms: count(series.logarithms.len()),
+            values: self.of(&values.0).0,
+            stride: count(series.stride),
+            columns: series.columns.map(|column| column.map(count)),
+        };
+        // SAFETY: as above, and what lies in the tail is the caller's word.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 

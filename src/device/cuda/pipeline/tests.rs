@@ -28,7 +28,7 @@ use crate::state::change::{Change, Value};
 use crate::state::items::Catalogue;
 
 /// Columns of each ranker, and the request's: what a candidate scores is the product of both, summed up as the device's kernel does it.
-const COLUMNS: [[&str; 8]; 2] = [
+const COLUMNS: [[&str; 8]; 3] = [
     [
         "cross.dot",
         "cross.cooccurrence_sum",
@@ -48,6 +48,16 @@ const COLUMNS: [[&str; 8]; 2] = [
         "candidate.ann.score",
         "cross.same_category",
         "cross.overlap.genre",
+    ],
+    [
+        "cross.series_gap",
+        "item.price",
+        "cross.dot",
+        "cross.next_in_series",
+        "candidate.ann.rank",
+        "cross.same_series",
+        "item.popularity",
+        "cross.same_creator",
     ],
 ];
 const REQUEST: [&str; 8] =
@@ -132,7 +142,7 @@ struct Case {
 impl Case {
     fn any() -> impl Strategy<Value = Case> {
         let metric = prop::sample::select(vec![Metric::InnerProduct, Metric::Cosine, Metric::L2]);
-        (2usize..700, 1usize..40, metric, any::<bool>(), 1usize..3, any::<u64>())
+        (2usize..700, 1usize..40, metric, any::<bool>(), 1usize..4, any::<u64>())
             .prop_map(|(n, dim, metric, coarse, n_rankers, seed)| Case { n, dim, metric, coarse, n_rankers, seed })
     }
 
@@ -167,7 +177,14 @@ impl Case {
         testing::add_tags(&mut generation, "tags", &tags);
         let genres: Vec<u32> = (0..self.n as u32).map(|at| if at % 6 == 5 { NO_CODE } else { at % 4 }).collect();
         testing::add_category(&mut generation, "genre", &genres);
+        let series: Vec<u32> = (0..self.n as u32).map(|at| if at % 4 == 3 { NO_CODE } else { at / 5 % 40 }).collect();
+        testing::add_category(&mut generation, "series", &series);
+        let number = |at: usize, every: usize| if at % every == 2 { f32::NAN } else { (at % every) as f32 / 2.0 };
+        testing::add_number(&mut generation, "part", &(0..self.n).map(|at| number(at, 9)).collect::<Vec<_>>());
+        testing::add_number(&mut generation, "price", &(0..self.n).map(|at| number(at, 50)).collect::<Vec<_>>());
+        generation.popularity = (0..self.n).map(|at| (at % 17) as f32).collect::<Vec<f32>>().into();
         (generation.roles.creator, generation.roles.category) = (Some(0), Some(1));
+        (generation.roles.series, generation.roles.series_position) = (Some(2), Some(3));
         let lists: Vec<Vec<(u32, f32)>> = (0..self.n)
             .map(|_| {
                 let step = 1 + ((noise() + 0.5) * 6.0) as usize;
@@ -282,8 +299,11 @@ impl Churn {
             let columns = [
                 ("tags", Value::List(tags.iter().map(String::as_str).collect())),
                 ("genre", if what == 3 { Value::Missing } else { Value::Text("1") }),
+                ("series", if what == 6 { Value::Missing } else { Value::Text("c3") }),
+                ("part", Value::Number(self.below(9) as f64 / 2.0)),
+                ("price", if what == 7 { Value::Missing } else { Value::Number(self.below(99) as f64) }),
             ];
-            let columns = &columns[..[0, 0, 1, 2, 0, 2, 1, 2][what]];
+            let columns = &columns[..[0, 0, 1, 2, 0, 5, 3, 5][what]];
             let vector: Vec<f32> = (0..self.case.dim).map(|_| self.case.value(&mut self.noise)).collect();
             let vector = (what == 4 || what == 7 || what == 0 && self.below(3) > 0).then_some(&vector[..]);
             let available = (what == 5 && self.below(2) == 0).then_some(false);
@@ -621,7 +641,8 @@ fn slates_of_a_ranker_of_whole_rows_are_the_cpu_s_but_for_rounding() {
 fn like_the_cpu_s(asked: Engine, maker: Option<Arc<super::ranker::Maker>>) {
     let Some(emulated) = Emulated::open("seed=11,delay_us=0") else { return };
     let (mut items, mut elsewhere) = (0, 0);
-    for (metric, bytes) in [(Metric::InnerProduct, 1 << 20), (Metric::Cosine, 1 << 20)] {
+    // Without room for a table of items, its columns are copied.
+    for (metric, bytes) in [(Metric::InnerProduct, 1 << 20), (Metric::Cosine, 1 << 20), (Metric::L2, 0)] {
         let case = Case { n: 700, dim: 12, metric, coarse: false, n_rankers: 1, seed: 21 };
         let generation = case.with_demo();
         let engines = [(generation.rankers[0].name.clone(), asked)].into();
@@ -780,8 +801,8 @@ fn what_keeps_recommendations_from_the_device_is_said() {
         "its vectors are in bf16, and its neighbours would not be the CPU's"
     );
     assert_eq!(
-        reason(f32, config(5), Some("item.popularity"), all, make),
-        "ranker `product`: column `item.popularity` is the CPU's"
+        reason(f32, config(5), Some("user.history_length"), all, make),
+        "ranker `product`: column `user.history_length` is the CPU's"
     );
     assert_eq!(reason(f32, config(5), None, all, none), "ranker `product`: no engine for it");
     assert_eq!(reason(f32, config(MAX_K), None, all, make), "pipeline.ann_k is 1024, which is not 1 to 992");

@@ -13,7 +13,7 @@ use crate::candidates::Dependence;
 use crate::catalog::generation::Generation;
 use crate::device::DeviceError;
 use crate::device::cpu::Whole;
-use crate::features::assemble::FeatureScratch;
+use crate::features::assemble::{FeatureScratch, Layout};
 
 /// Where the table of items and the request's values are, for [`Stream::assemble_rows`].
 struct Sources<'a> {
@@ -124,6 +124,21 @@ pub fn table_bytes(whole: &Whole, generation: &Generation) -> u64 {
     4 * (generation.items.len() * whole.widths()[Dependence::Item as usize]) as u64
 }
 
+/// What columns that depend on nothing else have of all items: f32 `[n_items, width]`.
+///
+/// # Errors
+/// Out of memory, or what the driver says.
+pub fn columns_of_items(stream: &Stream, generation: &Generation, layout: &Layout) -> Result<Table<f32>, DeviceError> {
+    let width = layout.width();
+    // By whole items: a piece of the table may begin and end within one.
+    let (mut scratch, mut lines) = (FeatureScratch::default(), Vec::new());
+    Table::new(stream, generation.items.len() * width, |start, out: &mut [f32]| {
+        let (first, end) = (start / width, (start + out.len()).div_ceil(width));
+        layout.fill_items(generation, first as u32..end as u32, &mut scratch, &mut lines);
+        out.copy_from_slice(&lines[start - first * width..][..out.len()]);
+    })
+}
+
 impl Assembled {
     /// Fills the table from the generation. `kinds` are those of the inputs, `engine_bytes` what the scorer keeps there.
     ///
@@ -142,14 +157,7 @@ impl Assembled {
     ) -> Result<Self, DeviceError> {
         assert_eq!(kinds.len(), whole.places.len(), "an input of the model is not the manifest's");
         let (widths, n_items) = (whole.widths(), generation.items.len());
-        let (layout, width) = (&whole.layouts[Dependence::Item as usize], widths[Dependence::Item as usize]);
-        // By whole items: a piece of the table may begin and end within one.
-        let (mut scratch, mut lines) = (FeatureScratch::default(), Vec::new());
-        let table = Table::new(stream, n_items * width, |start, out: &mut [f32]| {
-            let (first, end) = (start / width, (start + out.len()).div_ceil(width));
-            layout.fill_items(generation, first as u32..end as u32, &mut scratch, &mut lines);
-            out.copy_from_slice(&lines[start - first * width..][..out.len()]);
-        })?;
+        let table = columns_of_items(stream, generation, &whole.layouts[Dependence::Item as usize])?;
         let inputs = whole.places.iter().zip(kinds).map(|(places, &kind)| {
             let codes: Vec<u32> = places.iter().map(|&(of, at)| place(of, at).code()).collect();
             Ok(InputRows { places: Table::copied(stream, &codes)?, n_values: codes.len(), kind })
