@@ -21,14 +21,14 @@ mod tests;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 use tastemaker_kernels::{Column, CountBy, FinishSlates, ScoreBy, SumOrder};
 
 use super::engine::{Resident, Searcher, Stored, mib, square};
 use super::ops::{Lists, ListsMut, RankBatch, Scoring, Vectors};
-use super::stream::{Buffer, Flight, Graph, Pinned, Ring, Stream, Table};
+use super::stream::{Buffer, Flight, Graph, Moments, Pinned, Ring, Stream, Table};
 use super::tensorrt::assembled::columns_of_items;
 use crate::candidates::{Dependence, Scored, Source, SourceSet};
 use crate::catalog::generation::{self, ColumnData, Metric, NO_CODE, Roles};
@@ -491,6 +491,8 @@ struct Bucket {
     regions: Regions,
     /// `None`: it could not be recorded, and its kernels are given one by one.
     graph: Option<Graph>,
+    /// Before and after each ranker, where times are told.
+    moments: Option<Moments>,
 }
 
 /// A job on its way, and what it did without before.
@@ -507,6 +509,7 @@ struct Flying {
     /// Items of a record.
     m: usize,
     begun: Instant,
+    bucket: usize,
 }
 
 /// The pipeline of one worker.
@@ -567,12 +570,16 @@ impl Pipeline {
         let sizes = &tables.sizes;
         let n_slots = sizes.most() * sizes.width();
         let rankers = tables.rankers.iter().map(|ranker| ranker.resident.clone().on(stream, n_slots));
-        let bucket = |&n: &usize| Bucket { n, regions: Regions::new(sizes, n), graph: None };
+        let n_moments = 2 * tables.rankers.len();
+        let bucket = |&n: &usize| {
+            let moments = stream.moments(n_moments)?;
+            Ok(Bucket { n, regions: Regions::new(sizes, n), graph: None, moments })
+        };
         let mut pipeline = Pipeline {
             rankers: rankers.collect::<Result<_, _>>()?,
             buffers: Buffers::new(stream, sizes)?,
             live: LiveRows::new(stream, &tables.beside)?,
-            buckets: sizes.buckets.iter().map(bucket).collect(),
+            buckets: sizes.buckets.iter().map(bucket).collect::<Result<_, DeviceError>>()?,
             up: Ring::new(stream, 2, sizes.input())?,
             down: Vec::new(),
             flying: VecDeque::new(),
@@ -628,7 +635,7 @@ impl Pipeline {
             records,
             ..
         } = buffers;
-        let Bucket { n, regions, .. } = &buckets[bucket];
+        let Bucket { n, regions, moments, .. } = &buckets[bucket];
         let (n, sizes, n_rows) = (*n, &tables.sizes, resident.n_rows);
         let (width, fetched, all) = (sizes.width(), sizes.fetched, sizes.columns());
         let (same, more, more_terms, there) = live.searched();
@@ -789,7 +796,10 @@ impl Pipeline {
                 shared: input.part(regions.shared[nth].start..regions.shared[nth].start + n * shared).as_type(),
                 columns: columns.part(0..n * width * stride),
             };
+            let comes = |at: usize| moments.as_ref().map_or(Ok(()), |moments| stream.comes(moments, 2 * nth + at));
+            comes(0)?;
             on_stream.enqueue(stream, batch, scores.part_mut(0..n * width))?;
+            comes(1)?;
             let sums = sums.part_mut(0..n * width);
             stream.add_scores(scores.part(0..n * width), ranker.weighted.weight, nth == 0, sums)?;
         }
@@ -919,7 +929,7 @@ impl Pipeline {
             None => stream.pinned(sizes.records())?,
         };
         let flight = stream.download(self.buffers.records.part(0..n * FinishSlates::record(m)), down)?;
-        self.flying.push_back(Flying { flight, jobs, m, begun });
+        self.flying.push_back(Flying { flight, jobs, m, begun, bucket: place });
         Ok(looked_at)
     }
 
@@ -934,14 +944,21 @@ impl Pipeline {
         places: &mut [Place],
         counted: &Slates,
     ) -> Result<(), DeviceError> {
-        while let Some(Flying { flight, jobs, m, begun }) = self.flying.pop_front() {
+        while let Some(Flying { flight, jobs, m, begun, bucket }) = self.flying.pop_front() {
             let slot = flight.wait()?;
             let spent = begun.elapsed();
+            let moments = self.buckets[bucket].moments.as_ref();
+            // Of a later batch of that size, where that is on its way already, or of none.
+            let time =
+                |nth: usize| moments.and_then(|moments| moments.between(2 * nth, 2 * nth + 1)).unwrap_or_default();
+            let times: SmallVec<[Duration; 4]> = (0..self.tables.rankers.len()).map(time).collect();
+            let ranked = times.iter().sum::<Duration>().min(spent);
             for (taken, record) in jobs.iter().zip(slot.chunks_exact(FinishSlates::record(m))) {
                 let job = &mut *batch[taken.at];
                 // Each has waited for all of it.
-                job.timings.add(Stage::Ann, spent);
-                if self.answer(rest, job, record, m) {
+                job.timings.add(Stage::Ann, spent - ranked);
+                job.timings.add(Stage::Rank, ranked);
+                if self.answer(rest, job, record, m, &times) {
                     counted.whole.fetch_add(1, Relaxed);
                 } else {
                     counted.open.fetch_add(1, Relaxed);
@@ -956,7 +973,7 @@ impl Pipeline {
     }
 
     /// Fills a job's answer from its record, unless that leaves something open.
-    fn answer(&self, rest: &mut CpuDevice, job: &mut Job, record: &[u32], m: usize) -> bool {
+    fn answer(&self, rest: &mut CpuDevice, job: &mut Job, record: &[u32], m: usize, times: &[Duration]) -> bool {
         let Task::Recommend { top_m, .. } = job.task else { return false };
         let (head, items) = record.split_at(4);
         let (rows, rest_of) = items.split_at(m);
@@ -982,6 +999,9 @@ impl Pipeline {
         ranked.n_candidates = n_candidates;
         ranked.n_by_source[Source::Ann as usize] = n_near;
         ranked.inference.resize(self.resident.generation.rankers.len(), Default::default());
+        for (ranker, time) in self.tables.rankers.iter().zip(times) {
+            ranked.inference.get_mut(ranker.weighted.at).into_iter().for_each(|own| *own = *time);
+        }
         rest.fill_up(job, top_m as usize);
         true
     }

@@ -670,6 +670,10 @@ fn like_the_cpu_s(asked: Engine, maker: Option<Arc<super::ranker::Maker>>) {
             let same = same_but_for_rounding(&got.ranked.items, &want.ranked.items);
             assert_eq!(same, Ok(()), "job {at}");
             items += want.ranked.items.len();
+            // The ranker's share of what the device took.
+            let time = got.ranked.inference[0];
+            let told = got.timings.get(Stage::Rank);
+            assert!(got.ranked.n_candidates == 0 || !time.is_zero() && told >= time, "{time:?} of {told:?}");
             let pairs = got.ranked.items.iter().zip(&want.ranked.items);
             elsewhere += pairs.filter(|(got, want)| got.row != want.row).count();
         }
