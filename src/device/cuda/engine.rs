@@ -443,8 +443,7 @@ impl Sizes {
 /// Rows that must not come out, as a worker's GPU memory has them.
 #[derive(Debug)]
 struct Told {
-    /// `None`: all may come out.
-    items: Option<Arc<LiveItems>>,
+    items: Arc<LiveItems>,
     when: Instant,
     /// Rows that may come out.
     n_left: usize,
@@ -555,38 +554,31 @@ impl Searcher {
     fn tell(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
         let Some(items) = items else { return Ok(false) };
         let worth = (items.n_gone() + items.n_entries()) * TOLD_FROM >= self.sizes.n_rows;
-        if worth || self.knows(Some(items)) { self.know(stream, Some(items)) } else { Ok(false) }
+        if worth || self.knows(items) { self.know(stream, items) } else { Ok(false) }
     }
 
-    fn knows(&self, items: Option<&Arc<LiveItems>>) -> bool {
-        self.told.as_ref().is_some_and(|told| told.items.as_ref().map(Arc::as_ptr) == items.map(Arc::as_ptr))
+    fn knows(&self, items: &Arc<LiveItems>) -> bool {
+        self.told.as_ref().is_some_and(|told| Arc::ptr_eq(&told.items, items))
     }
 
-    /// Tells the GPU which rows of `items` must not come out (`None`: all may), if it knows others and was not told of these just now;
-    /// says whether it knows.
-    fn know(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
+    /// Tells the GPU which rows of `items` must not come out, if it knows others and was not told of these just now; says whether it
+    /// knows.
+    fn know(&mut self, stream: &Stream, items: &Arc<LiveItems>) -> Result<bool, DeviceError> {
         if self.knows(items) {
             return Ok(true);
         }
-        let soon = |told: &Told| told.items.is_some() && items.is_some() && told.when.elapsed() < TOLD_EVERY;
-        if self.told.as_ref().is_some_and(soon) {
+        if self.told.as_ref().is_some_and(|told| told.when.elapsed() < TOLD_EVERY) {
             return Ok(false);
         }
         self.told = None;
-        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, self.sizes.n_rows);
-        match items {
-            None => host[..n].fill(u32::MAX),
-            Some(items) => {
-                host[..n].fill(0);
-                n_left = 0;
-                for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
-                    host[row as usize / 32] |= 1 << (row % 32);
-                    n_left += 1;
-                }
-            }
+        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, 0);
+        host[..n].fill(0);
+        for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
+            host[row as usize / 32] |= 1 << (row % 32);
+            n_left += 1;
         }
         self.up.give(stream.upload(host, n, self.words.part_mut(0..n))?);
-        self.told = Some(Told { items: items.cloned(), when: Instant::now(), n_left });
+        self.told = Some(Told { items: items.clone(), when: Instant::now(), n_left });
         Ok(true)
     }
 

@@ -314,7 +314,7 @@ impl LiveRows {
     ) -> Result<bool, DeviceError> {
         let wanted = items.unwrap_or(&self.bundle).clone();
         let is = |held: &Option<Arc<LiveItems>>| held.as_ref().is_some_and(|held| Arc::ptr_eq(held, &wanted));
-        for _ in 0..=STEPS {
+        for _ in 0..STEPS {
             if is(&self.told) {
                 return Ok(true);
             }
@@ -345,10 +345,16 @@ impl LiveRows {
             }
             None => {
                 if let Err(reason) = self.fits(target, tables) {
-                    tracing::warn!(reason, "what came or changed of items has no room on the GPU: the CPU recommends");
-                    self.refused = Some(target.clone());
+                    // Once until it has: the next snapshot is not far.
+                    if self.refused.replace(target.clone()).is_none() {
+                        tracing::warn!(
+                            reason,
+                            "what came or changed of items has no room on the GPU: the CPU recommends"
+                        );
+                    }
                     return false;
                 }
+                self.refused = None;
                 self.used.fill(0);
                 self.spans.iter_mut().for_each(|spans| spans.fill([0; 2]));
                 self.lists_differ = true;

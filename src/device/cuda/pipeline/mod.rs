@@ -523,6 +523,8 @@ pub struct Pipeline {
     up: Ring<u32>,
     down: Vec<Pinned<u32>>,
     flying: VecDeque<Flying>,
+    /// It was said that more items came or changed than have room.
+    is_full: bool,
     /// Jobs of a batch that may be taken, and those that were planned with the same items.
     fit: Vec<usize>,
     alike: Vec<usize>,
@@ -585,6 +587,7 @@ impl Pipeline {
             flying: VecDeque::new(),
             fit: Vec::new(),
             alike: Vec::new(),
+            is_full: false,
             codes: Vec::new(),
             series: Series::default(),
             resident: searcher.resident.clone(),
@@ -849,6 +852,11 @@ impl Pipeline {
         let (mut fit, mut alike) = (std::mem::take(&mut self.fit), std::mem::take(&mut self.alike));
         fit.clear();
         fit.extend((0..batch.len()).filter(|&at| self.takes(&batch[at], now)));
+        let (n, room) =
+            (batch.iter().filter_map(|job| changed(job)).map(LiveItems::n_entries).max(), self.tables.sizes.more);
+        if n.is_some_and(|n| n > room) && !std::mem::replace(&mut self.is_full, true) {
+            tracing::warn!(room, "more items came or changed than `device.live_items` have room: the CPU recommends");
+        }
         // What the GPU knows of items holds for jobs that were planned with the same ones.
         while let Some(&first) = fit.first() {
             let items = batch[first].items.clone();
