@@ -90,6 +90,8 @@ pub struct DeviceConfig {
     pub workspace_bytes: u64,
     /// How item vectors lie in GPU memory. The answers are the same; bf16 takes half of the memory and settles fewer of them there.
     pub vectors: Storage,
+    /// How the rankers' tables of items lie in GPU memory. bf16 takes half of it, and scores differ by its rounding of the items' part.
+    pub tables: Storage,
     /// Items that may come or change before recommendations are the CPU's again, for which each worker has room in GPU memory. 0 to 65536,
     /// default 4096.
     pub live_items: u32,
@@ -117,6 +119,7 @@ impl Default for DeviceConfig {
             memory_bytes: 0,
             workspace_bytes: 256 << 20,
             vectors: Storage::F32,
+            tables: Storage::F32,
             live_items: 4096,
             kernel_cache: String::new(),
             index: IndexChoice::Auto,

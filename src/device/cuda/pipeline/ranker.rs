@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::super::dense::Arithmetic;
 use super::super::ops::RankBatch;
 use super::super::probe::Gpu;
 use super::super::ranker::{DeviceRanker, RankerOptions, RankerPlan, StreamRanker};
@@ -9,7 +10,7 @@ use super::super::stream::{PartMut, Stream};
 use super::super::tensorrt;
 use super::shape::Sizes;
 use crate::device::cpu::Weighted;
-use crate::device::{DeviceConfig, DeviceError};
+use crate::device::{DeviceConfig, DeviceError, Storage};
 use crate::pipeline::PipelineConfig;
 
 /// Tables and weights of a ranker on one GPU, for all workers.
@@ -95,7 +96,12 @@ pub fn maker(gpu: &Gpu, config: &Arc<PipelineConfig>, device: &DeviceConfig) -> 
         let Some(model) = &weighted.model else {
             return Ok(Err("no engine for GPUs computes it".to_owned()));
         };
-        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), RankerOptions::default()) {
+        let table = match device.tables {
+            Storage::F32 => Arithmetic::F32,
+            Storage::Bf16 => Arithmetic::Bf16,
+        };
+        let options = RankerOptions { table, ..RankerOptions::default() };
+        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
             Ok(plan) => plan,
             Err(reason) => return Ok(Err(reason)),
         };

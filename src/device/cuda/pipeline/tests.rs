@@ -21,7 +21,7 @@ use crate::device::{Device, Storage};
 use crate::ranking::dense::Model;
 use crate::ranking::manifest::{Engine, RankerManifest};
 use crate::ranking::onnx::OnnxRanker;
-use crate::ranking::precision::{Report, Wanted};
+use crate::ranking::precision::{Fidelity, Report, Wanted};
 use crate::ranking::{RankError, Ranker as CpuRanker, recognise};
 use crate::rerank::{RerankConfig, Reranker};
 use crate::state::change::{Change, Value};
@@ -705,6 +705,63 @@ fn like_the_cpu_s(asked: Engine, maker: Option<Arc<super::ranker::Maker>>) {
     }
     // What swaps is nearly as good.
     assert!(elsewhere * 50 < items, "{elsewhere} of {items}");
+}
+
+#[test]
+fn tables_in_bf16_take_half_and_keep_the_order() {
+    let Some(_emulated) = Emulated::open("seed=13,delay_us=0") else { return };
+    let case = Case { n: 700, dim: 12, metric: Metric::InnerProduct, coarse: false, n_rankers: 1, seed: 21 };
+    let generation = case.with_demo();
+    let config = Arc::new(config(100));
+    let cpu = || CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+    let mut other = cpu();
+    other.load(&generation).unwrap();
+    let mut churn = Churn::new(case, &generation, 7);
+    let items = churn.next(20);
+    let mut memory = Vec::new();
+    for tables in [Storage::F32, Storage::Bf16] {
+        let cuda = engine::cuda(&DeviceConfig { tables, live_items: 0, ..DeviceConfig::default() }, 1);
+        cuda.device(cpu(), &config).unwrap().load(&generation).unwrap();
+        memory.push(cuda.counters.memory_bytes.load(Relaxed));
+    }
+    let table = table_bytes(&mut other, &generation);
+    assert_eq!(memory[0] - memory[1], table as u64 / 2, "{memory:?}");
+    let cuda = engine::cuda(&DeviceConfig { tables: Storage::Bf16, live_items: 64, ..DeviceConfig::default() }, 1);
+    let mut device = cuda.device(cpu(), &config).unwrap();
+    device.load(&generation).unwrap();
+    let (mut want, mut got) = (Vec::new(), Vec::new());
+    for round in 0..9 {
+        let make = || {
+            let mut all = churn.jobs(24, round, &items);
+            all.retain(|job| matches!(job.task, Task::Recommend { explain: false, .. }));
+            // All candidates.
+            all.iter_mut().for_each(|job| job.task = Task::Recommend { top_m: 5000, explain: false });
+            all
+        };
+        let (mut batch, mut own) = (make(), make());
+        let before = cuda.counters.slates.whole.load(Relaxed);
+        device.execute(&mut batch).unwrap();
+        other.execute(&mut own).unwrap();
+        if cuda.counters.slates.whole.load(Relaxed) == before {
+            continue;
+        }
+        let scores = |job: &Job| {
+            let mut items: Vec<(u32, f32)> = job.ranked.items.iter().map(|item| (item.row, item.score)).collect();
+            items.sort_unstable_by_key(|item| item.0);
+            items.into_iter().map(|item| item.1).collect::<Vec<f32>>()
+        };
+        want.extend(own.iter().map(|job| scores(job)));
+        got.extend(batch.iter().map(|job| scores(job)));
+    }
+    let fidelity = Fidelity::of(&want, &got);
+    assert!(want.len() > 50 && fidelity.ndcg >= 0.999 && fidelity.error > 0.0, "{} {fidelity:?}", want.len());
+}
+
+/// Bytes of the table of the generation's only ranker, f32.
+fn table_bytes(device: &mut CpuDevice, generation: &Arc<Generation>) -> usize {
+    let weighted = device.weighted(generation).unwrap();
+    let table = weighted[0].model.as_ref().and_then(|model| model.table()).unwrap();
+    4 * table.n_rows() * table.width()
 }
 
 #[test]
