@@ -1,8 +1,9 @@
 // dense_rank: scores of candidates by a compiled network. A block takes some candidates of one request through all steps of a program,
 // and what lies between the steps stays in its shared memory.
 // in     program u32: a Header, then its Steps (kernels/src/dense.rs makes both); params u32: what steps name places in, at a 16-byte
-//        boundary; table: f32 or bf16 [table_rows, table_stride], at a 16-byte boundary, or null; rows u32 [n_requests, width], NO_ROW, rows
-//        beyond the table and places from counts[request] on being holes; counts u32 [n_requests]; columns f32 [n_requests, width, n_columns];
+//        boundary; table: f32 or bf16 [table_rows, table_stride], at a 16-byte boundary, or null; more: [n_more, table_stride] likewise: rows
+//        beside the table, numbered from table_rows on; rows u32 [n_requests, width], NO_ROW, rows that are in neither where there is a
+//        table, and places from counts[request] on being holes; counts u32 [n_requests]; columns f32 [n_requests, width, n_columns];
 //        shared f32 [n_requests, shared_width], at a 16-byte boundary where it is read from
 // out    scores f32 [n_requests, width]: weight times the score, added to what is there unless `first`; NaN in holes
 // launch grid (width / n, rounded up, n_requests) for n candidates of a block, a multiple of 16, at most 256; 256 threads; 4 * n * units
@@ -38,8 +39,8 @@ struct Step {
 struct Block {
     u32 n; // rows of it
     const u32* params;
-    const u32* table;
-    u32 table_stride, table_flags;
+    const u32 *table, *more;
+    u32 table_rows, table_stride, table_flags;
     const float* columns; // of its first row
     u32 n_columns, left;  // rows that there are columns of
     const float* shared;  // of its request
@@ -103,10 +104,12 @@ DEVICE void start(float (&sums)[R][N], const Step& s, const Block& in, Words are
         const bool halves = in.table_flags & BF16_TABLE;
 #pragma unroll
         for (u32 j = 0; j < R; j++) {
-            const u32 item = arena[rows[j]];
-            const u64 at = (u64)(item == NO_ROW ? 0 : item) * in.table_stride + s.item + column;
-            if (halves) halves_of(values[j], in.table + at / 2);
-            else floats_of(values[j], (const float*)in.table + at);
+            const u32 item = arena[rows[j]] == NO_ROW ? 0 : arena[rows[j]];
+            const bool is_beside = item >= in.table_rows;
+            const u32* table = is_beside ? in.more : in.table;
+            const u64 at = (u64)(is_beside ? item - in.table_rows : item) * in.table_stride + s.item + column;
+            if (halves) halves_of(values[j], table + at / 2);
+            else floats_of(values[j], (const float*)table + at);
         }
 #pragma unroll
         for (u32 j = 0; j < R; j++) add(sums[j], values[j]);
@@ -541,7 +544,7 @@ DEVICE void multiply(const Step& s, const Block& in, Words arena) {
 KERNEL(dense_rank, 2)
 (const u32* __restrict__ program, const u32* __restrict__ params, const u32* __restrict__ table, const u32* __restrict__ rows,
  const u32* __restrict__ counts, const float* __restrict__ columns, const float* __restrict__ shared, u32 width, u32 n, float weight, u32 first,
- float* __restrict__ scores) {
+ float* __restrict__ scores, const u32* __restrict__ more, u32 n_more) {
     DYNAMIC_SHARED(u32, arena);
     const Header& header = *(const Header*)program;
     const Step* steps = (const Step*)(program + sizeof(Header) / 4);
@@ -550,13 +553,13 @@ KERNEL(dense_rank, 2)
     // What there is no candidate for has no item, and nothing is read for it.
     u32 item = NO_ROW;
     if (t < left && begin + t < counts[blockIdx.y]) item = rows[slot + t];
-    if (item != NO_ROW && table && item >= header.table_rows) item = NO_ROW;
+    if (item != NO_ROW && table && item >= header.table_rows + n_more) item = NO_ROW;
     if (t < n) arena[t] = item;
     if (!__syncthreads_or(item != NO_ROW)) {
         if (t < left) scores[slot + t] = __uint_as_float(0x7fc00000u);
         return;
     }
-    const Block in = {n, params, table, header.table_stride, header.flags, columns + slot * header.n_columns, header.n_columns, left,
+    const Block in = {n, params, table, more, header.table_rows, header.table_stride, header.flags, columns + slot * header.n_columns, header.n_columns, left,
                       shared + (u64)blockIdx.y * header.shared_width};
     for (u32 at = 0; at < header.n_steps; at++) {
         const Step& s = steps[at];

@@ -81,10 +81,11 @@ KERNEL(fill_columns, 2)
 }
 
 // fill_counts: a column that says how often the history holds the codes that a candidate has.
-// in     rows u32 [n_requests, width]; counts u32 [n_requests]; offsets u32 [n_items + 1], codes u32: those of each item; tail and asked,
-//        word 7: the number of liked items; places u32 [n_requests, places_stride], of which words `place` and `place + 1` say where in the
-//        tail the history's codes begin, ascending, behind them how often it holds each, and how many they are; by: below; logarithms
-//        f32 [n_logarithms]: ln(1 + n)
+// in     rows u32 [n_requests, width]; counts u32 [n_requests]; offsets u32 [n_items + 1], codes u32: those of each item; more_spans u32
+//        [n_more, 2], more_codes u32: the same of items beside the table, numbered from n_items on: where theirs begin and end; tail and
+//        asked, word 7: the number of liked items; places u32 [n_requests, places_stride], of which words `place` and `place + 1` say where
+//        in the tail the history's codes begin, ascending, behind them how often it holds each, and how many they are; by: below;
+//        logarithms f32 [n_logarithms]: ln(1 + n)
 // out    values f32 [n_requests, width, stride], `column` of each; what lies behind a count is left as it was
 // launch grid (n_requests), 256 threads, no shared memory
 // order  of rounding: as the CPU has it. The sum is that of how often the history holds each of the codes
@@ -94,19 +95,22 @@ enum { LOGARITHM, FIRST, SHARE }; // ln(1 + sum); the first code's over liked it
 KERNEL(fill_counts, 4)
 (const u32* __restrict__ rows, const u32* __restrict__ counts, u32 width, const u32* __restrict__ offsets, const u32* __restrict__ codes,
  u32 n_items, const u32* __restrict__ tail, const u32* __restrict__ asked, const u32* __restrict__ places, u32 places_stride, u32 place,
- u32 by, const float* __restrict__ logarithms, u32 n_logarithms, float* __restrict__ values, u32 stride, u32 column) {
+ u32 by, const float* __restrict__ logarithms, u32 n_logarithms, float* __restrict__ values, u32 stride, u32 column,
+ const u32* __restrict__ more_spans, const u32* __restrict__ more_codes, u32 n_more) {
     const u64 request = blockIdx.x, base = request * width;
     const u32 n = at_most(counts[request], width), n_liked = asked[request * ASKED + 7];
     const u32 start = places[request * places_stride + place], n_codes = places[request * places_stride + place + 1];
     const u32 *known = tail + start, *times = known + n_codes;
     const float liked = (float)(n_liked == 0 ? 1 : n_liked);
     for (u32 at = threadIdx.x; at < n; at += THREADS) {
-        const u32 row = rows[base + at];
-        const u32 from = row < n_items ? offsets[row] : 0, to = row < n_items ? offsets[row + 1] : 0;
+        const u32 row = rows[base + at], slot = row - n_items;
+        const bool in_table = row < n_items, is_there = in_table || slot < n_more;
+        const u32 *spans = in_table ? offsets + row : more_spans + 2 * (u64)slot, *own = in_table ? codes : more_codes;
+        const u32 from = is_there ? spans[0] : 0, to = is_there ? spans[1] : 0;
         const u32 last = by == FIRST ? at_most(to, from + 1) : to;
         u32 sum = 0;
         for (u32 code = from; code < last; code++) {
-            const u32 found = place_of(known, n_codes, codes[code]);
+            const u32 found = place_of(known, n_codes, own[code]);
             sum += found < n_codes ? times[found] : 0;
         }
         const u32 length = to == from ? 1 : to - from;

@@ -5,7 +5,7 @@
 // out    scores f32 [n_queries, stride], of which n_rows are written: the inner product (metric 0), times the row's term (1: cosine, by
 //        1/|x|), or twice it less the term (2: L2, by |x|^2); NaN for rows that are not available
 // launch grid (n_rows / 128, n_queries / 32, each rounded up), 256 threads, 13 KiB of static shared memory
-// order  of summation: one f32 sum, by fused multiply-adds over ascending columns, so that the result is the same in any batch
+// order  of 128 rows of which none is available nothing is read; of summation: one f32 sum, by fused multiply-adds over ascending columns, so that the result is the same in any batch
 // twin   scores in src/device/cpu/twins.rs
 //
 // A thread has 4 queries and 4 rows, a warp the same queries and 128 rows: what it reads of queries is broadcast, what it writes lies
@@ -36,6 +36,17 @@ DEVICE void score(const float4* queries, u32 n_queries, const Unit* table, u32 n
     SHARED(float4, of_rows, SCORED_ROWS * PITCH);
     const u32 t = threadIdx.x, lane = t & 31, group = t / 32 * 4;
     const u32 first_row = blockIdx.x * SCORED_ROWS, first_query = blockIdx.y * SCORED_QUERIES;
+    u32 some = !available;
+    for (u32 word = first_row / 32; available && word < (first_row + SCORED_ROWS) / 32 && word < (n_rows + 31) / 32; word++) {
+        some |= available[word];
+    }
+    if (some == 0) {
+        for (u32 at = t; at < SCORED_ROWS * SCORED_QUERIES; at += THREADS) {
+            const u32 to = first_row + at % SCORED_ROWS, query = first_query + at / SCORED_ROWS;
+            if (to < n_rows && query < n_queries) scores[(u64)query * stride + to] = __uint_as_float(0x7fc00000u);
+        }
+        return;
+    }
     // Which units of a tile this thread brings: two of rows and, of the first half of the threads, one of queries.
     const u32 row = t / UNITS, unit = t % UNITS;
     const bool brings_query = row < SCORED_QUERIES;

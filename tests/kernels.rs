@@ -3,8 +3,12 @@
 
 #[path = "kernels/assemble.rs"]
 mod assemble;
+#[path = "kernels/columns.rs"]
+mod columns;
 #[path = "kernels/dense.rs"]
 mod dense;
+#[path = "kernels/live.rs"]
+mod live;
 #[path = "kernels/slates.rs"]
 mod slates;
 
@@ -21,6 +25,8 @@ use tastemaker_emulator::{Buffer, PLANTED};
 use tastemaker_kernels as kernels;
 use tastemaker_kernels::{Launch, ShapeError};
 
+/// A number that no kernel writes.
+const LEFT: f32 = 0.12345;
 /// Marks what a kernel must not touch.
 const UNTOUCHED: u32 = 0xdead_beef;
 
@@ -780,6 +786,8 @@ fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
             Neighbors { n_lists: 2, width, k, n_rows: 3000, scores, factor: -1.0, with_available: odd }
                 .check(variant, seed)
         }
+        "apply_changes" | "name_places" | "find_places" => live::check(kernel, variant, seed),
+        "copy_columns" | "fill_series" => columns::check(kernel, variant, seed),
         _ => slates::check(kernel, variant, seed),
     }
 }
@@ -799,7 +807,8 @@ fn planted_bugs_are_noticed() {
         "void_holes",
     ];
     let slates = ["exact_scores", "mask_seen", "settle_lists", "fill_columns", "fill_counts", "finish_slates"];
-    for kernel in old.into_iter().chain(slates) {
+    let live = ["apply_changes", "name_places", "find_places", "copy_columns", "fill_series"];
+    for kernel in old.into_iter().chain(slates).chain(live) {
         for seed in 0..16 {
             assert_eq!(check(kernel, "plain", seed), Ok(()), "{kernel}: seed {seed}: without a bug");
         }
@@ -851,6 +860,7 @@ fn impossible_shapes_are_refused() {
         program: 16,
         params: 16,
         table: None,
+        more: kernels::More::default(),
         rows: 16,
         counts: 16,
         columns: 16,

@@ -1,5 +1,6 @@
 //! Launches of the kernels of assemble_rows.cu.
 
+use super::More;
 use super::launch::{DevicePtr, Launch, ShapeError, THREADS, within};
 
 /// What the values of a model's input are.
@@ -60,8 +61,10 @@ pub struct AssembleRows {
     pub n_shared: u32,
     /// f32 `[n_items, n_item]`
     pub table: DevicePtr,
-    /// Rows from here on are holes.
+    /// Rows of the table.
     pub n_items: u32,
+    /// f32 `[n, n_item]`: beside the table. Rows behind these are holes.
+    pub more: More,
     /// Values of an item.
     pub n_item: u32,
     /// f32 `[n_requests, width, n_columns]`
@@ -108,6 +111,8 @@ impl AssembleRows {
                 self.n_values.into(),
                 (self.kind as u32).into(),
                 self.values,
+                self.more.rows,
+                self.more.n.into(),
             ],
         ))
     }

@@ -1,7 +1,7 @@
 //! Programs of kernels/dense.cu: what a network is compiled to, and how it is launched.
 
 use crate::launch::{Launch, MAX_GRID_X, MAX_GRID_Y, ShapeError, within};
-use crate::{DevicePtr, THREADS};
+use crate::{DevicePtr, More, THREADS};
 
 /// Columns of a tile, and rows.
 pub const TILE: usize = 32;
@@ -286,6 +286,8 @@ pub struct DenseRank {
     pub params: DevicePtr,
     /// At a 16-byte boundary; `None`: no step reads one.
     pub table: Option<DevicePtr>,
+    /// Rows beside the table, at a 16-byte boundary.
+    pub more: More,
     /// u32 `[n_requests, width]`
     pub rows: DevicePtr,
     /// u32 `[n_requests]`
@@ -326,6 +328,7 @@ impl DenseRank {
         for (what, address) in [
             ("the parameters' address modulo 16", self.params),
             ("the table's address modulo 16", self.table.unwrap_or(0)),
+            ("the address modulo 16 of rows beside the table", self.more.rows),
             ("the shared values' address modulo 16", self.shared),
         ] {
             within(kernel, what, address % 16, 0, 0)?;
@@ -347,6 +350,8 @@ impl DenseRank {
                 self.weight.to_bits().into(),
                 self.first.into(),
                 self.scores,
+                self.more.rows,
+                self.more.n.into(),
             ],
         );
         launch.shared_bytes = shared_bytes as u32;

@@ -3,17 +3,21 @@
 #![forbid(unsafe_code)]
 
 mod assemble;
+mod columns;
 pub mod dense;
 mod launch;
+mod live;
 mod slates;
 mod source;
 
 pub use assemble::{AssembleRows, RowKind, RowPart, VoidHoles};
+pub use columns::{CopyColumns, FillSeries};
 pub use launch::{
     Bf16GatherAsF32, DevicePtr, FilterCandidates, Gather, GatherRows, Launch, MAX_K, MAX_MERGED, MOST_ARGUMENTS,
     MaskScores, MergeCandidates, PartitionMerge, ScoreBy, Scores, ScoresBf16, ScoresF32, ShapeError, THREADS,
     TakeNeighbors, TopkSelect,
 };
+pub use live::{ApplyChanges, FindPlaces, More, NamePlaces};
 pub use slates::{
     AddScores, Column, CountBy, ExactScores, FillColumns, FillCounts, FinishSlates, MaskSeen, SettleLists, SumOrder,
 };

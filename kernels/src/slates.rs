@@ -1,5 +1,6 @@
 //! Launches of what makes slates of scores: the kernels of exact_scores.cu, settle_lists.cu, fill_columns.cu and finish_slates.cu.
 
+use super::More;
 use super::launch::{
     DevicePtr, Launch, MAX_GRID_X, MAX_GRID_Y, MAX_K, MAX_MERGED, ScoreBy, ShapeError, THREADS, within,
 };
@@ -34,6 +35,12 @@ pub struct ExactScores {
     pub dim: u32,
     /// f32 `[n_rows]`; not read where the score is the inner product.
     pub norms: DevicePtr,
+    /// f32 `[n, width]`: beside the table.
+    pub more: More,
+    /// f32 `[n]`: theirs, as [`Self::norms`].
+    pub more_norms: DevicePtr,
+    /// u32: bits of those that have a vector.
+    pub more_there: DevicePtr,
     /// What the score is.
     pub by: ScoreBy,
     /// How it is summed up.
@@ -83,6 +90,10 @@ impl ExactScores {
                 self.sources.unwrap_or(0),
                 self.scores,
                 self.places.into(),
+                self.more.rows,
+                self.more_norms,
+                self.more_there,
+                self.more.n.into(),
             ],
         ))
     }
@@ -217,7 +228,7 @@ pub enum Column {
     CoMean,
     /// The sum of the three largest similarities.
     CoTop3,
-    /// [`FillCounts`] writes it.
+    /// Another kernel writes it.
     Counted,
 }
 
@@ -273,6 +284,10 @@ pub struct FillCounts {
     pub codes: DevicePtr,
     /// Items.
     pub n_items: u32,
+    /// u32 `[n, 2]`: beside these, where codes of each begin and end.
+    pub more: More,
+    /// u32: theirs.
+    pub more_codes: DevicePtr,
     /// u32
     pub tail: DevicePtr,
     /// u32 `[n_requests, 8]`
@@ -330,6 +345,9 @@ impl FillCounts {
                 self.values,
                 self.stride.into(),
                 self.column.into(),
+                self.more.rows,
+                self.more_codes,
+                self.more.n.into(),
             ],
         ))
     }

@@ -24,7 +24,9 @@ pieces!(
     "finish_slates.cu",
     "dense.cu",
     "take_neighbors.cu",
-    "assemble_rows.cu"
+    "assemble_rows.cu",
+    "live_rows.cu",
+    "item_columns.cu"
 );
 
 /// Compute capabilities that are compiled for, as in `sm_90`: Ampere (A100; others), Ada, Hopper, Blackwell (B200; others).

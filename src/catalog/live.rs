@@ -5,6 +5,7 @@
 //! [`IdTable::more`]. What is known of a row that changed lies in an entry of its own; arrays of the bundle do not reach that far, so
 //! whoever reads one by row asks here first.
 
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use smallvec::SmallVec;
@@ -12,7 +13,7 @@ use smallvec::SmallVec;
 use super::conditions::Test;
 use super::generation::{Generation, IdTable};
 use super::live_text::{LiveText, LiveTexts};
-use crate::index::live::{States, View};
+use crate::index::live::{PAGE, States, View};
 
 /// Marks the state of an item that must not be shown; the rest of it is the place of its entry plus one, or 0.
 const GONE: u32 = 1 << 31;
@@ -127,8 +128,46 @@ impl LiveItems {
     /// What is known of `row`, where it came or changed.
     #[inline]
     pub fn get(&self, row: u32) -> Option<&LiveItem> {
-        let place = (self.states.get(row) & !GONE).checked_sub(1)? as usize;
-        Some(&self.entries[place / CHUNK][place % CHUNK].1)
+        self.place(row).and_then(|place| self.entry(place)).map(|(_, item)| &**item)
+    }
+
+    /// The place of `row` among [`Self::entries`], where it came or changed: the same in every later snapshot.
+    #[inline]
+    pub fn place(&self, row: u32) -> Option<u32> {
+        (self.states.get(row) & !GONE).checked_sub(1)
+    }
+
+    /// The row of the entry at a place, and what is known of it.
+    #[inline]
+    pub fn entry(&self, place: u32) -> Option<(u32, &Arc<LiveItem>)> {
+        let (row, item) = self.entries.get(place as usize / CHUNK)?.get(place as usize % CHUNK)?;
+        Some((*row, item))
+    }
+
+    /// Whether `row` is the bundle's and as it is there.
+    pub fn is_bundle_s(&self, row: u32) -> bool {
+        row < self.n_bundle && self.states.get(row) == 0
+    }
+
+    /// Rows outside of which nobody came, changed for the first time, went or came back, from `other` to here.
+    pub fn changed_rows<'a>(&'a self, other: &'a LiveItems) -> impl Iterator<Item = Range<u32>> + use<'a> {
+        let page = |at: usize| (at * PAGE) as u32..((at + 1) * PAGE) as u32;
+        self.states.changed_pages(&other.states).map(page)
+    }
+
+    /// Places of the entries that are not what they are in `other`.
+    pub fn changed_entries<'a>(&'a self, other: &'a LiveItems) -> impl Iterator<Item = u32> + use<'a> {
+        let chunks = self
+            .entries
+            .iter()
+            .zip(0u32..)
+            .filter(|(chunk, at)| other.entries.get(*at as usize).is_none_or(|before| !Arc::ptr_eq(before, chunk)));
+        chunks.flat_map(|(chunk, at)| (0..chunk.len() as u32).map(move |within| at * CHUNK as u32 + within)).filter(
+            |&place| match (self.entry(place), other.entry(place)) {
+                (Some((row, item)), Some((before, held))) => row != before || !Arc::ptr_eq(item, held),
+                _ => true,
+            },
+        )
     }
 
     /// Everything that came or changed.
@@ -293,7 +332,33 @@ mod tests {
         assert_eq!((items.n_rows(), items.n_entries(), items.entries().count()), (300, 300, 300));
         assert!(items.is_gone(7) && items.get(7).unwrap().number(0) == 0.5 && before.get(7).unwrap().number(0) == 7.0);
         assert!(items.entries().all(|(row, item)| row == 7 || item.number(0) == row as f32));
-        assert!(items.get(300).is_none() && items.get(u32::MAX).is_none());
+        assert!(items.get(300).is_none() && items.get(u32::MAX).is_none() && items.place(300).is_none());
         assert!(items.hides_vector(7) && !items.hides_vector(8));
+    }
+
+    #[test]
+    fn what_differs_between_snapshots_is_told() {
+        let item = || Arc::new(LiveItem::default());
+        let mut items = LiveItems::new(5000);
+        (0..200).for_each(|row| items.put(20 * row, item()));
+        let before = items.clone();
+        assert_eq!((items.changed_rows(&before).count(), items.changed_entries(&before).count()), (0, 0));
+        // A change of what has changed already leaves states as they were.
+        items.put(20 * 70, item());
+        assert_eq!(
+            (items.changed_rows(&before).count(), items.changed_entries(&before).collect::<Vec<_>>()),
+            (0, vec![70])
+        );
+        assert_eq!(items.entry(70).map(|(row, _)| row), Some(1400));
+        items.put(5000, item());
+        assert!(items.set_gone(2100, true));
+        for (one, other) in [(&items, &before), (&before, &items)] {
+            assert_eq!(one.changed_rows(other).collect::<Vec<_>>(), [2048..3072, 4096..5120]);
+        }
+        assert_eq!(items.changed_entries(&before).collect::<Vec<_>>(), [70, 200]);
+        assert_eq!(before.changed_entries(&items).collect::<Vec<_>>(), [70]);
+        assert!(
+            !items.is_bundle_s(2100) && !items.is_bundle_s(20) && items.is_bundle_s(21) && !items.is_bundle_s(5001)
+        );
     }
 }

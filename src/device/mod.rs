@@ -90,6 +90,11 @@ pub struct DeviceConfig {
     pub workspace_bytes: u64,
     /// How item vectors lie in GPU memory. The answers are the same; bf16 takes half of the memory and settles fewer of them there.
     pub vectors: Storage,
+    /// How the rankers' tables of items lie in GPU memory. bf16 takes half of it, and scores differ by its rounding of the items' part.
+    pub tables: Storage,
+    /// Items that may come or change before recommendations are the CPU's again, for which each worker has room in GPU memory. 0 to 65536,
+    /// default 4096.
+    pub live_items: u32,
     /// Directory for kernels that NVRTC has compiled. Empty, the default: they are compiled at each start, in about a second.
     pub kernel_cache: String,
     /// What finds neighbours on the GPU.
@@ -114,6 +119,8 @@ impl Default for DeviceConfig {
             memory_bytes: 0,
             workspace_bytes: 256 << 20,
             vectors: Storage::F32,
+            tables: Storage::F32,
+            live_items: 4096,
             kernel_cache: String::new(),
             index: IndexChoice::Auto,
             cuvs: String::new(),
@@ -135,6 +142,7 @@ impl DeviceConfig {
             ("max_wait_us", u64::from(self.max_wait_us), 0, 10_000),
             ("patience_ms", u64::from(self.patience_ms), 10, 60_000),
             ("workspace_bytes", self.workspace_bytes, 1 << 20, 1 << 40),
+            ("live_items", u64::from(self.live_items), 0, 65_536),
             ("persistent_queries", u64::from(self.persistent_queries), 0, 64),
         ];
         in_range("device", ranges)

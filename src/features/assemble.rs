@@ -85,7 +85,8 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    fn dependence(&self) -> Dependence {
+    /// What its values depend on.
+    pub(crate) fn dependence(&self) -> Dependence {
         match self {
             Op::UserEmbedding | Op::UserNumber(_) | Op::HistoryLength | Op::Context(_) => Dependence::Request,
             Op::ItemEmbedding | Op::ItemNumber(_) | Op::Popularity => Dependence::Item,
@@ -219,9 +220,9 @@ impl Layout {
         self.width
     }
 
-    /// The columns and their names; an embedding is one.
-    pub(crate) fn columns(&self) -> impl Iterator<Item = (&str, &Op)> {
-        self.names.iter().map(String::as_str).zip(&self.ops)
+    /// The columns, their names, and how many values each is: an embedding is one column.
+    pub(crate) fn columns(&self) -> impl Iterator<Item = (&str, &Op, usize)> {
+        self.names.iter().zip(&self.ops).map(|(name, op)| (&**name, op, Self::op_width(op, self.dim)))
     }
 
     /// What each value depends on, `[width]`.
@@ -869,7 +870,7 @@ mod tests {
         let width = |wanted: Dependence| Layout::part(&whole, |d| d == wanted).width();
         assert_eq!((width(Request), width(Item), width(Candidate)), (4, 4, 2));
         let part = Layout::part(&whole, |d| d == Request);
-        let names: Vec<&str> = part.columns().map(|(name, _)| name).collect();
+        let names: Vec<&str> = part.columns().map(|(name, ..)| name).collect();
         assert_eq!(names, ["user.history_length", "context.hour", "user.embedding"]);
         let mut out = Vec::new();
         let items = Layout::part(&whole, |d| d == Item);

@@ -85,22 +85,26 @@ impl Counts {
 
 /// What the history holds of series.
 #[derive(Debug, Default)]
-pub(super) struct Series {
+pub(crate) struct Series {
     /// By code: the entry's place plus one, 0 where there is none.
     places: Vec<u32>,
     entries: Vec<SeriesEntry>,
 }
 
+/// What it holds of one.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct SeriesEntry {
-    code: u32,
+pub(crate) struct SeriesEntry {
+    /// The series.
+    pub(crate) code: u32,
     /// The furthest in the history; NaN where none is known.
-    pub(super) position: f32,
-    pub(super) n_liked: u32,
+    pub(crate) position: f32,
+    /// Liked entries.
+    pub(crate) n_liked: u32,
 }
 
 impl Series {
-    pub(super) fn gather(&mut self, columns: &SeriesColumns<'_>, history: &[Interaction]) {
+    /// Of this history, in the place of what was there.
+    pub(crate) fn gather(&mut self, columns: &SeriesColumns<'_>, history: &[Interaction]) {
         for entry in self.entries.drain(..) {
             self.places[entry.code as usize] = 0;
         }
@@ -109,7 +113,7 @@ impl Series {
             self.places.resize(n, 0);
         }
         for liked in history {
-            let Some(&code) = columns.series.codes(liked.row).first() else { continue };
+            let Some(code) = columns.code(liked.row) else { continue };
             let place = &mut self.places[code as usize];
             if *place == 0 {
                 self.entries.push(SeriesEntry { code, position: f32::NAN, n_liked: 0 });
@@ -121,6 +125,11 @@ impl Series {
         }
     }
 
+    /// All series, in the order in which the history has them.
+    pub(crate) fn entries(&self) -> &[SeriesEntry] {
+        &self.entries
+    }
+
     /// What the history holds of the series.
     #[inline(always)]
     pub(super) fn of(&self, code: u32) -> Option<SeriesEntry> {
@@ -129,13 +138,14 @@ impl Series {
 }
 
 /// The columns that speak of series.
-pub(super) struct SeriesColumns<'a> {
+pub(crate) struct SeriesColumns<'a> {
     series: ItemColumn<'a>,
     positions: Option<ItemColumn<'a>>,
 }
 
 impl<'a> SeriesColumns<'a> {
-    pub(super) fn of(generation: &'a Generation, items: Option<&'a LiveItems>) -> Option<Self> {
+    /// The generation's, where it has such.
+    pub(crate) fn of(generation: &'a Generation, items: Option<&'a LiveItems>) -> Option<Self> {
         let data = |at: usize| ItemColumn::new(generation, items, at);
         Some(SeriesColumns {
             series: generation.roles.series.map(data)?,
@@ -143,7 +153,13 @@ impl<'a> SeriesColumns<'a> {
         })
     }
 
-    pub(super) fn position(&self, row: u32) -> f32 {
+    /// The series of an item.
+    pub(crate) fn code(&self, row: u32) -> Option<u32> {
+        self.series.codes(row).first().copied()
+    }
+
+    /// Where in it the item stands; NaN where that is not known.
+    pub(crate) fn position(&self, row: u32) -> f32 {
         self.positions.as_ref().map_or(f32::NAN, |positions| positions.number(row))
     }
 }

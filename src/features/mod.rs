@@ -23,4 +23,4 @@
 //! | `context.KEY` | the context value as a number, 0 where absent or not a number |
 
 pub mod assemble;
-mod history;
+pub(crate) mod history;

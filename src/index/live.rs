@@ -18,7 +18,7 @@ use crate::catalog::generation::{Matrix, MatrixData, Metric, NO_ROW};
 /// Vectors of a chunk of the side list: what a change copies at most.
 const CHUNK: usize = 64;
 /// Rows whose states are copied together.
-const PAGE: usize = 1024;
+pub(crate) const PAGE: usize = 1024;
 /// A row as it is in the unchanging part.
 const UNCHANGED: u32 = 0;
 /// A row that is gone.
@@ -102,6 +102,12 @@ impl States {
             Some(Some(page)) => page[row as usize % PAGE],
             _ => UNCHANGED,
         }
+    }
+
+    /// Numbers of the pages that `other` does not share.
+    pub(crate) fn changed_pages<'a>(&'a self, other: &'a States) -> impl Iterator<Item = usize> + use<'a> {
+        let page = |of: &States, at: usize| of.0.get(at).and_then(Option::as_ref).map(Arc::as_ptr);
+        (0..self.0.len().max(other.0.len())).filter(move |&at| page(self, at) != page(other, at))
     }
 
     pub(crate) fn set(&mut self, row: u32, state: u32) {

@@ -21,7 +21,7 @@ pub mod tune;
 
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
-pub use exact::Exact;
+pub use exact::{Exact, norm};
 pub use fastscan::Blocks;
 pub use hnsw::{Hnsw, HnswParts, NO_LINK};
 pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};

@@ -666,7 +666,7 @@ impl Metrics {
         }
         if !gauges.devices.is_empty() {
             type Counted = fn(&Counters) -> &AtomicU64;
-            let families: [(_, _, _, &[(&str, Counted)]); 8] = [
+            let families: [(_, _, _, &[(&str, Counted)]); 9] = [
                 ("tastemaker_device_up", "gauge", "Workers whose device works", &[("", |d| &d.up)]),
                 ("tastemaker_device_memory_bytes", "gauge", "Device memory", &[("", |d| &d.memory_bytes)]),
                 ("tastemaker_device_fenced_total", "counter", "Times that a device was fenced", &[("", |d| &d.fenced)]),
@@ -701,6 +701,12 @@ impl Metrics {
                         (",by=\"cpu\",reason=\"refused\"", |d| &d.slates.refused),
                         (",by=\"cpu\",reason=\"open\"", |d| &d.slates.open),
                     ],
+                ),
+                (
+                    "tastemaker_device_item_updates_total",
+                    "counter",
+                    "Items that came or changed, copied to a worker's memory on a device",
+                    &[("", |d| &d.slates.sent)],
                 ),
                 (
                     "tastemaker_device_index_searches_total",

@@ -9,6 +9,7 @@ pub struct Assemble {
     pub n_requests: usize,
     pub width: usize,
     pub n_items: usize,
+    pub n_more: usize,
     /// Values of a request, of an item, of a candidate.
     pub parts: [usize; 3],
     pub n_values: usize,
@@ -19,11 +20,12 @@ impl Assemble {
     pub fn any() -> impl Strategy<Value = Assemble> {
         let kind = prop::sample::select(vec![RowKind::F32, RowKind::I32, RowKind::I64]);
         let parts = prop::array::uniform3(0usize..20).prop_map(|[one, two, three]| [one, two, three + 1]);
-        (1usize..4, 1usize..80, 1usize..60, parts, 1usize..30, kind).prop_map(
-            |(n_requests, width, n_items, parts, n_values, kind)| Assemble {
+        (1usize..4, 1usize..80, 1usize..60, 0usize..60, parts, 1usize..30, kind).prop_map(
+            |(n_requests, width, n_items, n_more, parts, n_values, kind)| Assemble {
                 n_requests,
                 width,
                 n_items,
+                n_more,
                 parts,
                 n_values,
                 kind,
@@ -33,11 +35,11 @@ impl Assemble {
 
     pub fn every(seed: u64) -> Self {
         let kind = [RowKind::F32, RowKind::I32, RowKind::I64][seed as usize % 3];
-        Assemble { n_requests: 3, width: 45, n_items: 50, parts: [7, 5, 6], n_values: 17, kind }
+        Assemble { n_requests: 3, width: 45, n_items: 30, n_more: 20, parts: [7, 5, 6], n_values: 17, kind }
     }
 
     pub fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
-        let &Assemble { n_requests, width, n_items, parts, n_values, kind } = self;
+        let &Assemble { n_requests, width, n_items, n_more, parts, n_values, kind } = self;
         let random = &mut SmallRng::seed_from_u64(seed);
         let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 2147483648.0, -2147483648.0, 9.3e18, -9.3e18];
         let mut take = |n: usize| -> Vec<f32> {
@@ -48,11 +50,18 @@ impl Assemble {
             };
             (0..n).map(value).collect()
         };
-        let sizes = [n_requests, n_items, n_requests * width];
+        let sizes = [n_requests, n_items + n_more, n_requests * width];
         let values: Vec<Vec<f32>> = sizes.iter().zip(parts).map(|(n, part)| take(n * part)).collect();
-        let rows: Vec<u32> = (0..n_requests * width)
-            .map(|_| if random.random_ratio(1, 9) { NO_ROW } else { random.random_range(0..n_items as u32 + 2) })
-            .collect();
+        let rows: Vec<u32> =
+            (0..n_requests * width)
+                .map(|_| {
+                    if random.random_ratio(1, 9) {
+                        NO_ROW
+                    } else {
+                        random.random_range(0..(n_items + n_more) as u32 + 2)
+                    }
+                })
+                .collect();
         let counts: Vec<u32> = (0..n_requests).map(|_| random.random_range(0..width as u32 + 3)).collect();
         let there: Vec<usize> = (0..3).filter(|&part| parts[part] > 0).collect();
         let places: Vec<RowPart> = (0..n_values)
@@ -62,11 +71,12 @@ impl Assemble {
                 [RowPart::Shared(which), RowPart::Item(which), RowPart::Candidate(which)][part]
             })
             .collect();
-        let slots = twins::Slots { rows: &rows, counts: &counts, width, n_items: n_items as u32 };
+        let slots = twins::Slots { rows: &rows, counts: &counts, width, n_items: (n_items + n_more) as u32 };
         let from = std::array::from_fn(|part| (&values[part][..], parts[part]));
         let want = twins::assemble_rows(slots, from, &places, kind);
         let codes: Vec<u32> = places.iter().map(|place| place.code()).collect();
-        let [shared, table, columns] = std::array::from_fn(|part| Buffer::new(&values[part]));
+        let (in_table, beside) = values[1].split_at(n_items * parts[1]);
+        let [shared, table, columns, more] = [&values[0], in_table, &values[2], beside].map(Buffer::new);
         let (on_rows, on_counts, codes) = (Buffer::new(&rows), Buffer::new(&counts), Buffer::new(&codes));
         let out = Buffer::new_16(&vec![UNTOUCHED; want.len()]);
         let launch = kernels::AssembleRows {
@@ -78,6 +88,7 @@ impl Assemble {
             n_shared: parts[0] as u32,
             table: table.address(),
             n_items: n_items as u32,
+            more: kernels::More { rows: more.address(), n: n_more as u32 },
             n_item: parts[1] as u32,
             columns: columns.address(),
             n_columns: parts[2] as u32,

@@ -242,15 +242,26 @@ impl Dense {
         dense_rank(&program, (&table, stride), batch, (weight, first), &mut want);
 
         let shape = TableShape { n_rows, stride: stride as u32, is_bf16: bf16_table };
-        let (words, params) = (Buffer::new(&program.words(shape)), Buffer::new_16(&program.params));
-        let (wide, narrow) = (Buffer::new_16(&table), Buffer::new_16(&rounded));
-        let table = if bf16_table { narrow.address() } else { wide.address() };
+        let params = Buffer::new_16(&program.params);
+        // The last rows lie beside the table.
+        let n_more = random.random_range(0..n_rows);
+        let (n_rows, first_beside) = (n_rows - n_more, (n_rows - n_more) as usize * stride);
+        let shape = TableShape { n_rows, ..shape };
+        let words = Buffer::new(&program.words(shape));
+        let place = |beside: bool| -> (Buffer<f32>, Buffer<u16>) {
+            let range = if beside { first_beside..table.len() } else { 0..first_beside };
+            (Buffer::new_16(&table[range.clone()]), Buffer::new_16(&rounded[range]))
+        };
+        let (in_table, beside) = (place(false), place(true));
+        let [table, more] =
+            [&in_table, &beside].map(|(wide, narrow)| if bf16_table { narrow.address() } else { wide.address() });
         let (rows, counts) = (Buffer::new(&rows), Buffer::new(&counts));
         let (columns, shared, scores) = (Buffer::new(&columns), Buffer::new_16(&shared), Buffer::new(&before));
         let launch = DenseRank {
             program: words.address(),
             params: params.address(),
             table: (stride > 0).then_some(table),
+            more: tastemaker_kernels::More { rows: more, n: n_more },
             rows: rows.address(),
             counts: counts.address(),
             columns: columns.address(),

@@ -7,13 +7,11 @@ use tastemaker::retrieval::collaborative::Signals;
 
 use super::*;
 
-/// A number that no kernel writes.
-const LEFT: f32 = 0.12345;
-
 #[derive(Clone, Copy, Debug)]
 pub struct ExactScores {
     pub n_requests: usize,
     pub n_rows: usize,
+    pub n_more: usize,
     pub dim: usize,
     pub places: usize,
     pub metric: Metric,
@@ -24,10 +22,12 @@ pub struct ExactScores {
 impl ExactScores {
     fn any() -> impl Strategy<Value = ExactScores> {
         let metric = prop::sample::select(vec![Metric::InnerProduct, Metric::Cosine, Metric::L2]);
-        (1usize..4, 1usize..60, 1usize..200, 1usize..80, metric, any::<bool>(), any::<bool>()).prop_map(
-            |(n_requests, n_rows, dim, places, metric, with_counts, with_sources)| ExactScores {
+        let flags = (any::<bool>(), any::<bool>());
+        (1usize..4, 1usize..60, 0usize..60, 1usize..200, 1usize..80, metric, flags).prop_map(
+            |(n_requests, n_rows, n_more, dim, places, metric, (with_counts, with_sources))| ExactScores {
                 n_requests,
                 n_rows,
+                n_more,
                 dim,
                 places,
                 metric,
@@ -38,16 +38,24 @@ impl ExactScores {
     }
 
     pub fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
-        let &ExactScores { n_requests, n_rows, dim, places, metric, .. } = self;
+        let &ExactScores { n_requests, n_rows, n_more, dim, places, metric, .. } = self;
         let (random, width) = (&mut SmallRng::seed_from_u64(seed), dim.next_multiple_of(8));
         let mut take = |n: usize| -> Vec<f32> { (0..n).map(|_| random.random_range(-1.0f32..1.0)).collect() };
-        let (table, mut queries) = (take(n_rows * dim), take(n_requests * dim));
+        let (table, mut queries) = (take((n_rows + n_more) * dim), take(n_requests * dim));
         if metric == Metric::Cosine && seed.is_multiple_of(3) {
             queries[..dim].fill(0.0);
         }
-        let rows: Vec<u32> = (0..n_requests * places)
-            .map(|_| if random.random_ratio(1, 9) { NO_ROW } else { random.random_range(0..n_rows as u32 + 2) })
-            .collect();
+        let rows: Vec<u32> =
+            (0..n_requests * places)
+                .map(|_| {
+                    if random.random_ratio(1, 9) {
+                        NO_ROW
+                    } else {
+                        random.random_range(0..(n_rows + n_more) as u32 + 2)
+                    }
+                })
+                .collect();
+        let there: Vec<u32> = (0..n_more.div_ceil(32)).map(|_| random.random()).collect();
         let counts: Vec<u32> = (0..n_requests).map(|_| random.random_range(0..places as u32 + 3)).collect();
         let sources: Vec<u8> = (0..n_requests * places).map(|_| random.random_range(0..16)).collect();
         let padded = |values: &[f32]| -> Vec<f32> {
@@ -74,15 +82,20 @@ impl ExactScores {
             let mut want = vec![LEFT; n_requests * places];
             for (at, query) in queries.chunks_exact(dim).enumerate() {
                 let n = if self.with_counts { places.min(counts[at] as usize) } else { places };
-                let scores = twins::exact_scores(&exact, query, &rows[at * places..at * places + n]);
+                let has = |row: u32| row.checked_sub(n_rows as u32).is_none_or(|slot| twins::bit(&there, slot));
+                let scores = twins::exact_scores(&exact, query, &rows[at * places..at * places + n], has);
                 for (place, score) in (at * places..).zip(scores) {
                     if !self.with_sources || sources[place] & 1 == 0 {
                         want[place] = score;
                     }
                 }
             }
-            let (on_queries, on_table) = (Buffer::new_16(&padded(&queries)), Buffer::new_16(&padded(&table)));
-            let (norms, bounds) = (Buffer::new(exact.norms()), Buffer::new_16(&bounds));
+            let (in_table, beside) = table.split_at(n_rows * dim);
+            let (norms, more_norms) = exact.norms().split_at(exact.norms().len().min(n_rows));
+            let (on_queries, on_table) = (Buffer::new_16(&padded(&queries)), Buffer::new_16(&padded(in_table)));
+            let (more, more_norms, more_there) =
+                (Buffer::new_16(&padded(beside)), Buffer::new(more_norms), Buffer::new(&there));
+            let (norms, bounds) = (Buffer::new(norms), Buffer::new_16(&bounds));
             let (rows, scores) = (Buffer::new(&rows), Buffer::new(&vec![LEFT; n_requests * places]));
             let (counts, sources) = (Buffer::new(&counts), Buffer::new(&sources));
             let launch = kernels::ExactScores {
@@ -92,6 +105,9 @@ impl ExactScores {
                 width: width as u32,
                 dim: dim as u32,
                 norms: norms.address(),
+                more: kernels::More { rows: more.address(), n: n_more as u32 },
+                more_norms: more_norms.address(),
+                more_there: more_there.address(),
                 by,
                 order,
                 bounds: bounds.address(),
@@ -452,6 +468,7 @@ pub struct Count {
     pub n_requests: usize,
     pub width: usize,
     pub n_items: usize,
+    pub n_more: usize,
     pub n_codes: u32,
     pub by: kernels::CountBy,
 }
@@ -459,18 +476,27 @@ pub struct Count {
 impl Count {
     fn any() -> impl Strategy<Value = Count> {
         let by = [kernels::CountBy::Logarithm, kernels::CountBy::First, kernels::CountBy::Share];
-        (1usize..4, 1usize..700, 1usize..300, 1u32..60, prop::sample::select(by.to_vec()))
-            .prop_map(|(n_requests, width, n_items, n_codes, by)| Count { n_requests, width, n_items, n_codes, by })
+        (1usize..4, 1usize..700, 1usize..300, 0usize..300, 1u32..60, prop::sample::select(by.to_vec())).prop_map(
+            |(n_requests, width, n_items, n_more, n_codes, by)| Count {
+                n_requests,
+                width,
+                n_items,
+                n_more,
+                n_codes,
+                by,
+            },
+        )
     }
 
     pub fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
-        let &Count { n_requests, width, n_items, n_codes, by } = self;
+        let &Count { n_requests, width, n_items, n_more, n_codes, by } = self;
         let (random, stride, places_stride) = (&mut SmallRng::seed_from_u64(seed), 3, 5);
-        let of_items: Vec<Vec<u32>> = (0..n_items)
+        let all = n_items + n_more;
+        let of_items: Vec<Vec<u32>> = (0..all)
             .map(|_| (0..random.random_range(0..6)).map(|_| random.random_range(0..n_codes)).collect())
             .collect();
         // An item that there is not has no codes.
-        let rows: Vec<u32> = (0..n_requests * width).map(|_| random.random_range(0..n_items as u32 + 2)).collect();
+        let rows: Vec<u32> = (0..n_requests * width).map(|_| random.random_range(0..all as u32 + 2)).collect();
         let counts: Vec<u32> = (0..n_requests).map(|_| random.random_range(0..width as u32 + 3)).collect();
         let (mut tail, mut asked, mut places) = (vec![UNTOUCHED; 3], Vec::new(), Vec::new());
         let mut want = vec![LEFT; n_requests * width * stride];
@@ -488,8 +514,17 @@ impl Count {
             }
         }
         let mut offsets = vec![0u32];
-        of_items.iter().for_each(|codes| offsets.push(offsets[offsets.len() - 1] + codes.len() as u32));
-        let codes: Vec<u32> = of_items.concat();
+        let (in_table, beside) = of_items.split_at(n_items);
+        in_table.iter().for_each(|codes| offsets.push(offsets[offsets.len() - 1] + codes.len() as u32));
+        let codes: Vec<u32> = in_table.concat();
+        // With gaps between them.
+        let (mut spans, mut more_codes) = (Vec::new(), Vec::new());
+        for codes in beside {
+            more_codes.resize(more_codes.len() + random.random_range(0..3), 0);
+            spans.extend([more_codes.len() as u32, (more_codes.len() + codes.len()) as u32]);
+            more_codes.extend_from_slice(codes);
+        }
+        let (spans, more_codes) = (Buffer::new(&spans), Buffer::new(&more_codes));
         let logarithms: Vec<f32> = (0..100).map(|n| (n as f32).ln_1p()).collect();
         let (rows, counts, values) = (Buffer::new(&rows), Buffer::new(&counts), Buffer::new(&vec![LEFT; want.len()]));
         let (offsets, codes, tail) = (Buffer::new(&offsets), Buffer::new(&codes), Buffer::new(&tail));
@@ -502,6 +537,8 @@ impl Count {
             offsets: offsets.address(),
             codes: codes.address(),
             n_items: n_items as u32,
+            more: kernels::More { rows: spans.address(), n: n_more as u32 },
+            more_codes: more_codes.address(),
             tail: tail.address(),
             asked: asked.address(),
             places: places.address(),
@@ -657,8 +694,17 @@ pub fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
         "exact_scores" => {
             let metric = [Metric::InnerProduct, Metric::Cosine, Metric::L2][seed as usize % 3];
             let (dim, with_counts) = ([131, 64, 40, 7][seed as usize % 4], seed % 4 < 2);
-            ExactScores { n_requests: 2, n_rows: 50, dim, places: 37, metric, with_counts, with_sources: odd }
-                .check(variant, seed)
+            let sizes = ExactScores {
+                n_requests: 2,
+                n_rows: 20,
+                n_more: 30,
+                dim,
+                places: 37,
+                metric,
+                with_counts,
+                with_sources: odd,
+            };
+            sizes.check(variant, seed)
         }
         "mask_seen" => MaskSeen { n_requests: 3, n_rows: 300, n_seen: 400 }.check(variant, seed),
         "settle_lists" => {
@@ -673,7 +719,7 @@ pub fn check(kernel: &str, variant: &str, seed: u64) -> Result<(), String> {
         }
         "fill_counts" => {
             let by = [kernels::CountBy::Logarithm, kernels::CountBy::First, kernels::CountBy::Share][seed as usize % 3];
-            Count { n_requests: 2, width: 500, n_items: 200, n_codes: 40, by }.check(variant, seed)
+            Count { n_requests: 2, width: 500, n_items: 100, n_more: 100, n_codes: 40, by }.check(variant, seed)
         }
         "finish_slates" => {
             let scores = if odd { Scores::Bits } else { Scores::Many };

@@ -841,6 +841,24 @@ API int cuEventRecord(Event* event, Stream* stream) {
         event->changed.notify_all();
     }});
 }
+API int cuEventRecordWithFlags(Event* event, Stream* stream, unsigned flags) {
+    if (const int not_ready = ready()) return not_ready;
+    if (!is_live(stream, "stream") || !is_live(event, "event")) return INVALID_HANDLE;
+    if (stream->capture && flags != 1) {
+        misuse("an event that is to tell a time only orders work inside a capture");
+        return INVALID_VALUE;
+    }
+    // Each time that its turn comes.
+    return stream->take({[=] {
+        Lock held(event->lock);
+        event->recorded++;
+    }, [] { return SUCCESS; }, [=] {
+        Lock held(event->lock);
+        event->reached++;
+        event->at = Clock::now();
+        event->changed.notify_all();
+    }});
+}
 API int cuEventQuery(Event* event) {
     if (const int not_ready = ready()) return not_ready;
     if (const int refused = outside_captures("a look at an event")) return refused;
@@ -859,6 +877,11 @@ API int cuEventSynchronize(Event* event) {
 }
 API int cuEventElapsedTime_v2(float* ms, Event* start, Event* end) {
     if (!is_live(start, "event") || !is_live(end, "event")) return INVALID_HANDLE;
+    for (Event* event : {start, end}) {
+        Lock held(event->lock);
+        if (event->recorded == 0) return INVALID_HANDLE;
+        if (event->reached < event->recorded) return NOT_READY;
+    }
     *ms = std::chrono::duration<float, std::milli>(end->at - start->at).count();
     return SUCCESS;
 }

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::live::line;
 use super::{Asked, CpuDevice, Gathered, Loaded, Scratch, fold_in, proposed_by_nobody};
 use crate::candidates::{Dependence, Scored, Source};
 use crate::catalog::generation::Generation;
+use crate::catalog::live::LiveItems;
 use crate::context::Stage;
 use crate::device::{Device, DeviceError, Job};
 use crate::features::assemble::Layout;
@@ -136,6 +138,37 @@ impl CpuDevice {
                 Ok(None)
             }
         }
+    }
+
+    /// What a ranker of another device keeps of an item that came or changed: what its table here would have, or the item's columns of
+    /// whole rows. The first that asks computes it.
+    ///
+    /// # Errors
+    /// As [`Device::load`], or the ranker keeps nothing of items.
+    pub fn line(
+        &mut self,
+        generation: &Arc<Generation>,
+        weighted: &Weighted,
+        items: &LiveItems,
+        row: u32,
+        out: &mut Vec<f32>,
+    ) -> Result<(), DeviceError> {
+        if let Some(whole) = &weighted.whole {
+            let layout = &whole.layouts[Dependence::Item as usize];
+            layout.fill_item(generation, items, row, &mut self.scratch.features, out);
+            return Ok(());
+        }
+        self.load(generation)?;
+        let Self { loaded, scratch, .. } = self;
+        let loaded = loaded.iter_mut().find(|loaded| Arc::ptr_eq(&loaded.generation, generation));
+        let ranker = loaded.and_then(|loaded| loaded.rankers.get_mut(weighted.at));
+        let line = ranker.and_then(|ranker| line(ranker, weighted.at, (generation, items), row, &mut scratch.features));
+        let Some(line) = line else {
+            return Err(DeviceError::Failed(format!("ranker `{}` keeps nothing of items", weighted.name)));
+        };
+        out.clear();
+        out.extend_from_slice(&line);
+        Ok(())
     }
 
     /// Fills up what a job that was begun got from elsewhere, where that is less than it wants.

@@ -6,7 +6,7 @@ use super::Gathered;
 use super::rankers::LoadedRanker;
 use crate::catalog::conditions::Test;
 use crate::catalog::generation::Generation;
-use crate::catalog::live::{LiveItem, LiveItems};
+use crate::catalog::live::LiveItems;
 use crate::features::assemble::FeatureScratch;
 use crate::index::{Overlay, VectorIndex};
 use crate::ranking::RankError;
@@ -56,8 +56,31 @@ pub fn with_changed<'a>(
     words
 }
 
-/// Scores those of the candidates again that came or changed, for a ranker whose table of items does not know them. What the table would
-/// have of an item is computed once and kept with it. `inputs` are the parts that the ranker was given: the request's, the candidates'.
+/// What a ranker's table (the one in position `at`) would have of an item that came or changed, where it has a table. It is computed once
+/// and kept with the item.
+pub fn line<'a>(
+    loaded: &mut LoadedRanker,
+    at: usize,
+    (generation, items): (&Generation, &'a LiveItems),
+    row: u32,
+    features: &mut FeatureScratch,
+) -> Option<Cow<'a, [f32]>> {
+    let (item, columns) = (items.get(row)?, loaded.items.as_ref()?);
+    let dense = loaded.ranker.dense().filter(|dense| dense.has_table())?;
+    let mut make = || {
+        let mut own = Vec::new();
+        columns.fill_item(generation, items, row, features, &mut own);
+        dense.line(&own)
+    };
+    // Of another generation it has no place for this ranker's.
+    Some(match item.lines.get(at) {
+        Some(line) => Cow::Borrowed(&**line.get_or_init(make)),
+        None => Cow::Owned(make().into_vec()),
+    })
+}
+
+/// Scores those of the candidates again that came or changed, for a ranker whose table of items does not know them. `inputs` are the parts
+/// that the ranker was given: the request's, the candidates'.
 pub fn score_changed(
     loaded: &mut LoadedRanker,
     at: usize,
@@ -67,33 +90,25 @@ pub fn score_changed(
     scores: &mut [f32],
 ) -> Result<(), RankError> {
     let Some(items) = gathered.job.items.as_deref().filter(|items| items.n_entries() > 0) else { return Ok(()) };
-    let (Some(dense), Some(columns)) = (loaded.ranker.dense(), &loaded.items) else { return Ok(()) };
-    if !dense.has_table() {
+    if loaded.items.is_none() || !loaded.ranker.dense().is_some_and(|dense| dense.has_table()) {
         return Ok(());
     }
     let candidates = gathered.candidates;
     let rows = candidates.rows.iter().enumerate();
-    let changed: Vec<(usize, &LiveItem)> = rows.filter_map(|(place, &row)| Some((place, items.get(row)?))).collect();
+    let changed: Vec<usize> = rows.filter(|(_, row)| items.place(**row).is_some()).map(|(place, _)| place).collect();
     if changed.is_empty() {
         return Ok(());
     }
     let width = inputs[1].len() / candidates.len();
-    let (mut lines, mut each, mut own) = (Vec::new(), Vec::new(), Vec::new());
-    for &(place, item) in &changed {
-        let mut make = || {
-            columns.fill_item(gathered.generation, items, candidates.rows[place], features, &mut own);
-            dense.line(&own)
-        };
-        // Of another generation it has no place for this ranker's.
-        lines.push(match item.lines.get(at) {
-            Some(line) => Cow::Borrowed(&**line.get_or_init(make)),
-            None => Cow::Owned(make().into_vec()),
-        });
+    let (mut lines, mut each) = (Vec::new(), Vec::new());
+    for &place in &changed {
+        lines.extend(line(loaded, at, (gathered.generation, items), candidates.rows[place], features));
         each.extend_from_slice(&inputs[1][place * width..(place + 1) * width]);
     }
     let lines: Vec<&[f32]> = lines.iter().map(|line| &**line).collect();
     let mut again = Vec::new();
+    let Some(dense) = loaded.ranker.dense() else { return Ok(()) };
     dense.score_lines(&inputs[0], &lines, &each, &mut again)?;
-    changed.iter().zip(again).for_each(|((place, _), score)| scores[*place] = score);
+    changed.iter().zip(again).for_each(|(place, score)| scores[*place] = score);
     Ok(())
 }

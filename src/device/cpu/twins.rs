@@ -184,17 +184,41 @@ pub fn mask_scores(scores: &mut [f32], pairs: &[[u32; 2]], [n_queries, n_rows, s
     }
 }
 
-/// The scores of `rows`, NaN for those that there are not.
-pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32]) -> Vec<f32> {
+/// The scores of `rows`, NaN for those that there are not, 0 for those without a vector.
+pub fn exact_scores(exact: &Exact, query: &[f32], rows: &[u32], has_vector: impl Fn(u32) -> bool) -> Vec<f32> {
     let mut converted = Vec::new();
     let score = |&row: &u32| {
         let mut out = Vec::new();
-        if (row as usize) < exact.rows().n_rows() {
-            exact.scores(query, &[row], &mut converted, &mut out);
+        match (row as usize) < exact.rows().n_rows() {
+            true if has_vector(row) => exact.scores(query, &[row], &mut converted, &mut out),
+            true => out.push(0.0),
+            false => {}
         }
         out.first().copied().unwrap_or(f32::NAN)
     };
     rows.iter().map(score).collect()
+}
+
+/// Puts each piece of `staged` (begin there, begin in `target`, length) where it belongs, but for those beyond either end.
+pub fn apply_changes(staged: &[u32], pieces: &[[u32; 3]], target: &mut [u32]) {
+    for &[from, to, n] in pieces {
+        let range = |start: u32| start as usize..start as usize + n as usize;
+        if let (Some(from), Some(to)) = (staged.get(range(from)), target.get_mut(range(to))) {
+            to.copy_from_slice(from);
+        }
+    }
+}
+
+/// The row of the item at a place: itself below `n_rows`, then what `names` says.
+pub fn name_place(place: u32, n_rows: u32, names: &[u32]) -> u32 {
+    let beside = |slot: u32| names.get(slot as usize).copied().unwrap_or(NO_ROW);
+    place.checked_sub(n_rows).map_or(place, beside)
+}
+
+/// The place of the item of that row; `changed` are rows and their places beside the tables.
+pub fn find_place(row: u32, n_rows: u32, changed: &[(u32, u32)]) -> u32 {
+    let beside = changed.iter().find(|(changed, _)| *changed == row).map(|(_, slot)| n_rows + slot);
+    beside.unwrap_or(if row < n_rows { row } else { NO_ROW })
 }
 
 /// Takes the rows that each query's user has `seen` out of its scores (`[n_queries, n_rows]`).
@@ -257,6 +281,23 @@ pub fn fill_counts(by: CountBy, codes: &[u32], times: impl Fn(u32) -> u32, n_lik
         CountBy::First => codes.first().map_or(0.0, |&code| times(code) as f32 / liked),
         CountBy::Share => sum as f32 / (liked * codes.len().max(1) as f32),
     }
+}
+
+/// Writes the columns of the item in that row of `table` (`[n_items, columns]`) to where `columns` says; 0 for one that there is not.
+pub fn copy_columns(table: &[f32], row: u32, columns: &[u32], out: &mut [f32]) {
+    let line = table.get(row as usize * columns.len()..).filter(|rest| rest.len() >= columns.len());
+    for (at, &column) in columns.iter().enumerate() {
+        out[column as usize] = line.map_or(0.0, |line| line[at]);
+    }
+}
+
+/// What the history says of a series: of an item's place, the furthest one in the history, and how many of the series are liked there;
+/// `None`: it holds none. The logarithm of liked items, whether it is the next, how much further it is.
+pub fn fill_series(of: Option<(f32, f32, u32)>) -> [f32; 3] {
+    let Some((place, furthest, n_liked)) = of else { return [0.0; 3] };
+    let gap = place - furthest;
+    let next = if gap > 0.0 && gap <= 1.0 { 1.0 } else { 0.0 };
+    [(n_liked as f32).ln_1p(), next, if gap.is_nan() { 0.0 } else { gap.clamp(-10.0, 10.0) }]
 }
 
 /// The sum of `members`, each with its weight, before it is divided by all of these.

@@ -48,6 +48,9 @@ const NEEDED: [&[u8]; 33] = [
     b"cuFuncSetAttribute\0",
 ];
 
+/// Those that tell times, without which none are told.
+const TIMES: [&[u8]; 2] = [b"cuEventRecordWithFlags\0", b"cuEventElapsedTime_v2\0"];
+
 /// Kernels that may ask for more shared memory than every GPU gives unasked.
 const DYNAMIC_SHARED: [&str; 1] = ["dense_rank"];
 const MAX_DYNAMIC_SHARED: sys::CUfunction_attribute =
@@ -62,6 +65,7 @@ pub struct Context {
     functions: Vec<(&'static str, sys::CUfunction)>,
     lost: AtomicBool,
     shared_bytes: u32,
+    tells_times: bool,
 }
 
 // SAFETY: the handles are the driver's, which takes them from any thread and several at once; what is theirs lives until `drop`, which no
@@ -90,6 +94,8 @@ impl Context {
                 return Err(DeviceError::Failed(format!("the NVIDIA driver has no {name}")));
             }
         }
+        // SAFETY: as above.
+        let tells_times = TIMES.into_iter().all(|name| unsafe { library.get::<unsafe extern "C" fn()>(name) }.is_ok());
         result::init().map_err(|error| failed("cuInit", error))?;
         let device = result::device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", error))?;
         // SAFETY: the device is one that `get` returned. From here on `drop` releases.
@@ -101,6 +107,7 @@ impl Context {
             functions: Vec::new(),
             lost: AtomicBool::new(false),
             shared_bytes: 0,
+            tells_times,
         };
         context.bind()?;
         // SAFETY: the context is current; the image is of the kind that the driver knows by its first bytes, made by nvcc or NVRTC, and
@@ -197,6 +204,11 @@ impl Context {
     /// The most shared memory of a block, bytes.
     pub fn shared_bytes(&self) -> u32 {
         self.shared_bytes
+    }
+
+    /// Whether the driver tells how long work took.
+    pub(super) fn tells_times(&self) -> bool {
+        self.tells_times
     }
 
     /// Memory that is left and that there is, bytes.

@@ -271,6 +271,15 @@ pub(super) fn square(vector: &[f32]) -> f64 {
     vector.iter().map(|&value| f64::from(value) * f64::from(value)).sum()
 }
 
+/// What of a vector, whose length's square this is, goes into its score.
+pub(super) fn term(by: ScoreBy, square: f64) -> f64 {
+    match by {
+        ScoreBy::Times if square > 0.0 => 1.0 / square.sqrt(),
+        ScoreBy::Times => 0.0,
+        _ => square,
+    }
+}
+
 /// The square of the length of a matrix's row.
 fn squares(matrix: &Matrix) -> impl FnMut(usize) -> f64 {
     let mut row = Vec::with_capacity(matrix.dim);
@@ -303,7 +312,8 @@ pub(super) struct Resident {
     pub(super) n_rows: usize,
     pub(super) dim: usize,
     pub(super) width: usize,
-    longest: f64,
+    /// The length of the longest vector.
+    pub(super) longest: f64,
     /// Where neighbours are not to be found exactly.
     pub(super) indexed: Option<Arc<Indexed>>,
     /// What recommendations need beside, once the first worker has looked; `None` in it: they can't be computed here.
@@ -341,39 +351,35 @@ impl Resident {
             Metric::L2 => ScoreBy::TwiceLess,
         };
         let mut squares = squares(matrix);
-        let mut term = |at: usize| match (by, squares(at)) {
-            (ScoreBy::Times, square) if square > 0.0 => 1.0 / square.sqrt(),
-            (ScoreBy::Times, _) => 0.0,
-            (_, square) => square,
-        };
         let terms = match by {
             ScoreBy::InnerProduct => None,
             _ => Some(Table::new(stream, n_rows, |start, out| {
-                out.iter_mut().enumerate().for_each(|(at, out)| *out = term(start + at) as f32);
+                out.iter_mut().enumerate().for_each(|(at, out)| *out = term(by, squares(start + at)) as f32);
             })?),
         };
         let tables = Mutex::default();
         Ok(Resident { generation, vectors, terms, by, n_rows, dim, width, longest, indexed: None, tables })
     }
 
-    /// How a device's scores for a query of length `norm` relate to the metric's: shift, scale, error, as in [`Found`].
+    /// How a device's scores for a query of length `norm` and vectors of at most length `longest` relate to the metric's: shift, scale,
+    /// error, as in [`Found`].
     ///
     /// Of `n` products that are summed up in any order the error is at most `n u Σ|ab|`, u = 2^-24 (Higham, Accuracy and Stability of
     /// Numerical Algorithms, 3.1), here and there; a value in bf16 is off by 2^-9 of itself. All of it is taken twice, which covers the
     /// few roundings beside.
-    pub(super) fn tolerance(&self, norm: f64) -> (f32, f32, f32) {
+    pub(super) fn tolerance(&self, norm: f64, longest: f64) -> (f32, f32, f32) {
         let unit = 2f64.powi(-24);
         let sums = (self.dim + 8) as f64 * unit;
         let stored = match self.vectors {
             Stored::F32(_) => 0.0,
             Stored::Bf16(_) => 2f64.powi(-9),
         };
-        let product = norm * self.longest;
+        let product = norm * longest;
         let (shift, scale, error) = match self.by {
             ScoreBy::InnerProduct => (0.0, 1.0, (2.0 * sums + stored) * product),
             ScoreBy::Times => (0.0, norm, 5.0 * sums + stored),
             ScoreBy::TwiceLess => {
-                let squares = self.longest * self.longest + norm * norm;
+                let squares = longest * longest + norm * norm;
                 (-norm * norm, 1.0, 2.0 * (2.0 * sums + stored) * product + 4.0 * sums * squares)
             }
         };
@@ -388,8 +394,10 @@ pub(super) struct Sizes {
     width: usize,
     /// Queries whose scores of all rows have room.
     chunk: usize,
-    /// Queries of whom there is room for the scores: as many, or a batch of recommendations.
+    /// Queries of whom lists are put together: as many, or a batch of recommendations.
     scored: usize,
+    /// Scores that there is room for.
+    scores: usize,
     /// Queries at a time.
     queries: usize,
     by_index: bool,
@@ -400,7 +408,9 @@ impl Sizes {
         let chunk = (config.workspace_bytes as usize / (4 * n_rows.max(1))).clamp(1, MOST_QUERIES);
         // Recommendations are not computed as a whole where neighbours are not found exactly.
         let scored = if by_index { chunk } else { chunk.max(PipelineSizes::largest(config, n_rows)) };
-        Sizes { n_rows, width, chunk, scored, queries: if by_index { MOST_QUERIES } else { chunk }, by_index }
+        let whole = if by_index { 0 } else { PipelineSizes::scores(config, n_rows) };
+        let scores = whole.max(chunk * n_rows);
+        Sizes { n_rows, width, chunk, scored, scores, queries: if by_index { MOST_QUERIES } else { chunk }, by_index }
     }
 
     /// Parts that rows are selected in.
@@ -410,10 +420,6 @@ impl Sizes {
 
     fn input(&self) -> usize {
         self.queries * self.width + 2 * MOST_PAIRS
-    }
-
-    fn scores(&self) -> usize {
-        self.scored * self.n_rows
     }
 
     fn lists(&self) -> usize {
@@ -430,15 +436,14 @@ impl Sizes {
 
     fn bytes(&self) -> u64 {
         let by_index = if self.by_index { Plan::worker_bytes(self.queries) } else { 0 };
-        4 * (self.input() + self.scores() + self.lists() + self.output() + self.words()) as u64 + by_index
+        4 * (self.input() + self.scores + self.lists() + self.output() + self.words()) as u64 + by_index
     }
 }
 
 /// Rows that must not come out, as a worker's GPU memory has them.
 #[derive(Debug)]
 struct Told {
-    /// `None`: all may come out.
-    items: Option<Arc<LiveItems>>,
+    items: Arc<LiveItems>,
     when: Instant,
     /// Rows that may come out.
     n_left: usize,
@@ -451,14 +456,14 @@ pub(super) struct Searcher {
     pub(super) sizes: Sizes,
     /// f32 `[n, width]`, then pairs of query and row.
     input: Buffer<u32>,
-    /// f32 `[n, n_rows]`
+    /// f32 `[n, n_rows]`, or as a pipeline has it.
     pub(super) scores: Buffer<f32>,
     /// Rows and scores, `[n, n_parts, fetched]` each.
     pub(super) lists: Buffer<u32>,
     /// Rows and scores, `[n, fetched]` each.
     output: Buffer<u32>,
     /// Bits of rows that may come out, as was told last.
-    pub(super) words: Buffer<u32>,
+    words: Buffer<u32>,
     told: Option<Told>,
     finder: Option<Finder>,
     /// A search lacked memory once, and that was said.
@@ -497,7 +502,7 @@ impl Answers {
     /// The `at`-th list with what is known of its scores, for a query of length `norm`.
     fn found(&self, at: usize, resident: &Resident, norm: f64) -> Found<'_> {
         let (rows, scores, all) = self.list(at);
-        let (shift, scale, error) = resident.tolerance(norm);
+        let (shift, scale, error) = resident.tolerance(norm, resident.longest);
         match self.by_index {
             None => Found { rows, scores, shift, scale, error, all, enough: false },
             Some(of_vectors) => Found {
@@ -535,7 +540,7 @@ impl Searcher {
             lacked: false,
             sizes,
             input: stream.buffer(sizes.input())?,
-            scores: stream.buffer(sizes.scores())?,
+            scores: stream.buffer(sizes.scores)?,
             lists: stream.buffer(sizes.lists())?,
             output: stream.buffer(sizes.output())?,
             words: stream.buffer(sizes.words())?,
@@ -549,38 +554,31 @@ impl Searcher {
     fn tell(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
         let Some(items) = items else { return Ok(false) };
         let worth = (items.n_gone() + items.n_entries()) * TOLD_FROM >= self.sizes.n_rows;
-        if worth || self.knows(Some(items)) { self.know(stream, Some(items)) } else { Ok(false) }
+        if worth || self.knows(items) { self.know(stream, items) } else { Ok(false) }
     }
 
-    fn knows(&self, items: Option<&Arc<LiveItems>>) -> bool {
-        self.told.as_ref().is_some_and(|told| told.items.as_ref().map(Arc::as_ptr) == items.map(Arc::as_ptr))
+    fn knows(&self, items: &Arc<LiveItems>) -> bool {
+        self.told.as_ref().is_some_and(|told| Arc::ptr_eq(&told.items, items))
     }
 
-    /// Tells the GPU which rows of `items` must not come out (`None`: all may), if it knows others and was not told of these just now;
-    /// says whether it knows.
-    pub(super) fn know(&mut self, stream: &Stream, items: Option<&Arc<LiveItems>>) -> Result<bool, DeviceError> {
+    /// Tells the GPU which rows of `items` must not come out, if it knows others and was not told of these just now; says whether it
+    /// knows.
+    fn know(&mut self, stream: &Stream, items: &Arc<LiveItems>) -> Result<bool, DeviceError> {
         if self.knows(items) {
             return Ok(true);
         }
-        let soon = |told: &Told| told.items.is_some() && items.is_some() && told.when.elapsed() < TOLD_EVERY;
-        if self.told.as_ref().is_some_and(soon) {
+        if self.told.as_ref().is_some_and(|told| told.when.elapsed() < TOLD_EVERY) {
             return Ok(false);
         }
         self.told = None;
-        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, self.sizes.n_rows);
-        match items {
-            None => host[..n].fill(u32::MAX),
-            Some(items) => {
-                host[..n].fill(0);
-                n_left = 0;
-                for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
-                    host[row as usize / 32] |= 1 << (row % 32);
-                    n_left += 1;
-                }
-            }
+        let (n, mut host, mut n_left) = (self.sizes.words(), self.up.take()?, 0);
+        host[..n].fill(0);
+        for row in (0..self.sizes.n_rows as u32).filter(|&row| !items.hides_vector(row)) {
+            host[row as usize / 32] |= 1 << (row % 32);
+            n_left += 1;
         }
         self.up.give(stream.upload(host, n, self.words.part_mut(0..n))?);
-        self.told = Some(Told { items: items.cloned(), when: Instant::now(), n_left });
+        self.told = Some(Told { items: items.clone(), when: Instant::now(), n_left });
         Ok(true)
     }
 
@@ -776,7 +774,7 @@ pub struct CudaDevice {
     rest: CpuDevice,
     pub(super) make: Arc<Maker>,
     /// Of the searcher's generation, where it can be.
-    pipeline: Option<Pipeline>,
+    pub(super) pipeline: Option<Pipeline>,
     /// By job of a batch.
     places: Vec<Place>,
     /// Of the generation that was loaded last; jobs of another one are the CPU's.
@@ -909,7 +907,7 @@ impl Device for CudaDevice {
         places.clear();
         places.resize(batch.len(), Place::Cpu);
         if let (Some(searcher), Some(pipeline)) = (searcher, &mut *pipeline) {
-            pipeline.begin(stream, searcher, rest, batch, places)?;
+            pipeline.begin(stream, searcher, rest, batch, places, &cuda.counters.slates)?;
         }
         let slates = &cuda.counters.slates;
         let jobs = batch.iter().zip(&*places);
@@ -965,7 +963,7 @@ impl CudaDevice {
         *tables = Some(made.clone());
         drop(tables);
         let Some(made) = made else { return Ok(()) };
-        self.pipeline = match Pipeline::new(&self.stream, searcher, made) {
+        self.pipeline = match Pipeline::new(&self.stream, searcher, &mut self.rest, made) {
             Ok(pipeline) => Some(pipeline),
             Err(DeviceError::OutOfMemory) => {
                 tracing::warn!(device = %self.name, "no memory for a worker's recommendations: they are ranked on the CPU");
@@ -1158,7 +1156,7 @@ pub(super) mod tests {
         let config = DeviceConfig { memory_bytes: 4 << 20, workspace_bytes: 1 << 20, ..DeviceConfig::default() };
         let error = cuda(&config, 4).load(&generation).unwrap_err();
         let DeviceError::Load { reason, .. } = error else { panic!("{error}") };
-        let text = "5.6 MiB of GPU memory: 0.1 MiB for 1000 x 16 vectors, 1.4 MiB for each of 4 workers; \
+        let text = "5.8 MiB of GPU memory: 0.1 MiB for 1000 x 16 vectors, 1.4 MiB for each of 4 workers; \
                     4.0 MiB may be used of the 7629.4 MiB that are free";
         assert_eq!(reason, text);
         assert!(cuda(&config, 1).load(&generation).is_ok());

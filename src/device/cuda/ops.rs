@@ -65,6 +65,8 @@ pub struct Ranking<'a> {
     pub params: Part<'a, u32>,
     /// f32 or pairs of bf16; `None`: the program reads none.
     pub table: Option<Part<'a, u32>>,
+    /// Words of a row of the table.
+    pub line_words: usize,
     /// Columns of a candidate.
     pub n_columns: usize,
     /// Values of a request's row.
@@ -79,12 +81,23 @@ pub struct Ranking<'a> {
     pub first: bool,
 }
 
+/// Rows beside a table, numbered from the table's last one on.
+#[derive(Clone, Copy, Debug)]
+pub struct MoreRows<'a> {
+    /// In the table's own numbers and width.
+    pub rows: Part<'a, u32>,
+    /// Rows that there is room for.
+    pub n: usize,
+}
+
 /// Candidates of requests, `width` places for each.
 #[derive(Clone, Copy, Debug)]
 pub struct RankBatch<'a> {
-    /// Items' rows, u32 `[n_requests, width]`; a place with `NO_ROW`, with a row that the ranker's table does not have, or beyond the count
-    /// is a hole.
+    /// Items' rows, u32 `[n_requests, width]`; a place with `NO_ROW`, with a row that neither the ranker's table nor what lies beside it
+    /// has, or beyond the count is a hole.
     pub rows: Part<'a, u32>,
+    /// What lies beside the ranker's table; `None`: nothing.
+    pub more: Option<MoreRows<'a>>,
     /// u32 `[n_requests]`
     pub counts: Part<'a, u32>,
     /// Requests; 1 to 65,535.
@@ -113,6 +126,11 @@ pub(super) fn holds(len: usize, rows: usize, columns: usize) {
 }
 
 impl Stream {
+    /// For a kernel.
+    pub(super) fn more(&self, more: Option<MoreRows<'_>>) -> kernels::More {
+        more.map_or_else(Default::default, |more| kernels::More { rows: self.of(&more.rows).0, n: count(more.n) })
+    }
+
     /// How near every row is to every query: f32 `[n_queries, n_rows]`.
     ///
     /// # Errors
@@ -121,9 +139,21 @@ impl Stream {
     /// # Panics
     /// If something is too short for the shapes, or another stream's.
     pub fn scores(&self, scoring: Scoring<'_>, out: PartMut<'_, f32>) -> Result<(), DeviceError> {
+        self.scores_among(scoring, scoring.n_rows, out)
+    }
+
+    /// The same, `stride` values from one query's to the next one's: f32 `[n_queries, stride]`, of which `n_rows` are written.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    ///
+    /// # Panics
+    /// As [`Self::scores`].
+    pub fn scores_among(&self, scoring: Scoring<'_>, stride: usize, out: PartMut<'_, f32>) -> Result<(), DeviceError> {
         let Scoring { queries, n_queries, vectors, n_rows, width, by, terms, available } = scoring;
         holds(queries.len(), n_queries, width);
-        holds(out.0.len(), n_queries, n_rows);
+        holds(stride, n_rows, 1);
+        holds((out.0.len() + stride).saturating_sub(n_rows), n_queries, stride);
         if by != ScoreBy::InnerProduct {
             holds(terms.map_or(0, |terms| terms.len()), n_rows, 1);
         }
@@ -145,7 +175,7 @@ impl Stream {
             by,
             available: available.map(|available| self.of(&available).0),
             scores: self.of(&out.0).0,
-            stride: count(n_rows),
+            stride: count(stride),
         };
         let launch = match vectors {
             Vectors::F32(_) => kernels::ScoresF32(shape).launch(),
@@ -297,17 +327,22 @@ impl Stream {
         batch: RankBatch<'_>,
         scores: PartMut<'_, f32>,
     ) -> Result<(), DeviceError> {
-        let RankBatch { rows, counts, n_requests, width, shared, columns } = batch;
+        let RankBatch { rows, more, counts, n_requests, width, shared, columns } = batch;
         let slots = n_requests.saturating_mul(width);
         holds(rows.len(), n_requests, width);
         holds(scores.0.len(), n_requests, width);
         holds(counts.len(), n_requests, 1);
         holds(shared.len(), n_requests, ranking.shared_width);
         holds(columns.len(), slots, ranking.n_columns);
+        let more = more.filter(|_| ranking.table.is_some());
+        if let Some(MoreRows { rows, n }) = &more {
+            holds(rows.len(), *n, ranking.line_words);
+        }
         let shape = kernels::dense::DenseRank {
             program: self.of(&ranking.program).0,
             params: self.of(&ranking.params).0,
             table: ranking.table.map(|table| self.of(&table).0),
+            more: self.more(more),
             rows: self.of(&rows).0,
             counts: self.of(&counts).0,
             columns: self.of(&columns).0,

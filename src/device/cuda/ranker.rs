@@ -165,6 +165,24 @@ impl DeviceRanker {
         self.plan.program.n_columns
     }
 
+    /// Words of a row of the items' table.
+    pub fn line_words(&self) -> usize {
+        let TableShape { stride, is_bf16, .. } = self.plan.table;
+        stride as usize / if is_bf16 { 2 } else { 1 }
+    }
+
+    /// What [`DenseRanker::line`] says of an item, as a row of the table.
+    ///
+    /// [`DenseRanker::line`]: crate::ranking::dense::DenseRanker::line
+    pub fn put_line(&self, line: &[f32], out: &mut [u32]) {
+        let value = |at: usize| line.get(at).copied().unwrap_or(0.0);
+        let half = |at: usize| u32::from(bf16::from_f32(value(at)).to_bits());
+        match self.plan.table.is_bf16 {
+            true => out.iter_mut().enumerate().for_each(|(at, out)| *out = half(2 * at) | half(2 * at + 1) << 16),
+            false => out.iter_mut().enumerate().for_each(|(at, out)| *out = value(at).to_bits()),
+        }
+    }
+
     /// How it is computed.
     pub fn plan(&self) -> &RankerPlan {
         &self.plan
@@ -253,6 +271,7 @@ impl StreamRanker {
             program: program.part(0..program.len()),
             params: params.part(0..params.len()),
             table: table.as_ref().map(|table| table.part(0..table.len())),
+            line_words: self.ranker.line_words(),
             n_columns: plan.program.n_columns,
             shared_width: plan.program.shared_width,
             block_rows: plan.block_rows,
@@ -269,6 +288,7 @@ impl StreamRanker {
 mod tests {
     use super::super::context::Context;
     use super::super::emulated::{Emulated, IMAGE};
+    use super::super::ops::MoreRows;
     use super::super::stream::Buffer;
     use super::*;
     use crate::candidates::Dependence;
@@ -433,13 +453,16 @@ mod tests {
         counts: Vec<u32>,
         shared: Vec<f32>,
         columns: Vec<f32>,
+        /// Rows beside the table, and how many.
+        more: (Vec<u32>, usize),
     }
 
     /// What samples are to the device: each with `spare` places that hold anything.
     fn host(model: &Arc<Model>, ranker: &DeviceRanker, samples: &[Sample], spare: usize) -> Host {
         let (mut cpu, each) = (DenseRanker::new(model.clone()), ranker.columns_width());
         let width = samples.iter().map(|sample| sample.rows.len()).max().unwrap() + spare;
-        let mut host = Host { width, rows: vec![], counts: vec![], shared: vec![], columns: vec![] };
+        let mut host =
+            Host { width, rows: vec![], counts: vec![], shared: vec![], columns: vec![], more: Default::default() };
         for (at, sample) in samples.iter().enumerate() {
             let (request, columns) = parts(model, sample);
             let first = host.shared.len();
@@ -459,8 +482,10 @@ mod tests {
         let (rows, counts) = (upload(stream, &host.rows), upload(stream, &host.counts));
         let (shared, columns) = (upload(stream, &host.shared), upload(stream, &host.columns));
         let mut scores = upload(stream, before);
+        let (lines, n) = (upload(stream, &host.more.0), host.more.1);
         let batch = RankBatch {
             rows: rows.part(0..rows.len()),
+            more: (n > 0).then(|| MoreRows { rows: lines.part(0..lines.len()), n }),
             counts: counts.part(0..counts.len()),
             n_requests: host.counts.len(),
             width: host.width,
@@ -533,6 +558,7 @@ mod tests {
                         counts: vec![1],
                         shared: host.shared[request * shared..(request + 1) * shared].to_vec(),
                         columns: host.columns[slot * each..(slot + 1) * each].to_vec(),
+                        more: Default::default(),
                     };
                     let alone = run(&stream, ranker, &one, Member::ONLY, &[0.0]);
                     assert_eq!(alone[0].to_bits(), got[request][at].to_bits(), "{}, {request}, {at}", case.name);
@@ -648,6 +674,44 @@ mod tests {
     }
 
     #[test]
+    fn items_beside_the_table_score_as_in_it() {
+        let Some(_emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        let mut n_tables = 0;
+        for case in cases() {
+            let (model, samples) = model(&case, Wanted::F32, false);
+            let Some(table) = model.table() else { continue };
+            n_tables += 1;
+            let (n_rows, width) = (table.n_rows(), table.width());
+            for table_of in [Arithmetic::F32, Arithmetic::Bf16] {
+                let ranker = &mut on_device(&stream, &model, RankerOptions { table: table_of, ..F32 });
+                let mut host = host(&model, ranker.ranker(), &samples, 3);
+                let before = vec![0.0; host.rows.len()];
+                let want = run(&stream, ranker, &host, Member::ONLY, &before);
+                // Every other row lies beside, in the opposite order.
+                let place = |row: u32| if row.is_multiple_of(2) { row } else { (2 * n_rows) as u32 - 1 - row };
+                host.rows.iter_mut().for_each(|row| *row = place(*row));
+                let words = ranker.ranker().line_words();
+                host.more = (vec![0; n_rows * words], n_rows);
+                for (line, out) in table.units().chunks(width).rev().zip(host.more.0.chunks_mut(words)) {
+                    let line: Vec<f32> = line.iter().map(|bits| f32::from_bits(*bits)).collect();
+                    ranker.ranker().put_line(&line, out);
+                }
+                let got = run(&stream, ranker, &host, Member::ONLY, &before);
+                let bits = |scores: &[f32]| scores.iter().map(|score| score.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&got), bits(&want), "{}, {table_of:?}", case.name);
+                // Nothing is there.
+                host.more = Default::default();
+                let got = run(&stream, ranker, &host, Member::ONLY, &before);
+                let beside = host.rows.iter().zip(&got).filter(|(row, _)| **row as usize >= n_rows);
+                assert!(beside.clone().count() > 0 && beside.clone().all(|(_, score)| score.is_nan()));
+            }
+        }
+        assert!(n_tables > 2, "{n_tables}");
+    }
+
+    #[test]
     fn memory_is_what_was_said_and_scoring_takes_none() {
         let Some(emulated) = Emulated::open("delay_us=0") else { return };
         let context = Context::open(0, IMAGE).unwrap();
@@ -671,6 +735,7 @@ mod tests {
             let mut scores = upload(&stream, &vec![0.0; all]);
             let batch = RankBatch {
                 rows: rows.part(0..all),
+                more: None,
                 counts: counts.part(0..3),
                 n_requests: 3,
                 width: host.width,

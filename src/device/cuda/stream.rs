@@ -85,6 +85,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytemuck::Pod;
 use cudarc::driver::{result, sys};
@@ -315,6 +316,46 @@ impl Stream {
         self.lane.context.check("cuGraphLaunch", launched)
     }
 
+    /// So many moments, none of which has come; `None`: the driver does not tell times.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn moments(&self, n: usize) -> Result<Option<Moments>, DeviceError> {
+        let context = self.lane.context.clone();
+        if !context.tells_times() {
+            return Ok(None);
+        }
+        context.bind()?;
+        let mut of = MomentEvents { context, events: Vec::with_capacity(n) };
+        for _ in 0..n {
+            let made = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+            of.events.push(Event(of.context.check("cuEventCreate", made)?));
+        }
+        Ok(Some(Moments { lane: self.lane.clone(), of: Arc::new(of) }))
+    }
+
+    /// Has a moment come when the stream is here: each time that it is, in work that is recorded.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Panics
+    /// If there is no such moment, or it is another stream's.
+    pub fn comes(&self, moments: &Moments, at: usize) -> Result<(), DeviceError> {
+        assert!(Arc::ptr_eq(&moments.lane, &self.lane), "a moment of another stream");
+        let event = &moments.of.events[at];
+        let records = self.lane.records.load(Ordering::Relaxed);
+        if records {
+            self.recorded.borrow_mut().push(moments.of.clone());
+        }
+        self.lane.context.bind()?;
+        // Else it would order recorded work, and tell nothing.
+        let flags = if records { sys::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL as u32 } else { 0 };
+        // SAFETY: both live: the event is the moments', which a graph keeps; the function is there, for there are moments.
+        let recorded = unsafe { sys::cuEventRecordWithFlags(event.0, self.lane.raw, flags) }.result();
+        self.lane.context.check("cuEventRecordWithFlags", recorded)
+    }
+
     fn mark(&self) -> Result<Mark, DeviceError> {
         self.works()?;
         let mut mark = Mark { lane: self.lane.clone(), event: Some(self.lane.event()?), number: 0 };
@@ -445,6 +486,46 @@ impl Stream {
         let launched =
             unsafe { result::launch_kernel(function, (x, y, z), block, shared, self.lane.raw, &mut parameters) };
         self.lane.context.check(launch.kernel, launched)
+    }
+}
+
+/// Moments in a stream's work, whose distance is told once both have come.
+#[derive(Debug)]
+pub struct Moments {
+    lane: Arc<Lane>,
+    of: Arc<MomentEvents>,
+}
+
+#[derive(Debug)]
+struct MomentEvents {
+    context: Arc<Context>,
+    events: Vec<Event>,
+}
+
+// SAFETY: the driver takes events from any thread, several at once.
+unsafe impl Sync for Event {}
+
+impl Drop for MomentEvents {
+    fn drop(&mut self) {
+        self.context.bind_anyway();
+        for event in self.events.drain(..) {
+            // SAFETY: made by `moments`, destroyed once; the driver keeps one that is still to come.
+            let _ = unsafe { result::event::destroy(event.0) };
+        }
+    }
+}
+
+impl Moments {
+    /// The time from one to the other, as they came last; `None` unless both did, in that order.
+    ///
+    /// # Panics
+    /// If there is no such moment.
+    pub fn between(&self, from: usize, to: usize) -> Option<Duration> {
+        self.lane.context.bind().ok()?;
+        let [from, to] = [&self.of.events[from], &self.of.events[to]];
+        // SAFETY: both live and are of one stream; the function is there, for there are moments.
+        let milliseconds = unsafe { result::event::elapsed(from.0, to.0) }.ok()?;
+        (milliseconds > 0.0).then(|| Duration::from_secs_f32(milliseconds.min(1e9) / 1000.0))
     }
 }
 
@@ -945,6 +1026,41 @@ mod tests {
             drop(graph);
             drop(stream);
         }
+    }
+
+    #[test]
+    fn moments_tell_how_long_work_took_each_time() {
+        let Some(emulated) = Emulated::open("seed=3,delay_us=3000") else { return };
+        let context = context();
+        let stream = Stream::new(&context).unwrap();
+        let (pairs, mut scores) = (stream.buffer(2).unwrap(), stream.buffer::<f32>(64).unwrap());
+        let moments = stream.moments(3).unwrap().expect("the emulated driver tells times");
+        assert_eq!(moments.between(0, 1), None, "none has come");
+        let give = |scores: &mut Buffer<f32>| {
+            stream.comes(&moments, 0)?;
+            mask(&stream, &pairs, scores)?;
+            stream.comes(&moments, 1)
+        };
+        let mut told = Vec::new();
+        give(&mut scores).unwrap();
+        stream.synchronize().unwrap();
+        told.extend(moments.between(0, 1));
+        let graph = stream.record(|| give(&mut scores)).unwrap();
+        for _ in 0..3 {
+            stream.launch_graph(&graph).unwrap();
+            stream.synchronize().unwrap();
+            told.extend(moments.between(0, 1));
+        }
+        assert_eq!((told.len(), moments.between(1, 0), moments.between(0, 2)), (4, None, None), "{told:?}");
+        assert!(
+            told.iter().all(|time| *time < Duration::from_secs(5)) && told.windows(2).any(|w| w[0] != w[1]),
+            "{told:?}"
+        );
+        // A graph keeps them.
+        drop(moments);
+        stream.launch_graph(&graph).unwrap();
+        stream.synchronize().unwrap();
+        assert_eq!(emulated.count("misuses"), 0);
     }
 
     #[test]

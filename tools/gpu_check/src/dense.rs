@@ -126,6 +126,7 @@ impl Held {
             program: self.words.address,
             params: self.params.address,
             table: Some(self.table.address),
+            more: Default::default(),
             rows,
             counts,
             columns,

@@ -4,7 +4,7 @@
 use tastemaker_kernels as kernels;
 use tastemaker_kernels::{CountBy, ScoreBy, SumOrder};
 
-use super::super::ops::{Lists, ListsMut, count, holds, shaped};
+use super::super::ops::{Lists, ListsMut, MoreRows, count, holds, shaped};
 use super::super::stream::{Part, PartMut, Stream};
 use crate::device::DeviceError;
 
@@ -13,7 +13,7 @@ use crate::device::DeviceError;
 pub struct Asked<'a> {
     /// Requests that there is room for.
     pub n: usize,
-    /// u32 `[4]`: requests that there are, items wanted of each (a multiple of 4).
+    /// u32 `[4]`: requests that there are, items wanted of each (a multiple of 4), items that came or changed.
     pub header: Part<'a, u32>,
     /// u32 `[n]`: rows that are searched, 0 for requests that there are not.
     pub scanned: Part<'a, u32>,
@@ -27,6 +27,19 @@ pub struct Asked<'a> {
     pub tail: Part<'a, u32>,
 }
 
+/// Vectors of items that came or changed, numbered from the table's last row on.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside<'a> {
+    /// Rows that there is room for.
+    pub n: usize,
+    /// f32 `[n, width]`
+    pub vectors: Part<'a, f32>,
+    /// f32 `[n]`, unless the score is the inner product.
+    pub norms: Option<Part<'a, f32>>,
+    /// Bits of those that have a vector.
+    pub there: Part<'a, u32>,
+}
+
 /// The vectors of items, and how they are compared.
 #[derive(Clone, Copy, Debug)]
 pub struct Compared<'a> {
@@ -38,6 +51,8 @@ pub struct Compared<'a> {
     pub widths: [usize; 2],
     /// f32 `[n_rows]`, unless the score is the inner product.
     pub norms: Option<Part<'a, f32>>,
+    /// Those beside them.
+    pub more: Beside<'a>,
     /// What a score is.
     pub by: ScoreBy,
     /// How it is summed up.
@@ -119,6 +134,8 @@ pub struct Counting<'a> {
     pub offsets: Part<'a, u32>,
     /// u32: codes of items.
     pub codes: Part<'a, u32>,
+    /// u32 `[n, 2]`: where those of items beside the tables begin and end, and what they are.
+    pub more: (MoreRows<'a>, Part<'a, u32>),
     /// u32 `[n, places_stride]`: where in the tail codes of the history lie, how many.
     pub places: Part<'a, u32>,
     /// Words of a request's places.
@@ -133,6 +150,40 @@ pub struct Counting<'a> {
     pub stride: usize,
     /// See [`Self::stride`].
     pub column: usize,
+}
+
+/// Columns that depend on the item alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Copied<'a> {
+    /// f32 `[n_items, columns]`
+    pub table: Part<'a, f32>,
+    /// Beside it.
+    pub more: MoreRows<'a>,
+    /// u32: which of a candidate's values each becomes, below `stride`.
+    pub columns: Part<'a, u32>,
+    /// Values from one candidate to the next.
+    pub stride: usize,
+}
+
+/// Columns that speak of series.
+#[derive(Clone, Copy, Debug)]
+pub struct InSeries<'a> {
+    /// u32 `[n_items, 2]`: the code of each item's series, and where the item stands in it.
+    pub items: Part<'a, u32>,
+    /// Beside them.
+    pub more: MoreRows<'a>,
+    /// u32 `[n, places_stride]`: where in the tail what the history holds lies, how much that is.
+    pub places: Part<'a, u32>,
+    /// Words of a request's places.
+    pub places_stride: usize,
+    /// Which of them.
+    pub place: usize,
+    /// f32: ln(1 + n).
+    pub logarithms: Part<'a, f32>,
+    /// Values from one candidate to the next, and which of them.
+    pub stride: usize,
+    /// See [`Self::stride`].
+    pub columns: [Option<usize>; 3],
 }
 
 /// The lists of all sources.
@@ -202,7 +253,7 @@ impl Stream {
     }
 
     /// The scores of `rows` (u32 `[n, places]`, `counts` of which there are), as the CPU computes them, but for those whose `sources` say
-    /// that they are known: f32 `[n, places]`.
+    /// that they are known: f32 `[n, places]`. Rows from the table's last one on are of those beside it.
     ///
     /// # Errors
     /// As [`Stream::scores`].
@@ -218,7 +269,7 @@ impl Stream {
         scores: PartMut<'_, f32>,
         places: usize,
     ) -> Result<(), DeviceError> {
-        let Compared { vectors, n_rows, widths: [width, dim], norms, by, order } = compared;
+        let Compared { vectors, n_rows, widths: [width, dim], norms, more, by, order } = compared;
         holds(asked.queries.len(), asked.n, width);
         holds(asked.bounds.len(), asked.n, 4);
         holds(vectors.len(), n_rows, width);
@@ -226,7 +277,10 @@ impl Stream {
         holds(scores.0.len(), asked.n, places);
         if by != ScoreBy::InnerProduct {
             holds(norms.map_or(0, |norms| norms.len()), n_rows, 1);
+            holds(more.norms.map_or(0, |norms| norms.len()), more.n, 1);
         }
+        holds(more.vectors.len(), more.n, width);
+        holds(more.there.len(), more.n.div_ceil(32), 1);
         if let Some((counts, sources)) = skip {
             holds(counts.len(), asked.n, 1);
             holds(sources.len(), asked.n, places);
@@ -238,6 +292,9 @@ impl Stream {
             width: count(width),
             dim: count(dim),
             norms: norms.map_or(0, |norms| self.of(&norms).0),
+            more: kernels::More { rows: self.of(&more.vectors).0, n: count(more.n) },
+            more_norms: more.norms.map_or(0, |norms| self.of(&norms).0),
+            more_there: self.of(&more.there).0,
             by,
             order,
             bounds: self.of(&asked.bounds).0,
@@ -341,6 +398,84 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
+    /// Puts words that changed where they belong: of each of `n_pieces` (u32 `[n_pieces, 3]`) where it begins in `staged` and in `target`,
+    /// and its length. Two must not go to the same word; one that is beyond an end is skipped.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    pub fn apply_changes(
+        &self,
+        staged: Part<'_, u32>,
+        pieces: Part<'_, u32>,
+        n_pieces: usize,
+        target: PartMut<'_, u32>,
+    ) -> Result<(), DeviceError> {
+        holds(pieces.len(), n_pieces, 3);
+        let shape = kernels::ApplyChanges {
+            staged: self.of(&staged).0,
+            n_staged: count(staged.len()),
+            pieces: self.of(&pieces).0,
+            n_pieces: count(n_pieces),
+            target: self.of(&target.0).0,
+            n_target: count(target.0.len()),
+        };
+        // SAFETY: as above; the kernel skips what is beyond either end.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// The rows (u32) of the items at places: themselves in the tables' `n_rows`, then what `names` says.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    pub fn name_places(&self, rows: PartMut<'_, u32>, n_rows: usize, names: MoreRows<'_>) -> Result<(), DeviceError> {
+        holds(names.rows.len(), names.n, 1);
+        let (to, n) = self.of(&rows.0);
+        let (n_rows, names) = (count(n_rows), self.more(Some(names)));
+        let shape = kernels::NamePlaces { rows: to, n: count(n), n_rows, names };
+        // SAFETY: as above.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// The places of candidates, u32 `[n, width]`: their rows in the tables' `n_rows`, or what `changed` says (u32 `[2, n]`: rows,
+    /// ascending, and places beside the tables), of which the header says how many count.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    pub fn find_places(
+        &self,
+        asked: Asked<'_>,
+        merged: Merged<'_>,
+        n_rows: usize,
+        changed: MoreRows<'_>,
+        places: PartMut<'_, u32>,
+    ) -> Result<(), DeviceError> {
+        merged.holds(asked.n);
+        holds(asked.header.len(), 4, 1);
+        holds(changed.rows.len(), changed.n, 2);
+        holds(places.0.len(), asked.n, merged.width);
+        let shape = kernels::FindPlaces {
+            header: self.of(&asked.header).0,
+            rows: self.of(&merged.rows).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(asked.n),
+            width: count(merged.width),
+            n_rows: count(n_rows),
+            changed: self.more(Some(changed)),
+            places: self.of(&places.0).0,
+        };
+        // SAFETY: as above.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
     /// What a ranker reads of the candidates: f32 `[n, width, stride]`.
     ///
     /// # Errors
@@ -391,7 +526,8 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
-    /// A column of the candidates that counts codes of the history: one value of f32 `[n, width, stride]`.
+    /// A column of the candidates, which are at `places` (u32 `[n, width]`), that counts codes of the history: one value of f32
+    /// `[n, width, stride]`.
     ///
     /// # Errors
     /// As [`Stream::scores`].
@@ -404,22 +540,26 @@ impl Stream {
     pub unsafe fn fill_counts(
         &self,
         asked: Asked<'_>,
-        merged: Merged<'_>,
+        (merged, at): (Merged<'_>, Part<'_, u32>),
         counting: Counting<'_>,
         values: PartMut<'_, f32>,
     ) -> Result<(), DeviceError> {
         merged.holds(asked.n);
+        holds(at.len(), asked.n, merged.width);
+        holds(counting.more.0.rows.len(), counting.more.0.n, 2);
         holds(asked.words.len(), asked.n, 8);
         holds(counting.places.len(), asked.n, counting.places_stride);
         holds(values.0.len(), asked.n * merged.width, counting.stride);
         let shape = kernels::FillCounts {
-            rows: self.of(&merged.rows).0,
+            rows: self.of(&at).0,
             counts: self.of(&merged.counts).0,
             n_requests: count(asked.n),
             width: count(merged.width),
             offsets: self.of(&counting.offsets).0,
             codes: self.of(&counting.codes).0,
             n_items: count(counting.offsets.len().saturating_sub(1)),
+            more: self.more(Some(counting.more.0)),
+            more_codes: self.of(&counting.more.1).0,
             tail: self.of(&asked.tail).0,
             asked: self.of(&asked.words).0,
             places: self.of(&counting.places).0,
@@ -433,6 +573,90 @@ impl Stream {
             column: count(counting.column),
         };
         // SAFETY: as above, and what lies in the tail and in the codes is the caller's word.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// Columns of the candidates, which are at `places` (u32 `[n, width]`), that depend on the item alone: some values of f32 `[n, width,
+    /// stride]`.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    ///
+    /// # Safety
+    /// No column is beyond the stride.
+    pub unsafe fn copy_columns(
+        &self,
+        (merged, at): (Merged<'_>, Part<'_, u32>),
+        copied: Copied<'_>,
+        values: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        let Copied { table, more, columns, stride } = copied;
+        let (n, width) = (merged.counts.len(), merged.width);
+        merged.holds(n);
+        holds(at.len(), n, width);
+        holds(more.rows.len(), more.n, columns.len());
+        holds(values.0.len(), n * width, stride);
+        let shape = kernels::CopyColumns {
+            rows: self.of(&at).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(n),
+            width: count(width),
+            table: self.of(&table).0,
+            n_items: count(table.len() / columns.len().max(1)),
+            more: self.more(Some(more)),
+            n: count(columns.len()),
+            columns: self.of(&columns).0,
+            values: self.of(&values.0).0,
+            stride: count(stride),
+        };
+        // SAFETY: as above, and columns are the caller's word.
+        unsafe { self.launch(&shaped(shape.launch())?) }
+    }
+
+    /// Columns of the candidates, which are at `places` (u32 `[n, width]`), that speak of series: some values of f32 `[n, width, stride]`.
+    ///
+    /// # Errors
+    /// As [`Stream::scores`].
+    ///
+    /// # Panics
+    /// As [`Stream::scores`].
+    ///
+    /// # Safety
+    /// What the places say lies in the tail does.
+    pub unsafe fn fill_series(
+        &self,
+        asked: Asked<'_>,
+        (merged, at): (Merged<'_>, Part<'_, u32>),
+        series: InSeries<'_>,
+        values: PartMut<'_, f32>,
+    ) -> Result<(), DeviceError> {
+        merged.holds(asked.n);
+        holds(at.len(), asked.n, merged.width);
+        holds(series.more.rows.len(), series.more.n, 2);
+        holds(series.places.len(), asked.n, series.places_stride);
+        holds(values.0.len(), asked.n * merged.width, series.stride);
+        let shape = kernels::FillSeries {
+            rows: self.of(&at).0,
+            counts: self.of(&merged.counts).0,
+            n_requests: count(asked.n),
+            width: count(merged.width),
+            items: self.of(&series.items).0,
+            n_items: count(series.items.len() / 2),
+            more: self.more(Some(series.more)),
+            tail: self.of(&asked.tail).0,
+            places: self.of(&series.places).0,
+            places_stride: count(series.places_stride),
+            place: count(series.place),
+            logarithms: self.of(&series.logarithms).0,
+            n_logarithms: count(series.logarithms.len()),
+            values: self.of(&values.0).0,
+            stride: count(series.stride),
+            columns: series.columns.map(|column| column.map(count)),
+        };
+        // SAFETY: as above, and what lies in the tail is the caller's word.
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::super::dense::Arithmetic;
 use super::super::ops::RankBatch;
 use super::super::probe::Gpu;
 use super::super::ranker::{DeviceRanker, RankerOptions, RankerPlan, StreamRanker};
@@ -9,7 +10,7 @@ use super::super::stream::{PartMut, Stream};
 use super::super::tensorrt;
 use super::shape::Sizes;
 use crate::device::cpu::Weighted;
-use crate::device::{DeviceConfig, DeviceError};
+use crate::device::{DeviceConfig, DeviceError, Storage};
 use crate::pipeline::PipelineConfig;
 
 /// Tables and weights of a ranker on one GPU, for all workers.
@@ -18,6 +19,12 @@ pub trait ResidentRanker: Send + Sync {
     fn shared_width(&self) -> usize;
     /// Columns of a candidate.
     fn columns_width(&self) -> usize;
+    /// Words of what is kept of an item, 0 where nothing is.
+    fn line_words(&self) -> usize {
+        0
+    }
+    /// What [`CpuDevice::line`](crate::device::cpu::CpuDevice::line) says of an item, as it is kept.
+    fn put_line(&self, _line: &[f32], _out: &mut [u32]) {}
     /// Memory of all of it, and of what a worker adds for `n_slots` candidates, bytes.
     fn bytes(&self, n_slots: usize) -> [u64; 2];
     /// What a worker scores up to `n_slots` candidates with.
@@ -44,6 +51,14 @@ impl ResidentRanker for DeviceRanker {
 
     fn columns_width(&self) -> usize {
         DeviceRanker::columns_width(self)
+    }
+
+    fn line_words(&self) -> usize {
+        DeviceRanker::line_words(self)
+    }
+
+    fn put_line(&self, line: &[f32], out: &mut [u32]) {
+        DeviceRanker::put_line(self, line, out);
     }
 
     fn bytes(&self, n_slots: usize) -> [u64; 2] {
@@ -81,7 +96,12 @@ pub fn maker(gpu: &Gpu, config: &Arc<PipelineConfig>, device: &DeviceConfig) -> 
         let Some(model) = &weighted.model else {
             return Ok(Err("no engine for GPUs computes it".to_owned()));
         };
-        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), RankerOptions::default()) {
+        let table = match device.tables {
+            Storage::F32 => Arithmetic::F32,
+            Storage::Bf16 => Arithmetic::Bf16,
+        };
+        let options = RankerOptions { table, ..RankerOptions::default() };
+        let plan = match RankerPlan::new(model, stream.context().shared_bytes(), options) {
             Ok(plan) => plan,
             Err(reason) => return Ok(Err(reason)),
         };

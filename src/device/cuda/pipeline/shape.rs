@@ -21,6 +21,8 @@ const CODES: [usize; 2] = [512, 16_384];
 pub struct Sizes {
     /// Items.
     pub n_rows: usize,
+    /// Room for items that came or changed; a multiple of 32.
+    pub more: usize,
     /// Values of a query, zeros at its end among them.
     pub query: usize,
     /// Neighbours that are looked for.
@@ -55,16 +57,36 @@ impl Sizes {
         if all > MAX_MERGED as usize {
             return Err(format!("the sources give {all} candidates, which is more than {MAX_MERGED}"));
         }
+        let more = Self::room(device);
         let largest = Self::largest(device, n_rows);
         let buckets = BUCKETS.into_iter().filter(|&bucket| bucket < largest).chain([largest]).collect();
         let (fetched, liked) = ((k + SPARE).min(MAX_K as usize), config.history_length as usize);
-        Ok(Sizes { n_rows, query, fetched, widths, rankers, liked, counted, buckets })
+        Ok(Sizes { n_rows, more, query, fetched, widths, rankers, liked, counted, buckets })
     }
 
     /// The most requests whose scores of all rows there is room for at a time.
     pub fn largest(device: &DeviceConfig, n_rows: usize) -> usize {
-        let fit = usize::try_from(device.workspace_bytes).unwrap_or(usize::MAX) / (4 * n_rows.max(1));
+        let columns = Self::columns_of(n_rows, Self::room(device));
+        let fit = usize::try_from(device.workspace_bytes).unwrap_or(usize::MAX) / (4 * columns.max(1));
         fit.min(device.max_batch_size as usize).max(1)
+    }
+
+    /// Words of the scores of as many requests as there is room for.
+    pub fn scores(device: &DeviceConfig, n_rows: usize) -> usize {
+        Self::largest(device, n_rows) * Self::columns_of(n_rows, Self::room(device))
+    }
+
+    fn room(device: &DeviceConfig) -> usize {
+        (device.live_items as usize).next_multiple_of(32)
+    }
+
+    fn columns_of(n_rows: usize, more: usize) -> usize {
+        if more == 0 { n_rows } else { (n_rows + more).next_multiple_of(4) }
+    }
+
+    /// Scores of a request: of all items, then of those beside the tables.
+    pub fn columns(&self) -> usize {
+        Self::columns_of(self.n_rows, self.more)
     }
 
     /// Requests of the largest bucket.
@@ -108,8 +130,8 @@ impl Sizes {
         let (most, width) = (self.most(), self.width());
         let columns = self.rankers.iter().map(|ranker| ranker[1]).max().unwrap_or(0);
         let words = self.input() + self.records() + most * (3 * self.fetched + 6);
-        // Rows and scores of lists, rows, sources, scores and ranks of candidates, dots, columns, scores, sums.
-        let candidate = 8 + 4 + 1 + 16 + 8 + 4 + 4 * columns + 4 + 4;
+        // Rows and scores of lists, rows, sources, scores, ranks and places of candidates, dots, columns, scores, sums.
+        let candidate = 8 + 4 + 1 + 16 + 8 + 4 + 4 + 4 * columns + 4 + 4;
         (4 * words + most * width * candidate) as u64
     }
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use tastemaker_kernels::{self as kernels, RowKind, RowPart};
 
-use super::super::ops::{RankBatch, count, holds, shaped};
+use super::super::ops::{MoreRows, RankBatch, count, holds, shaped};
 use super::super::pipeline::ranker::{ResidentRanker, WorkerRanker};
 use super::super::stream::{Buffer, Part, PartMut, Stream, Table};
 use crate::candidates::Dependence;
 use crate::catalog::generation::Generation;
 use crate::device::DeviceError;
 use crate::device::cpu::Whole;
-use crate::features::assemble::FeatureScratch;
+use crate::features::assemble::{FeatureScratch, Layout};
 
 /// Where the table of items and the request's values are, for [`Stream::assemble_rows`].
 struct Sources<'a> {
@@ -40,6 +40,9 @@ impl Stream {
         holds(batch.columns.len(), slots, columns);
         holds(from.table.len(), from.n_items, item);
         holds(values.0.len(), slots, input.n_values * input.kind.words());
+        if let Some(MoreRows { rows, n }) = &batch.more {
+            holds(rows.len(), *n, item);
+        }
         let shape = kernels::AssembleRows {
             rows: self.of(&batch.rows).0,
             counts: self.of(&batch.counts).0,
@@ -49,6 +52,7 @@ impl Stream {
             n_shared: count(shared),
             table: self.of(&from.table.part(0..from.table.len())).0,
             n_items: count(from.n_items),
+            more: self.more(batch.more),
             n_item: count(item),
             columns: self.of(&batch.columns).0,
             n_columns: count(columns),
@@ -61,6 +65,7 @@ impl Stream {
         unsafe { self.launch(&shaped(shape.launch())?) }
     }
 
+    /// NaN for places without a candidate: rows from `n_items` on are none.
     fn void_holes(&self, batch: RankBatch<'_>, n_items: usize, scores: PartMut<'_, f32>) -> Result<(), DeviceError> {
         holds(batch.rows.len(), batch.n_requests, batch.width);
         holds(batch.counts.len(), batch.n_requests, 1);
@@ -119,6 +124,21 @@ pub fn table_bytes(whole: &Whole, generation: &Generation) -> u64 {
     4 * (generation.items.len() * whole.widths()[Dependence::Item as usize]) as u64
 }
 
+/// What columns that depend on nothing else have of all items: f32 `[n_items, width]`.
+///
+/// # Errors
+/// Out of memory, or what the driver says.
+pub fn columns_of_items(stream: &Stream, generation: &Generation, layout: &Layout) -> Result<Table<f32>, DeviceError> {
+    let width = layout.width();
+    // By whole items: a piece of the table may begin and end within one.
+    let (mut scratch, mut lines) = (FeatureScratch::default(), Vec::new());
+    Table::new(stream, generation.items.len() * width, |start, out: &mut [f32]| {
+        let (first, end) = (start / width, (start + out.len()).div_ceil(width));
+        layout.fill_items(generation, first as u32..end as u32, &mut scratch, &mut lines);
+        out.copy_from_slice(&lines[start - first * width..][..out.len()]);
+    })
+}
+
 impl Assembled {
     /// Fills the table from the generation. `kinds` are those of the inputs, `engine_bytes` what the scorer keeps there.
     ///
@@ -137,14 +157,7 @@ impl Assembled {
     ) -> Result<Self, DeviceError> {
         assert_eq!(kinds.len(), whole.places.len(), "an input of the model is not the manifest's");
         let (widths, n_items) = (whole.widths(), generation.items.len());
-        let (layout, width) = (&whole.layouts[Dependence::Item as usize], widths[Dependence::Item as usize]);
-        // By whole items: a piece of the table may begin and end within one.
-        let (mut scratch, mut lines) = (FeatureScratch::default(), Vec::new());
-        let table = Table::new(stream, n_items * width, |start, out: &mut [f32]| {
-            let (first, end) = (start / width, (start + out.len()).div_ceil(width));
-            layout.fill_items(generation, first as u32..end as u32, &mut scratch, &mut lines);
-            out.copy_from_slice(&lines[start - first * width..][..out.len()]);
-        })?;
+        let table = columns_of_items(stream, generation, &whole.layouts[Dependence::Item as usize])?;
         let inputs = whole.places.iter().zip(kinds).map(|(places, &kind)| {
             let codes: Vec<u32> = places.iter().map(|&(of, at)| place(of, at).code()).collect();
             Ok(InputRows { places: Table::copied(stream, &codes)?, n_values: codes.len(), kind })
@@ -171,6 +184,14 @@ impl ResidentRanker for Assembled {
 
     fn columns_width(&self) -> usize {
         self.widths[Dependence::Candidate as usize]
+    }
+
+    fn line_words(&self) -> usize {
+        self.widths[Dependence::Item as usize]
+    }
+
+    fn put_line(&self, line: &[f32], out: &mut [u32]) {
+        out.iter_mut().zip(line).for_each(|(out, value)| *out = value.to_bits());
     }
 
     fn bytes(&self, n_slots: usize) -> [u64; 2] {
@@ -211,6 +232,6 @@ impl WorkerRanker for OfWorker {
         let parts: SmallVec<[Part<'_, u32>; 8]> =
             inputs.iter().zip(&*rows).map(|(input, rows)| rows.part(0..words(input))).collect();
         scorer.enqueue(stream, n_rows, &parts, scores.reborrow())?;
-        stream.void_holes(batch, *n_items, scores)
+        stream.void_holes(batch, *n_items + batch.more.map_or(0, |more| more.n), scores)
     }
 }
