@@ -57,6 +57,7 @@ fn unsafe_is_fenced() {
         "src/device/cuda/stream.rs",
         "src/device/cuda/tensorrt/assembled.rs",
         "src/device/cuda/tensorrt/engine.rs",
+        "src/device/cuda/timeline.rs",
         "src/server/http.rs",
         "src/server/ring.rs",
         "src/server/signals.rs",

@@ -382,11 +382,16 @@ impl Accelerator {
     /// Makes a worker's device. The tables stay for it until it drops what this returns.
     pub fn make(&self, pipeline: &Arc<PipelineConfig>) -> (guard::Make, impl Sized + use<>) {
         let (cuda, pipeline) = (self.cuda.clone(), pipeline.clone());
-        let make = move || {
-            let rest = cpu::CpuDevice::new(pipeline.clone(), Arc::new(rten::ThreadPool::with_num_threads(1)));
-            Ok(Box::new(cuda.device(rest, &pipeline)?) as Box<dyn Device>)
-        };
+        let make = move || Ok(Box::new(device_of(&cuda, &pipeline)?) as Box<dyn Device>);
         (Arc::new(make), self.held.clone())
+    }
+
+    /// As [`Self::make`] makes it, for whoever measures; the tables stay as long as the accelerator.
+    ///
+    /// # Errors
+    /// The GPU fails, or computes something wrong.
+    pub fn device(&self, pipeline: &Arc<PipelineConfig>) -> Result<cuda::engine::CudaDevice, DeviceError> {
+        device_of(&self.cuda, pipeline)
     }
 
     /// What its workers know of each other.
@@ -412,6 +417,13 @@ impl Accelerator {
         }
         options
     }
+}
+
+fn device_of(
+    cuda: &Arc<cuda::engine::Cuda>,
+    pipeline: &Arc<PipelineConfig>,
+) -> Result<cuda::engine::CudaDevice, DeviceError> {
+    cuda.device(cpu::CpuDevice::new(pipeline.clone(), Arc::new(rten::ThreadPool::with_num_threads(1))), pipeline)
 }
 
 /// One unit of work on its way to a worker and back. Recycled, with all its buffers, by the shard that made it.

@@ -406,6 +406,8 @@ pub struct Pipeline {
     fit: Vec<usize>,
     /// Codes of a history.
     codes: Vec<u32>,
+    /// Graphs are launched where there are some.
+    pub(super) recorded: bool,
 }
 
 /// Places in what is uploaded, while it is written.
@@ -452,6 +454,7 @@ impl Pipeline {
             flying: VecDeque::new(),
             fit: Vec::new(),
             codes: Vec::new(),
+            recorded: true,
             resident: searcher.resident.clone(),
             tables,
         };
@@ -730,8 +733,8 @@ impl Pipeline {
         let n_input = regions.tail + tail;
         self.up.give(stream.upload(host, n_input, self.buffers.input.part_mut(0..n_input))?);
         match &self.buckets[place].graph {
-            Some(graph) => stream.launch_graph(graph)?,
-            None => self.give(stream, searcher, place)?,
+            Some(graph) if self.recorded => stream.launch_graph(graph)?,
+            _ => self.give(stream, searcher, place)?,
         }
         let down = match self.down.pop() {
             Some(slot) => slot,
