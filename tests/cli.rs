@@ -97,7 +97,8 @@ fn misuse_is_2() {
     assert!(run(["inspect"]).misused().contains("<BUNDLE>"));
     assert!(run(["inspect", "x", "--jsn"]).misused().contains("'--json'"));
     assert!(run(["build", "x"]).misused().contains("--out"));
-    assert!(run(["build", "x", "--out", "y", "--index", "cagra"]).misused().contains("brute_force"));
+    assert!(run(["build", "x", "--out", "y", "--index", "scann"]).misused().contains("brute_force"));
+    assert!(run(["build", "x", "--out", "y", "--index", "cagra", "--device", "gpu"]).misused().contains("cuda:N"));
     assert!(run(["eval", "x", "--test", "y", "--k", "0"]).misused().contains("1..=10000"));
     assert!(run(["eval", "x", "--test", "y", "--relevant", "rating"]).misused().contains("COLUMN>=NUMBER"));
     assert!(run(["recommend", "u", "--context", "country"]).misused().contains("KEY=VALUE"));

@@ -5,7 +5,7 @@ mod common;
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -14,7 +14,11 @@ use std::time::{Duration, Instant};
 use common::*;
 use serde_json::{Value, json};
 use tastemaker::catalog::build::BuildOptions;
-use tastemaker::index::{IndexKind, IndexOptions};
+use tastemaker::catalog::bundle;
+use tastemaker::catalog::synthetic::{self, SyntheticOptions};
+use tastemaker::index::{
+    BruteForce, Exact, Filter, IndexKind, IndexOptions, Kernel, SearchParams, SearchScratch, VectorIndex,
+};
 use tastemaker::server::Options;
 
 /// How long a server may take to start: kernels are emulated.
@@ -363,23 +367,111 @@ fn gpus_are_taken_as_far_as_they_can_be_used() {
     assert!(ran.status.code() == Some(1) && said.contains("device cuda:1: "), "{said}");
 }
 
+/// Makes what stands in for cuVS on the emulated driver; `None`, visibly, where there is no C compiler.
+fn fake_cuvs(folder: &Path) -> Option<PathBuf> {
+    let [source, library] = ["fake.c", "libcuvs_c.so"].map(|name| folder.join(name));
+    std::fs::write(&source, include_str!("../src/device/cuda/cuvs/fake.c")).unwrap();
+    let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let mut command = Command::new(&cc);
+    command.args(["-DEMULATED", "-shared", "-fPIC", "-w", "-O1"]).arg(source).arg("-o").arg(&library);
+    if command.args(["-lm", "-ldl"]).status().is_ok_and(|status| status.success()) {
+        return Some(library);
+    }
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {cc} makes no library");
+    None
+}
+
+#[test]
+fn a_graph_that_a_gpu_made_is_searched_and_changed_by_the_cpu() {
+    let Some(libraries) = tastemaker_emulator::emulated_cuda() else {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: no emulated driver: no C++ compiler, or another machine");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let Some(_) = fake_cuvs(folder.path()) else { return };
+    let (data, bundle) = (folder.path().join("data"), folder.path().join("bundle"));
+    synthetic::generate(&data, &SyntheticOptions { n_items: 2200, n_users: 40, dim: 15, seed: 4 }).unwrap();
+    let build = |options: &[&str], script: Option<&str>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tastemaker"));
+        command.arg("build").arg(&data).arg("--out").arg(&bundle).args(["--index", "cagra"]).args(options);
+        command.env("EMU_CUDA_REPORT", folder.path().join("report")).env("CUDA_VISIBLE_DEVICES", "");
+        if let Some(script) = script {
+            command.env("LD_LIBRARY_PATH", libraries).env("EMU_CUDA", script);
+        }
+        let ran = command.output().unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
+        (ran.status.code(), said)
+    };
+    let cuvs = folder.path().to_str().unwrap();
+    // Whatever is missing is said, and nothing is left.
+    let refused = [
+        (&["--partitions", "2"][..], Some("delay_us=0"), "makes one graph"),
+        (&["--n-lists", "9"], Some("delay_us=0"), "does not concern this --index"),
+        (&["--device", "cpu"], Some("delay_us=0"), "device cpu: it makes graphs of `--index hnsw`"),
+        (&["--device", "cuda:7"], Some("delay_us=0"), "device cuda:7: "),
+        (&["--cuvs", "/nowhere"], Some("delay_us=0"), "device cuda: no cuVS"),
+        (&["--cuvs", cuvs], Some("delay_us=0,memory=600000"), "of memory; 4096 are needed"),
+        (&["--cuvs", cuvs], None, "--index cagra: device cuda: no NVIDIA"),
+    ];
+    for (options, script, want) in refused {
+        let (code, said) = build(options, script);
+        assert!(code == Some(1) && said.contains(want), "{options:?}: {code:?} {said}");
+        assert!(!bundle.exists());
+    }
+    let (code, said) =
+        build(&["--cuvs", cuvs, "--device", "cuda:0", "--graph-degree", "24"], Some("seed=1,delay_us=20"));
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("graph by CAGRA on cuda:0"), "{said}");
+    let report = std::fs::read_to_string(folder.path().join("report")).unwrap();
+    assert!(!report.contains("misuse:"), "{report}");
+
+    let generation = bundle::open(&bundle).unwrap();
+    let index = generation.index().unwrap();
+    assert_eq!(index.kind(), IndexKind::Hnsw);
+    let matrix = generation.item_embeddings.as_ref().unwrap();
+    let scanned = BruteForce::over(Exact::new(matrix.clone(), generation.metric, Kernel::detect()));
+    let users = generation.user_embeddings.as_ref().unwrap();
+    let (mut scratch, mut n_found) = (SearchScratch::default(), 0);
+    for user in 0..40 {
+        let mut query = Vec::new();
+        users.extend_row(user, &mut query);
+        let mut rows = |index: &dyn VectorIndex, params: &SearchParams| {
+            let mut out = Vec::new();
+            index.search(&query, 20, Filter::ALL, params, &mut scratch, &mut out);
+            out.into_iter().map(|found| found.row).collect::<Vec<_>>()
+        };
+        let want = rows(&scanned, &SearchParams::default());
+        let got = rows(&*index, &SearchParams { ef_search: Some(200), ..SearchParams::default() });
+        n_found += want.iter().filter(|row| got.contains(row)).count();
+    }
+    assert!(n_found >= 760, "recall@20 {}", n_found as f64 / 800.0);
+
+    // Served where there is no GPU, and changed as any other.
+    let Some(cpu) = Served::start_on(&bundle, "0", "cpu", "", "") else { return };
+    let ask = json!({"item_id": "item-5", "k": 10, "ef_search": 200, "deadline_ms": 10_000});
+    let ids = |answer: Value| -> Vec<String> {
+        let items = answer["items"].as_array().unwrap();
+        items.iter().map(|item| item["item_id"].as_str().unwrap().to_owned()).collect()
+    };
+    let before = ids(post(cpu.http, "/v1/search", &ask));
+    assert_eq!(before.len(), 10);
+    assert_eq!(http(cpu.http, "DELETE", &format!("/v1/items/{}", before[0]), "").status, 200);
+    let mut vector = Vec::new();
+    matrix.extend_row(5, &mut vector);
+    post(cpu.http, "/v1/items", &json!({"items": [{"item_id": "new", "embedding": vector}]}));
+    let after = ids(post(cpu.http, "/v1/search", &ask));
+    assert!(after.contains(&"new".to_owned()) && !after.contains(&before[0]), "{before:?} {after:?}");
+    cpu.stop();
+}
+
 #[test]
 fn an_index_of_cuvs_answers_and_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     // It stands in for cuVS, exactly: what comes out is what an exact index finds.
-    std::fs::write(path("fake.c"), include_str!("../src/device/cuda/cuvs/fake.c")).unwrap();
-    let cc = std::env::var("CC").unwrap_or_else(|_| "cc".into());
-    let library = path("libcuvs_c.so");
-    let ran = Command::new(&cc)
-        .args(["-DEMULATED", "-shared", "-fPIC", "-w", "-O1", &path("fake.c"), "-o", &library, "-lm", "-ldl"])
-        .status();
-    if !ran.is_ok_and(|status| status.success()) {
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {cc} makes no library");
-        return;
-    }
+    let Some(library) = fake_cuvs(folder.path()) else { return };
     // What cuVS opens for its files, and the stand-in does not need.
-    std::fs::copy(&library, path("libcufile.so.0")).unwrap();
+    std::fs::copy(library, path("libcufile.so.0")).unwrap();
     let index = IndexOptions::of(IndexKind::IvfFlat);
     let (_work, bundle) = build_bundle(&BuildOptions { index, ..BuildOptions::default() });
     let config = format!(

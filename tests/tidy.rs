@@ -42,6 +42,7 @@ fn unsafe_is_fenced() {
     let allowed = [
         "src/device/cuda/context.rs",
         "src/device/cuda/emulated.rs",
+        "src/device/cuda/cuvs/graph.rs",
         "src/device/cuda/cuvs/index.rs",
         "src/device/cuda/cuvs/library.rs",
         "src/device/cuda/cuvs/resources.rs",
@@ -57,6 +58,7 @@ fn unsafe_is_fenced() {
         "src/device/cuda/stream.rs",
         "src/device/cuda/tensorrt/assembled.rs",
         "src/device/cuda/tensorrt/engine.rs",
+        "src/device/cuda/timeline.rs",
         "src/server/http.rs",
         "src/server/ring.rs",
         "src/server/signals.rs",

@@ -11,7 +11,7 @@ use super::generation::{Entities, Generation, Histories, Lists, Matrix};
 use super::index::make;
 use super::text::TextIndex;
 use super::{CatalogError, bundle, npy, popularity};
-use crate::index::{IndexOptions, SearchParams, VectorIndex};
+use crate::index::{GraphMaker, Hnsw, IndexOptions, SearchParams, VectorIndex};
 use parking_lot::Mutex;
 
 /// What can't be served of a generation's rankers.
@@ -28,13 +28,19 @@ pub struct BuildOptions {
     pub index: IndexOptions,
     /// What it is divided into; 1: nothing.
     pub partitions: u32,
+    /// Makes the graph of an `hnsw` index of one piece, but for a small one; `None`: the CPU does.
+    pub graphs: Option<Arc<dyn GraphMaker>>,
 }
 
 impl Default for BuildOptions {
     fn default() -> Self {
-        BuildOptions { overwrite: false, try_rankers: None, index: IndexOptions::BruteForce {}, partitions: 1 }
+        let index = IndexOptions::BruteForce {};
+        BuildOptions { overwrite: false, try_rankers: None, index, partitions: 1, graphs: None }
     }
 }
+
+/// Vectors up to which the CPU makes a graph in any case: it does in a moment, and there are more than any list is long.
+const FEW_VECTORS: usize = 2048;
 
 /// Hears how far a build is.
 pub trait Progress: Sync {
@@ -280,7 +286,14 @@ fn make_index(
     };
     let config = &dataset.config.embeddings;
     let (ids, search) = (&dataset.items.ids, SearchParams::default());
-    let index = make(&options.index, matrix, config.metric, ids, options.partitions, search, &told);
+    let index = match (&options.index, &options.graphs) {
+        (IndexOptions::Hnsw(hnsw), Some(maker)) if options.partitions == 1 && matrix.n_rows() > FEW_VECTORS => {
+            told(&format!("graph by {}", maker.name()), 0, 0);
+            let made = Hnsw::made_by(&**maker, hnsw, matrix, config.metric);
+            made.map(|made| Arc::new(made) as Arc<dyn VectorIndex>)
+        }
+        _ => make(&options.index, matrix, config.metric, ids, options.partitions, search, &told),
+    };
     index.map(Some).map_err(|reason| CatalogError::file(&dataset.directory.join(&config.items), reason))
 }
 

@@ -132,6 +132,11 @@ impl Generation {
         self.shared_filters.get_or_init(|| FilterCache::new(capacity_bytes, self.items.len()))
     }
 
+    /// How the ranker at `place` of [`Self::rankers`] is computed on the CPU, once a worker has loaded it.
+    pub fn ranker_report(&self, place: usize) -> Option<&Report> {
+        self.ranker_reports.get()?.get(place)
+    }
+
     /// Memory of those bitmaps, bytes, about.
     pub fn filter_bytes(&self) -> u64 {
         self.shared_filters.get().map_or(0, FilterCache::bytes)

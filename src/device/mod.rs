@@ -8,6 +8,7 @@ pub mod ring;
 pub mod sim;
 pub mod worker;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ use crate::catalog::live::LiveItems;
 use crate::config::in_range;
 use crate::context::{Deadline, Degradations, StageTimings};
 use crate::error::Error;
-use crate::index::{SearchParams, Settled};
+use crate::index::{GraphMaker, SearchParams, Settled};
 use crate::pipeline::PipelineConfig;
 use crate::rerank::HardFilter;
 use crate::state::trending::LiveTrending;
@@ -345,6 +346,32 @@ pub fn select(choice: Choice) -> Result<Selected, ChoiceError> {
     }
 }
 
+/// What makes graphs of `hnsw` indexes on the GPU that is chosen, or the one with the most memory: CAGRA, of the cuVS in `cuvs` or where
+/// the loader looks.
+///
+/// # Errors
+/// A choice that is not one GPU, or whatever is missing.
+pub fn graph_maker(choice: Choice, cuvs: Option<&Path>) -> Result<Arc<dyn GraphMaker>, ChoiceError> {
+    let (device, ordinal) = match choice {
+        Choice::Auto => ("cuda".to_owned(), None),
+        Choice::Cuda(gpus) if gpus.len() < 2 => {
+            let ordinal = gpus.iter().next();
+            (ordinal.map_or("cuda".to_owned(), |at| format!("cuda:{at}")), ordinal)
+        }
+        Choice::Cuda(gpus) => {
+            return Err(ChoiceError { device: gpus.to_string(), reason: "one GPU makes a graph".to_owned() });
+        }
+        Choice::Cpu => {
+            return Err(ChoiceError {
+                device: "cpu".to_owned(),
+                reason: "it makes graphs of `--index hnsw`".to_owned(),
+            });
+        }
+    };
+    let maker = cuda::cuvs::CagraMaker::open(ordinal, cuvs).map_err(|reason| ChoiceError { device, reason })?;
+    Ok(Arc::new(maker))
+}
+
 /// How long a device that comes back may take where it makes an index of many vectors; the CPU serves meanwhile.
 const INDEX_PATIENCE: Duration = Duration::from_secs(1800);
 
@@ -390,11 +417,16 @@ impl Accelerator {
     /// Makes a worker's device. The tables stay for it until it drops what this returns.
     pub fn make(&self, pipeline: &Arc<PipelineConfig>) -> (guard::Make, impl Sized + use<>) {
         let (cuda, pipeline) = (self.cuda.clone(), pipeline.clone());
-        let make = move || {
-            let rest = cpu::CpuDevice::new(pipeline.clone(), Arc::new(rten::ThreadPool::with_num_threads(1)));
-            Ok(Box::new(cuda.device(rest, &pipeline)?) as Box<dyn Device>)
-        };
+        let make = move || Ok(Box::new(device_of(&cuda, &pipeline)?) as Box<dyn Device>);
         (Arc::new(make), self.held.clone())
+    }
+
+    /// As [`Self::make`] makes it, for whoever measures; the tables stay as long as the accelerator.
+    ///
+    /// # Errors
+    /// The GPU fails, or computes something wrong.
+    pub fn device(&self, pipeline: &Arc<PipelineConfig>) -> Result<cuda::engine::CudaDevice, DeviceError> {
+        device_of(&self.cuda, pipeline)
     }
 
     /// What its workers know of each other.
@@ -420,6 +452,13 @@ impl Accelerator {
         }
         options
     }
+}
+
+fn device_of(
+    cuda: &Arc<cuda::engine::Cuda>,
+    pipeline: &Arc<PipelineConfig>,
+) -> Result<cuda::engine::CudaDevice, DeviceError> {
+    cuda.device(cpu::CpuDevice::new(pipeline.clone(), Arc::new(rten::ThreadPool::with_num_threads(1))), pipeline)
 }
 
 /// One unit of work on its way to a worker and back. Recycled, with all its buffers, by the shard that made it.

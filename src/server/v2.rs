@@ -125,7 +125,7 @@ pub async fn api(request: Request<Incoming>, state: &HttpState) -> Answer {
 
 /// How a model is computed, in words; empty before a worker has loaded it.
 fn computed(generation: &Generation, place: usize) -> String {
-    generation.ranker_reports.get().and_then(|reports| reports.get(place)).map(Report::to_string).unwrap_or_default()
+    generation.ranker_report(place).map(Report::to_string).unwrap_or_default()
 }
 
 fn metadata(model: &Model, generation: &Generation, place: usize) -> Value {

@@ -921,7 +921,33 @@ impl Device for CudaDevice {
     }
 }
 
+/// How a batch's kernels are given to the GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launches {
+    /// As the graph that was recorded of them, where there is one: as for [`Device::execute`].
+    Recorded,
+    /// Each by itself: a graph has no seams.
+    OneByOne,
+}
+
 impl CudaDevice {
+    /// [`Device::execute`], and what of it the stream was given, in order, with seconds: see [`Stream::times`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn execute_timed(
+        &mut self,
+        batch: &mut [Box<Job>],
+        launches: Launches,
+    ) -> Result<Vec<(&'static str, f64)>, DeviceError> {
+        let recorded = |device: &mut Self, is| device.pipeline.iter_mut().for_each(|pipeline| pipeline.recorded = is);
+        recorded(self, launches == Launches::Recorded);
+        let done = self.stream.take_times().and_then(|()| self.execute(batch));
+        recorded(self, true);
+        let times = self.stream.times();
+        done.and(times)
+    }
+
     /// Makes what keeps recommendations on the device, where that can be; the log says why not.
     fn load_pipeline(&mut self) -> Result<(), DeviceError> {
         let Some(searcher) = &mut self.searcher else { return Ok(()) };

@@ -19,3 +19,4 @@ pub mod probe;
 pub mod ranker;
 pub mod stream;
 pub mod tensorrt;
+mod timeline;

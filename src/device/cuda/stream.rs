@@ -93,6 +93,7 @@ use parking_lot::Mutex;
 use tastemaker_kernels::{DevicePtr, Launch, MOST_ARGUMENTS};
 
 use super::context::Context;
+use super::timeline::Timeline;
 use crate::device::DeviceError;
 
 /// What can lie on a GPU: any bits are a value.
@@ -107,6 +108,8 @@ pub struct Stream {
     /// What the recorded work needs, while some is recorded. Not `Sync`: between the calls that make up one piece of work nobody else's
     /// may come.
     recorded: RefCell<Vec<Arc<dyn Any + Send + Sync>>>,
+    /// While somebody asks what takes how long.
+    timeline: RefCell<Option<Timeline>>,
 }
 
 /// What a stream and its memory share.
@@ -237,7 +240,7 @@ impl Stream {
         let raw = context.check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
         let (marks, records) = (AtomicU64::new(0), AtomicBool::new(false));
         let lane = Lane { context: context.clone(), raw, marks, records, held: Mutex::default() };
-        Ok(Stream { lane: Arc::new(lane), recorded: RefCell::default() })
+        Ok(Stream { lane: Arc::new(lane), recorded: RefCell::default(), timeline: RefCell::default() })
     }
 
     /// The context.
@@ -261,6 +264,33 @@ impl Stream {
     /// What the GPU failed at since.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         self.mark()?.wait()
+    }
+
+    /// Has every kernel, graph and copy from now on followed by an event, until [`Self::times`].
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn take_times(&self) -> Result<(), DeviceError> {
+        self.works()?;
+        self.timeline.replace(Some(Timeline::new(self.lane.context.clone())));
+        self.lap("")
+    }
+
+    /// What the stream was given since [`Self::take_times`], in order: a kernel's name, `graph`, `upload` or `download`, and its seconds. Waits
+    /// for the GPU; nothing without that call.
+    ///
+    /// # Errors
+    /// What the GPU failed at since.
+    pub fn times(&self) -> Result<Vec<(&'static str, f64)>, DeviceError> {
+        self.timeline.take().map_or(Ok(Vec::new()), |timeline| timeline.times())
+    }
+
+    /// An event behind what was given last, where times are taken and nothing is recorded.
+    pub(super) fn lap(&self, what: &'static str) -> Result<(), DeviceError> {
+        match &mut *self.timeline.borrow_mut() {
+            Some(timeline) if !self.lane.records.load(Ordering::Relaxed) => timeline.lap(what, self.lane.raw),
+            _ => Ok(()),
+        }
     }
 
     /// Whether work is done, and not recorded, of which only kernels can be.
@@ -313,7 +343,8 @@ impl Stream {
         // SAFETY: the executable is the graph's, which is not destroyed meanwhile; a driver frees it when what was launched is done. All
         // that its kernels touch is kept until then: buffers are freed in the stream's order, tables when the next mark was reached.
         let launched = unsafe { result::graph::launch(graph.executable, self.lane.raw) };
-        self.lane.context.check("cuGraphLaunch", launched)
+        self.lane.context.check("cuGraphLaunch", launched)?;
+        self.lap("graph")
     }
 
     /// So many moments, none of which has come; `None`: the driver does not tell times.
@@ -409,7 +440,7 @@ impl Stream {
             let copied = unsafe { result::memcpy_htod_async(address, &from[..n], self.lane.raw) };
             self.lane.context.check("copying to the GPU", copied)?;
         }
-        self.fly(from)
+        self.fly(from, (n > 0).then_some("upload"))
     }
 
     /// Copies a part of a buffer to the front of host memory.
@@ -429,11 +460,11 @@ impl Stream {
             let copied = unsafe { result::memcpy_dtoh_async(&mut to[..n], address, self.lane.raw) };
             self.lane.context.check("copying from the GPU", copied)?;
         }
-        self.fly(to)
+        self.fly(to, (n > 0).then_some("download"))
     }
 
-    fn fly<T: Plain>(&self, host: Pinned<T>) -> Result<Flight<T>, DeviceError> {
-        match self.mark() {
+    fn fly<T: Plain>(&self, host: Pinned<T>, copy: Option<&'static str>) -> Result<Flight<T>, DeviceError> {
+        match copy.map_or(Ok(()), |copy| self.lap(copy)).and_then(|()| self.mark()) {
             Ok(mark) => Ok(Flight { host: Some(host), mark }),
             Err(error) => {
                 // Nobody can tell when the copy is done: it is waited for, or the context is lost.
@@ -485,7 +516,8 @@ impl Stream {
         // has it, which is at most the 8 bytes of ours; the rest is the caller's word.
         let launched =
             unsafe { result::launch_kernel(function, (x, y, z), block, shared, self.lane.raw, &mut parameters) };
-        self.lane.context.check(launch.kernel, launched)
+        self.lane.context.check(launch.kernel, launched)?;
+        self.lap(launch.kernel)
     }
 }
 
@@ -1061,6 +1093,29 @@ mod tests {
         stream.launch_graph(&graph).unwrap();
         stream.synchronize().unwrap();
         assert_eq!(emulated.count("misuses"), 0);
+    }
+
+    #[test]
+    fn times_are_of_each_kernel_and_copy_and_not_of_what_is_recorded() {
+        let Some(_emulated) = Emulated::open("seed=4,delay_us=100") else { return };
+        let context = context();
+        let stream = Stream::new(&context).unwrap();
+        let (pairs, mut scores) = (stream.buffer(2).unwrap(), stream.buffer::<f32>(64).unwrap());
+        assert_eq!(stream.times().unwrap(), []);
+        stream.take_times().unwrap();
+        let up = stream.upload(stream.pinned(64).unwrap(), 64, scores.part_mut(0..64)).unwrap();
+        let graph = stream.record(|| mask(&stream, &pairs, &mut scores)).unwrap();
+        stream.launch_graph(&graph).unwrap();
+        mask(&stream, &pairs, &mut scores).unwrap();
+        let none = stream.upload(up.wait().unwrap(), 0, scores.part_mut(0..0)).unwrap();
+        drop(stream.download(scores.part(0..64), none.wait().unwrap()).unwrap());
+        let times = stream.times().unwrap();
+        let names: Vec<&str> = times.iter().map(|(what, _)| *what).collect();
+        assert_eq!(names, ["upload", "graph", "mask_scores", "download"]);
+        assert!(times.iter().all(|(_, seconds)| (0.0..60.0).contains(seconds)), "{times:?}");
+        // No longer.
+        mask(&stream, &pairs, &mut scores).unwrap();
+        assert_eq!(stream.times().unwrap(), []);
     }
 
     #[test]

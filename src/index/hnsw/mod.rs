@@ -22,10 +22,10 @@ pub use search::NO_LINK;
 
 use super::exact::Exact;
 use super::simd::Simd;
-use super::{Filter, HnswOptions, IndexKind, SearchParams, SearchScratch, Stored, VectorIndex};
+use super::{Filter, HnswOptions, IndexKind, Kernel, SearchParams, SearchScratch, Stored, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
 use crate::catalog::array::Array;
-use crate::catalog::generation::Metric;
+use crate::catalog::generation::{Matrix, Metric};
 use codes::Codes;
 use rayon::prelude::*;
 use search::Layer;
@@ -76,6 +76,19 @@ pub struct Hnsw {
     parts: HnswParts,
     /// What a search does that does not say.
     defaults: SearchParams,
+}
+
+/// Makes graphs elsewhere than on the threads of [`Hnsw::build`].
+pub trait GraphMaker: std::fmt::Debug + Send + Sync {
+    /// For messages.
+    fn name(&self) -> String;
+
+    /// The links of a graph without layers over `matrix`, as [`Hnsw::from_graph`] takes them, and its degree, of at most
+    /// `options.graph_degree`. Near is what [`Hnsw::build`] takes for near.
+    ///
+    /// # Errors
+    /// What is in the way, for the operator.
+    fn make(&self, matrix: &Matrix, metric: Metric, options: &HnswOptions) -> Result<(Vec<u32>, u32), String>;
 }
 
 /// The options in their ranges.
@@ -144,6 +157,23 @@ impl Hnsw {
         parts.starts = starts(&exact, false).into();
         (parts.center, parts.codes) = (codes.center().clone(), codes.words().clone());
         Ok(Hnsw { exact, codes, parts, defaults: SearchParams::default() })
+    }
+
+    /// Over a graph of `maker`'s, of the degree that `options` say, or less where there are fewer vectors.
+    ///
+    /// # Errors
+    /// As [`Self::build`], and what the maker says, or makes that does not fit.
+    pub fn made_by(
+        maker: &dyn GraphMaker,
+        options: &HnswOptions,
+        matrix: &Matrix,
+        metric: Metric,
+    ) -> Result<Self, String> {
+        check(options)?;
+        let (links, degree) = maker.make(matrix, metric, options)?;
+        let exact = Exact::new(matrix.clone(), metric, Kernel::detect());
+        Self::from_graph(links.into(), degree, exact)
+            .map_err(|reason| format!("the graph by {}: {reason}", maker.name()))
     }
 
     /// With what a search does that does not say.

@@ -14,7 +14,7 @@ use tastemaker::catalog::bundle;
 use tastemaker::catalog::generation::Generation;
 use tastemaker::catalog::synthetic::{self, SyntheticOptions};
 use tastemaker::context::Deadline;
-use tastemaker::device::{Accelerator, Device, DeviceConfig, IndexChoice, Job, Storage, Task, cpu};
+use tastemaker::device::{self, Accelerator, Choice, Device, DeviceConfig, IndexChoice, Job, Storage, Task, cpu};
 use tastemaker::index::{IndexKind, IndexOptions, SearchParams};
 use tastemaker::pipeline::PipelineConfig;
 
@@ -43,15 +43,24 @@ pub struct Setting<'a> {
 impl Setting<'_> {
     /// A bundle with an index of that kind in `work`, opened.
     fn generation(&self, work: &Path, kind: IndexKind) -> Result<Arc<Generation>> {
-        self.made(&work.join("data"), &work.join(kind.name()), kind, false)
+        let options = BuildOptions { index: IndexOptions::of(kind), ..BuildOptions::default() };
+        self.made(&work.join("data"), &work.join(kind.name()), &options, false)
+    }
+
+    /// A graph that the GPU makes, as `--index cagra` does.
+    fn by_cagra(&self, work: &Path) -> Result<Arc<Generation>> {
+        let graphs = device::graph_maker(Choice::Cuda([self.ordinal].into_iter().collect()), self.cuvs)?;
+        let index = IndexOptions::of(IndexKind::Hnsw);
+        let options = BuildOptions { index, graphs: Some(graphs), ..BuildOptions::default() };
+        self.made(&work.join("data"), &work.join("cagra"), &options, false)
     }
 
     /// The same with an exact index and the demo's ranker.
     fn ranked(&self, work: &Path) -> Result<Arc<Generation>> {
-        self.made(&work.join("ranked-data"), &work.join("ranked"), IndexKind::BruteForce, true)
+        self.made(&work.join("ranked-data"), &work.join("ranked"), &BuildOptions::default(), true)
     }
 
-    fn made(&self, data: &Path, out: &Path, kind: IndexKind, with_ranker: bool) -> Result<Arc<Generation>> {
+    fn made(&self, data: &Path, out: &Path, options: &BuildOptions, with_ranker: bool) -> Result<Arc<Generation>> {
         if !data.exists() {
             let options = SyntheticOptions { n_items: self.n, n_users: 100, dim: self.dim, seed: self.seed };
             synthetic::generate(data, &options)?;
@@ -62,8 +71,7 @@ impl Setting<'_> {
             std::fs::write(rankers.join("demo.onnx"), include_bytes!("../../../engines/demo.onnx"))?;
             std::fs::write(rankers.join("demo.toml"), include_str!("../../../engines/demo.toml"))?;
         }
-        let options = BuildOptions { index: IndexOptions::of(kind), ..BuildOptions::default() };
-        build::build(data, out, &options, &Silent)?;
+        build::build(data, out, options, &Silent)?;
         Ok(Arc::new(bundle::open(out)?))
     }
 
@@ -160,7 +168,33 @@ pub fn check(setting: &Setting<'_>, n_jobs: usize, with_cuvs: bool, until: Insta
         let made = setting.generation(work.path(), kind);
         all.push(judged(&what, floor, made.and_then(|made| one(setting, (&made, &exact), &config, n_jobs))));
     }
+    if with_cuvs && Instant::now() <= until {
+        let made = setting.by_cagra(work.path()).and_then(|made| walked(setting, (&made, &exact), n_jobs));
+        all.push(judged("the CPU's, by a graph of CAGRA's", 0.9, made));
+    }
     Ok(all)
+}
+
+/// How many searches the CPU answered by the graph of `generation`, and what share of what it finds in `exact` it found.
+fn walked(
+    setting: &Setting<'_>,
+    (generation, exact): (&Arc<Generation>, &Arc<Generation>),
+    n_jobs: usize,
+) -> Result<(u32, f64)> {
+    let effort = SearchParams { ef_search: Some(1024), ..SearchParams::default() };
+    let answered = |generation: &Arc<Generation>| -> Result<Vec<Box<Job>>> {
+        let mut asked = jobs(generation, n_jobs, K, effort, setting.seed)?;
+        asked.retain(|job| matches!(job.task, Task::Search { .. }));
+        let mut done = Ok(());
+        cpu::with_device(Arc::default(), |cpu| done = cpu.execute(&mut asked));
+        done?;
+        Ok(asked)
+    };
+    let (got, want) = (answered(generation)?, answered(exact)?);
+    let shares = got.iter().zip(&want).map(|(got, want)| recall(&found(got), &found(want)));
+    let (hits, all) = shares.fold((0, 0), |sum, share| (sum.0 + share.0, sum.1 + share.1));
+    ensure!(all > 0, "nothing was found");
+    Ok((got.len() as u32, hits as f64 / all as f64))
 }
 
 fn judged(what: &str, floor: f64, done: Result<(u32, f64)>) -> EngineCheck {

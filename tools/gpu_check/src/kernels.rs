@@ -574,7 +574,7 @@ mod tests {
             kernels[3..8],
             ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows"]
         );
-        assert_eq!(kernels[8..], ["dense_rank"; 4]);
+        assert_eq!(kernels[8..], ["dense_rank"; 5]);
         assert!(times[8..].iter().all(|time| time.flops > 0), "{times:?}");
         assert!(times.iter().all(|time| time.seconds > 0.0 && time.of_copy > 0.0 && time.bytes > 0), "{times:?}");
     }

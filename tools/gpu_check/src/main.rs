@@ -1,11 +1,15 @@
 //! Carries the GPU's tests to a machine with a GPU, runs them there against the CPU, and measures. README.md says how.
 
+mod catalogue;
 mod dense;
 mod engine;
+mod exact;
 mod kernels;
 mod machine;
+mod onnx;
 mod pack;
 mod pieces;
+mod pipeline;
 mod report;
 mod run;
 mod search;
@@ -68,6 +72,9 @@ struct Pack {
     /// Also carry what cuVS needs of a CUDA toolkit, for a machine that has a driver alone: some pieces more.
     #[arg(long)]
     toolkit: bool,
+    /// Folder of TensorRT's libraries, to carry them too; this program is then built with the feature, which takes libclang.
+    #[arg(long)]
+    tensorrt: Option<PathBuf>,
     /// Further tests to carry beside the library's own, by the name of their file in tests/; they must not need the repository.
     #[arg(long)]
     test: Vec<String>,
@@ -94,6 +101,9 @@ struct Run {
     /// Folder with cuVS, as for `pack`; without it the loader's usual places.
     #[arg(long)]
     cuvs: Option<PathBuf>,
+    /// Folder of TensorRT's libraries, where this was built with the feature; without it the loader's usual places.
+    #[arg(long)]
+    tensorrt: Option<PathBuf>,
     /// Folder with programs of tests; each is run for what concerns the GPU.
     #[arg(long)]
     tests: Option<PathBuf>,
@@ -106,7 +116,7 @@ struct Run {
     /// Seconds after which it ends with what there is, whatever it is at.
     #[arg(long, default_value_t = 570)]
     limit_s: u64,
-    /// Parts to run: kernels, engine, cuvs, bench-kernels, bench-engine, tests, bench-cuvs, sanitizer; all without.
+    /// Parts to run: kernels, engine, cuvs, bench-kernels, bench-pipeline, tensorrt, bench-engine, bench-exact, tests, bench-cuvs, sanitizer; all without.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Random shapes of each kernel.

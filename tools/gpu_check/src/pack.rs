@@ -43,6 +43,9 @@ const NCCL_FAILS: u32 = 2;
 const BUILD_BYTES: u64 = 2 << 30;
 const REBUILD_BYTES: u64 = 1 << 30;
 
+/// How names of TensorRT's libraries begin: itself, its parser of ONNX, and what builds engines.
+const TENSORRT: [&str; 2] = ["libnvinfer", "libnvonnxparser"];
+
 /// What is started on the other machine, beside the first piece.
 const START: &str = r#"#!/bin/sh
 # Unpacks the pieces that lie beside this file, in the numbered folders beside its own, or in those that PIECES names, and runs everything on
@@ -64,17 +67,19 @@ for folder in "$into"/cuvs/nvidia/*/lib /usr/local/cuda/lib64 /usr/local/cuda/ta
 done
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"
 [ -d "$into/cuvs" ] && set -- --cuvs "$into/cuvs" "$@"
+[ -d "$into/tensorrt" ] && set -- --tensorrt "$into/tensorrt" "$@"
 exec "$here/gpu_check" run --tests "$into/tests" "$@"
 "#;
 
 /// This program and those that Cargo makes of the library's tests and of `tests`, under `profile`.
-fn programs(profile: &str, tests: &[String]) -> Result<(PathBuf, Vec<PathBuf>)> {
+fn programs(Pack { profile, test: tests, tensorrt, .. }: &Pack) -> Result<(PathBuf, Vec<PathBuf>)> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = |arguments: &[&str]| -> Result<Vec<PathBuf>> {
         let ran = Command::new(&cargo)
             .args(arguments)
             // The same packages each time: features are those of all of them together, and others would build everything anew.
             .args(["-p", "tastemaker", "-p", "gpu_check"])
+            .args(tensorrt.iter().flat_map(|_| ["--features", "gpu_check/tensorrt"]))
             .args(["--profile", profile, "--message-format", "json-render-diagnostics"])
             .stderr(Stdio::inherit())
             .output()
@@ -121,6 +126,25 @@ fn libraries(site: &Path, toolkit: bool) -> Result<Vec<PathBuf>> {
             all.push(below.to_owned());
         }
     }
+    Ok(all)
+}
+
+/// TensorRT's libraries in `folder`; files that are links to each other once.
+fn tensorrt(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // As they are opened: by the major version.
+        let is_versioned = name.split(".so.").nth(1).is_some_and(|version| !version.contains('.'));
+        // Resources to build for a GPU are opened by their whole version.
+        let is_resource = name.contains("builder_resource") && path.is_file() && !path.is_symlink();
+        if TENSORRT.iter().any(|start| name.starts_with(start)) && (is_versioned || is_resource) {
+            all.push(path);
+        }
+    }
+    all.sort();
+    ensure!(!all.is_empty(), "{}: no library of TensorRT", folder.display());
     Ok(all)
 }
 
@@ -187,13 +211,12 @@ pub fn pack(options: &Pack) -> Result<()> {
     room(&target, if is_warm { REBUILD_BYTES } else { BUILD_BYTES }, "building the tests")?;
     let site = options.cuvs.as_deref();
     let names = site.map(|site| libraries(site, options.toolkit)).transpose()?.unwrap_or_default();
-    let sizes = names.iter().map(|name| {
-        let path = site.unwrap_or(Path::new("")).join(name);
-        Ok(fs::metadata(&path).with_context(|| path.display().to_string())?.len())
-    });
+    let engines = options.tensorrt.as_deref().map(tensorrt).transpose()?.unwrap_or_default();
+    let paths = names.iter().map(|name| site.unwrap_or(Path::new("")).join(name)).chain(engines.iter().cloned());
+    let sizes = paths.map(|path| Ok(fs::metadata(&path).with_context(|| path.display().to_string())?.len()));
     // Nothing that is carried compresses to more than half of itself, but small files.
     room(&options.out, sizes.sum::<Result<u64>>()? / 2 + (256 << 20), "the pieces")?;
-    let (own, tests) = programs(&options.profile, &options.test)?;
+    let (own, tests) = programs(options)?;
     let test = |path: PathBuf| {
         // Without Cargo's hash, which tells nothing on the other machine.
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
@@ -203,7 +226,12 @@ pub fn pack(options: &Pack) -> Result<()> {
     };
     let files = names.iter().map(|name| library(site.unwrap_or(Path::new("")), name, options.arch));
     let nccl = site.filter(|_| options.toolkit).map(|site| nccl(&fs::read(site.join("libcuvs/lib64/libcuvs.so"))?));
-    write(tests.into_iter().map(test).chain(files).chain(nccl), &fs::read(own)?, options)
+    let engines = engines.iter().map(|path| {
+        let bytes = fs::read(path).with_context(|| path.display().to_string())?;
+        let name = Path::new("tensorrt").join(path.file_name().unwrap_or_default());
+        Ok(Entry { name, bytes, is_executable: false })
+    });
+    write(tests.into_iter().map(test).chain(files).chain(nccl).chain(engines), &fs::read(own)?, options)
 }
 
 /// Writes pieces and what lies beside the first, in the place of what an earlier packing left.
@@ -289,6 +317,7 @@ mod tests {
             level: 1,
             profile: String::new(),
             toolkit: false,
+            tensorrt: None,
             test: Vec::new(),
         };
         // It stands for this program.
@@ -326,6 +355,23 @@ mod tests {
         let said = room(&out, 1 << 60, "something").unwrap_err().to_string();
         let want = format!("{}: something takes up to 1073741824.0 GiB, and ", out.display());
         assert!(said.starts_with(&want) && said.ends_with(" GiB are free"), "{said}");
+    }
+
+    #[test]
+    fn tensorrt_s_libraries_are_found_by_their_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = tensorrt(folder.path()).unwrap_err().to_string();
+        assert_eq!(said, format!("{}: no library of TensorRT", folder.path().display()));
+        let real = ["libnvinfer.so.11.4.0", "libnvonnxparser.so.11.4.0", "libnvinfer_builder_resource_sm90.so.11.4.0"];
+        real.iter().for_each(|name| fs::write(folder.path().join(name), "x").unwrap());
+        for name in ["libnvinfer.so.11", "libnvonnxparser.so.11", "libnvinfer.so"] {
+            let to = format!("{}.so.11.4.0", name.split(".so").next().unwrap());
+            std::os::unix::fs::symlink(to, folder.path().join(name)).unwrap();
+        }
+        fs::write(folder.path().join("libcudart.so.13"), "x").unwrap();
+        let found = tensorrt(folder.path()).unwrap();
+        let names: Vec<_> = found.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["libnvinfer.so.11", "libnvinfer_builder_resource_sm90.so.11.4.0", "libnvonnxparser.so.11"]);
     }
 
     #[test]

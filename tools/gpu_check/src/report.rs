@@ -36,10 +36,99 @@ pub struct Report {
     pub kernels: Vec<KernelTime>,
     /// Speed of the engines.
     pub engine_speeds: Vec<EngineSpeed>,
+    /// Recommendations that stay on the GPU, beside the CPU's.
+    #[serde(default)]
+    pub slates: Vec<SlateCheck>,
+    /// Their speed.
+    #[serde(default)]
+    pub pipelines: Vec<PipelineSpeed>,
     /// Speed of searches.
     pub searches: Vec<SearchSpeed>,
+    /// What was aimed at, as far as it was measured: [`Report::judge`].
+    #[serde(default)]
+    pub bars: Vec<Bar>,
     /// What went wrong, and what was left out.
     pub notes: Vec<String>,
+}
+
+/// Something that was aimed at. One that is missed is no error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bar {
+    /// Of what, and how it was measured.
+    pub what: String,
+    /// The least that will do.
+    pub wanted: f64,
+    /// What it was.
+    pub got: f64,
+}
+
+/// Slates of the GPU beside the CPU's in f32.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SlateCheck {
+    /// Widths of the ranker's layers.
+    pub network: String,
+    /// What ranks: `dense`, ours, or `TensorRT`.
+    pub engine: String,
+    /// Of products.
+    pub numbers: String,
+    /// Jobs that were compared.
+    pub jobs: usize,
+    /// Of these, those that have the CPU's candidates, all of them.
+    pub same_candidates: usize,
+    /// Candidates of a job, mean.
+    pub candidates: f64,
+    /// NDCG@10 against the order of the CPU's scores, whose first ten are worth 10 to 1.
+    pub ndcg: f64,
+    /// Largest difference of a score, over the spread (standard deviation) of the CPU's.
+    pub score_error: f64,
+    /// The least NDCG that is no defect.
+    pub floor: f64,
+    /// Whether nothing is wrong.
+    pub is_same: bool,
+    /// What failed.
+    pub note: String,
+}
+
+/// Speed of recommendations that stay on the GPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PipelineSpeed {
+    /// Items and dimension.
+    pub dataset: String,
+    /// Widths of the ranker's layers.
+    pub network: String,
+    /// What ranks.
+    pub engine: String,
+    /// Of products.
+    pub numbers: String,
+    /// Candidates that are asked for.
+    pub candidates: u32,
+    /// Requests at a time, of each worker.
+    pub batch: usize,
+    /// Workers side by side, each with a stream.
+    pub workers: usize,
+    /// Median of a batch, from the host and back, with what the CPU does of it.
+    pub p50_seconds: f64,
+    /// All batches but one in a hundred took less.
+    pub p99_seconds: f64,
+    /// Of all workers.
+    pub requests_per_second: f64,
+    /// Share of requests that were computed on the GPU as a whole.
+    pub whole: f64,
+    /// Copies between host and GPU per batch.
+    pub copies: usize,
+    /// What the GPU is at a batch, as one graph; alone.
+    pub device_seconds: f64,
+    /// The same by stage, of kernels that are launched one by one.
+    pub stages: Vec<StageShare>,
+}
+
+/// What a stage takes of a batch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageShare {
+    /// `copies`, `retrieve`, `merge`, `features`, `rank`, `select`; `tensorrt` is its part of ranking.
+    pub stage: String,
+    /// Between events on the stream; median.
+    pub seconds: f64,
 }
 
 /// A kernel beside its twin.
@@ -143,12 +232,55 @@ pub struct SearchSpeed {
     pub build_seconds: f64,
 }
 
+/// Queries of the DLRM-style core at a time.
+pub const DLRM_BATCH: usize = 1024;
+/// What its shape begins with.
+pub const DLRM_SHAPE: &str = "1024 x 270, DLRM-style";
+/// Copies of a batch that stays on the GPU: in, and out.
+pub const COPIES: usize = 2;
+/// What is aimed at, of the shapes that the bars are of.
+const ITEMS: &str = "1000000 x 128";
+const CANDIDATES: u32 = 900;
+
 impl Report {
+    /// Sets the bars that something was measured of.
+    pub fn judge(&mut self) {
+        let mut bars = Vec::new();
+        let mut bar = |what: String, wanted: f64, got: Option<f64>| {
+            bars.extend(got.map(|got| Bar { what, wanted, got }));
+        };
+        let best = |all: &mut dyn Iterator<Item = f64>| all.max_by(f64::total_cmp);
+        for k in [10, 100, 500, 1024] {
+            let shape = format!("1024 x 1000000, k {k}");
+            let of = |time: &&KernelTime| time.kernel == "topk_select" && time.shape == shape;
+            let got = self.kernels.iter().find(of).map(|time| time.of_copy);
+            bar(format!("topk_select, {shape}: share of a copy's bandwidth"), 0.7, got);
+        }
+        let found = |s: &&SearchSpeed| s.dataset == ITEMS && s.k == 500 && s.batch == 256 && s.recall >= 0.95;
+        let got = best(&mut self.searches.iter().filter(found).map(|s| s.queries_per_second));
+        bar(format!("retrieval, {ITEMS}, k 500, batch 256, recall 0.95: queries/s"), 100_000.0, got);
+        for check in self.slates.iter().filter(|check| check.numbers == "bf16") {
+            bar(format!("slates, {}, bf16: NDCG@10", check.network), 0.999, Some(check.ndcg));
+        }
+        for (network, wanted) in [("256-512-256-128-1", 150_000.0), ("128-256-128-1", 1_000_000.0)] {
+            let of = |s: &&PipelineSpeed| s.network == network && s.dataset == ITEMS && s.candidates == CANDIDATES;
+            let got = best(&mut self.pipelines.iter().filter(of).map(|s| s.requests_per_second));
+            bar(format!("recommendations, {ITEMS}, {CANDIDATES} candidates, {network}: requests/s"), wanted, got);
+        }
+        let pairs = self.kernels.iter().find(|time| time.shape.starts_with(DLRM_SHAPE));
+        let got = pairs.map(|time| DLRM_BATCH as f64 / time.seconds);
+        let what = "a DLRM-style core on 270 pairs, not an MLPerf result (one H200 there, a larger model: 48,000 to 74,000): queries/s";
+        bar(what.to_owned(), 48_000.0, got);
+        self.bars = bars;
+    }
+
     /// Whether nothing was found wrong.
     pub fn is_clean(&self) -> bool {
         self.programs.iter().all(|(_, passed)| *passed)
             && self.kernel_checks.iter().all(|check| check.mismatches.is_empty())
             && self.engines.iter().all(|check| check.is_same)
+            && self.slates.iter().all(|check| check.is_same)
+            && self.pipelines.iter().all(|speed| speed.copies <= COPIES)
             && self.agreements.iter().all(|agreement| agreement.is_same)
             && self.sanitizer.iter().all(|(_, findings)| *findings == 0)
     }
@@ -172,6 +304,22 @@ impl Report {
             let _ =
                 writeln!(out, "| engine, {what} | {recall:.4} of {jobs} jobs (at least {floor}){mark}{colon}{note} |");
         }
+        for check in &self.slates {
+            let SlateCheck { network, engine, numbers, jobs, same_candidates, candidates, ndcg, .. } = check;
+            let _ = write!(
+                out,
+                "| recommendations, {network}, {engine}, {numbers} | {same_candidates} of {jobs} with the CPU's {candidates:.0} candidates, \
+                 NDCG@10 {ndcg:.5} (at least {}), scores off by {:.1e} of their spread",
+                check.floor, check.score_error
+            );
+            let (mark, colon) =
+                (if check.is_same { "" } else { " **wrong**" }, if check.note.is_empty() { "" } else { ": " });
+            let _ = writeln!(out, "{mark}{colon}{} |", check.note);
+        }
+        for speed in self.pipelines.iter().filter(|speed| speed.copies > COPIES) {
+            let PipelineSpeed { network, engine, batch, copies, .. } = speed;
+            let _ = writeln!(out, "| copies of a batch, {network}, {engine}, {batch} requests | **{copies}** |");
+        }
         for (tool, findings) in &self.sanitizer {
             let _ = writeln!(out, "| compute-sanitizer, {tool} | {findings} findings |");
         }
@@ -181,6 +329,14 @@ impl Report {
                 out,
                 "| {index}: {what} | recall {recall:.4} (at least {floor}), scores off by {score_off:.1e}{mark} |"
             );
+        }
+        if !self.bars.is_empty() {
+            let _ = writeln!(out, "\n| what was aimed at | wanted | measured | |\n|---|--:|--:|---|");
+            for Bar { what, wanted, got } in &self.bars {
+                let digits = if *wanted < 10.0 { 4 } else { 0 };
+                let met = if got >= wanted { "pass" } else { "fail" };
+                let _ = writeln!(out, "| {what} | {wanted:.digits$} | {got:.digits$} | {met} |");
+            }
         }
         if !self.kernels.is_empty() {
             let bandwidth = 2.0 * self.copy_bytes_per_second / 1e9;
@@ -200,6 +356,7 @@ impl Report {
                 let _ = writeln!(out, "| {dataset} | {device} | {batch} | {ms:.3} | {jobs_per_second:.0} |");
             }
         }
+        self.pipeline_tables(&mut out);
         if !self.searches.is_empty() {
             let head = "\n| vectors | index | k | effort | recall | batch | ms | queries/s |\n|---|---|--:|---|--:|--:|--:|--:|";
             let _ = writeln!(out, "{head}");
@@ -219,6 +376,43 @@ impl Report {
             }
         }
         out
+    }
+
+    fn pipeline_tables(&self, out: &mut String) {
+        if self.pipelines.is_empty() {
+            return;
+        }
+        let _ = writeln!(
+            out,
+            "\nRecommendations as a whole, {COPIES} copies a batch. \"On the GPU\" is one batch alone; what is missing to p50 is the CPU's.\n\n\
+             | items | ranker | candidates | workers | batch | p50 ms | p99 ms | requests/s | on the GPU, ms | as a whole |\n\
+             |---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+        );
+        let ranker = |s: &PipelineSpeed| format!("{}, {}, {}", s.network, s.engine, s.numbers);
+        for s in &self.pipelines {
+            let [p50, p99, gpu] = [s.p50_seconds, s.p99_seconds, s.device_seconds].map(|seconds| seconds * 1e3);
+            let (share, candidates) = (s.whole * 100.0, s.candidates);
+            let _ = writeln!(
+                out,
+                "| {} | {} | {candidates} | {} | {} | {p50:.3} | {p99:.3} | {:.0} | {gpu:.3} | {share:.1} % |",
+                s.dataset,
+                ranker(s),
+                s.workers,
+                s.batch,
+                s.requests_per_second
+            );
+        }
+        let _ = writeln!(
+            out,
+            "\nTime of their stages, of kernels launched one by one:\n\n| ranker | batch | stages |\n|---|--:|---|"
+        );
+        for s in self.pipelines.iter().filter(|s| s.workers == 1) {
+            let all: f64 = s.stages.iter().map(|stage| stage.seconds).sum();
+            let stages = s.stages.iter().map(|StageShare { stage, seconds }| {
+                format!("{stage} {:.0} % ({:.1} µs)", seconds / all * 100.0, seconds * 1e6)
+            });
+            let _ = writeln!(out, "| {} | {} | {} |", ranker(s), s.batch, stages.collect::<Vec<_>>().join(", "));
+        }
     }
 }
 
@@ -249,6 +443,52 @@ mod tests {
         for (seconds, name) in days {
             assert_eq!(day(seconds), name);
         }
+    }
+
+    #[test]
+    fn bars_are_of_what_was_measured() {
+        let mut report = Report::default();
+        report.judge();
+        assert!(report.bars.is_empty());
+        let speed = |dataset: &str, copies, requests_per_second| PipelineSpeed {
+            dataset: dataset.into(),
+            network: "256-512-256-128-1".into(),
+            engine: "dense".into(),
+            numbers: "bf16".into(),
+            candidates: CANDIDATES,
+            batch: 1024,
+            workers: 1,
+            p50_seconds: 0.01,
+            p99_seconds: 0.02,
+            requests_per_second,
+            whole: 1.0,
+            copies,
+            device_seconds: 0.005,
+            stages: vec![StageShare { stage: "rank".into(), seconds: 0.005 }],
+        };
+        report.pipelines = vec![speed(ITEMS, 2, 120_000.0), speed(ITEMS, 2, 149_999.0), speed("10 x 2", 2, 1e9)];
+        let time = |kernel: &str, shape: &str, seconds, of_copy| KernelTime {
+            kernel: kernel.into(),
+            shape: shape.into(),
+            seconds,
+            bytes: 1,
+            of_copy,
+            flops: 1,
+        };
+        report.kernels = vec![
+            time("topk_select", "1024 x 1000000, k 100", 1.0, 0.75),
+            time("dense_rank", &format!("{DLRM_SHAPE}, 0.47 MFLOP a pair, bf16"), 0.0128, 0.1),
+        ];
+        report.judge();
+        let got: Vec<f64> = report.bars.iter().map(|bar| bar.got).collect();
+        assert_eq!(got, [0.75, 149_999.0, 80_000.0]);
+        let text = report.markdown();
+        let passed = [" | 0.7000 | 0.7500 | pass |", " | 150000 | 149999 | fail |", " | 48000 | 80000 | pass |"];
+        assert!(passed.iter().all(|line| text.contains(line)), "{text}");
+        // A bar that is missed is no error; a copy too many is.
+        assert!(report.is_clean());
+        report.pipelines.push(speed(ITEMS, 3, 1.0));
+        assert!(!report.is_clean() && report.markdown().contains("| copies of a batch,"));
     }
 
     #[test]

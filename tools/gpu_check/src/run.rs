@@ -13,13 +13,28 @@ use tastemaker::device::cuda::probe::Unfit;
 use crate::machine::{Gpu, Machine};
 use crate::report::{KernelCheck, Report, day};
 use crate::search::{Plan, Shape};
-use crate::{CLEAN, CUT_OFF, DIFFERS, FAILED, NO_GPU, Run, engine, kernels, search};
+use crate::{CLEAN, CUT_OFF, DIFFERS, FAILED, NO_GPU, Run, engine, exact, kernels, pipeline, search};
 
 /// The parts, in order: what tells most in the least time comes first.
-const PARTS: [&str; 8] =
-    ["kernels", "engine", "cuvs", "bench-kernels", "bench-engine", "tests", "bench-cuvs", "sanitizer"];
+const PARTS: [&str; 11] = [
+    "kernels",
+    "engine",
+    "cuvs",
+    "bench-kernels",
+    "bench-pipeline",
+    "tensorrt",
+    "bench-engine",
+    "bench-exact",
+    "tests",
+    "bench-cuvs",
+    "sanitizer",
+];
 /// Tools of compute-sanitizer that say something of kernels without `cudaMalloc`ed leaks.
 const TOOLS: [&str; 3] = ["memcheck", "racecheck", "synccheck"];
+/// What recommendations may take, so that others have their turn.
+const PIPELINE_SECONDS: u64 = 150;
+/// What TensorRT may take, which builds its engines anew.
+const TENSORRT_SECONDS: u64 = 120;
 /// What indexes over the larger vectors take, about.
 const LARGE_SECONDS: u64 = 150;
 
@@ -69,8 +84,22 @@ impl Session<'_> {
         wanted
     }
 
+    /// Takes over what was found of recommendations.
+    fn take(&mut self, what: &str, found: Result<pipeline::Found>) {
+        match found {
+            Ok(pipeline::Found { checks, speeds, notes }) => {
+                self.report.slates.extend(checks);
+                self.report.pipelines.extend(speeds);
+                self.report.notes.extend(notes);
+            }
+            // Checks that did not run are none that passed.
+            Err(error) => self.report.programs.push((format!("{what}: {error:#}"), false)),
+        }
+    }
+
     /// Keeps what was found so far, on the disk too.
-    fn save(&self) -> Result<()> {
+    fn save(&mut self) -> Result<()> {
+        self.report.judge();
         self.now.lock().unwrap_or_else(PoisonError::into_inner).report = self.report.clone();
         write(&self.report, &self.options.out)
     }
@@ -166,6 +195,29 @@ pub fn run(options: &Run) -> Result<u8> {
         gpu.clear()?;
         session.save()?;
     }
+    if session.begins("bench-pipeline") {
+        let plan = pipeline_plan(session, &gpu, seed, PIPELINE_SECONDS)?;
+        let found = pipeline::bench(&plan, &mut |line| println!("{line}"));
+        session.take("recommendations", found);
+        session.save()?;
+    }
+    if session.begins("tensorrt") {
+        let folder = options.tensorrt.clone().unwrap_or_default();
+        match pipeline::tensorrt_is_there(&folder) {
+            Ok(()) => {
+                let mut plan = pipeline_plan(session, &gpu, seed, TENSORRT_SECONDS)?;
+                // Each has a context per batch size, with memory of its own.
+                plan.workers.truncate(2);
+                let found = pipeline::bench_tensorrt(&plan, &folder, &mut |line| println!("{line}"));
+                session.take("TensorRT", found);
+            }
+            Err(reason) => {
+                println!("TensorRT: not run: {reason}");
+                session.report.notes.push(format!("TensorRT: not run: {reason}"));
+            }
+        }
+        session.save()?;
+    }
     if session.begins("bench-engine") {
         let n = if options.quick { 3_000 } else { 200_000 };
         let setting = engine::Setting { n, dim: 128, ..setting };
@@ -174,6 +226,36 @@ pub fn run(options: &Run) -> Result<u8> {
             Ok(speeds) => session.report.engine_speeds = speeds,
             Err(error) => session.report.notes.push(format!("speed of the engines: {error:#}")),
         }
+        session.save()?;
+    }
+    if session.begins("bench-exact") {
+        let full = exact::Plan {
+            shape: Shape { n: 1_000_000, dim: 128, n_centers: 10_000 },
+            ks: vec![10, 100, 500],
+            batches: vec![1, 4, 16, 64, 256, 1024],
+            each: Duration::from_millis(100),
+            until: session.until(),
+        };
+        let plan = match options.quick {
+            true => exact::Plan {
+                shape: Shape { n: 3_000, dim: 24, n_centers: 30 },
+                ks: vec![10, 40],
+                batches: vec![1, 8],
+                each: Duration::from_millis(10),
+                ..full
+            },
+            false => full,
+        };
+        match exact::bench(&mut gpu, &plan, seed) {
+            Ok(exact::Found { speeds, wrong, notes }) => {
+                wrong.iter().chain(&notes).for_each(|line| println!("{line}"));
+                session.report.searches.extend(speeds);
+                session.report.programs.extend(wrong.into_iter().map(|what| (what, false)));
+                session.report.notes.extend(notes);
+            }
+            Err(error) => session.report.notes.push(format!("exact search: {error:#}")),
+        }
+        gpu.clear()?;
         session.save()?;
     }
     if session.begins("tests") {
@@ -259,6 +341,47 @@ fn bounded(command: &mut Command, until: Instant) -> Result<Option<(ExitStatus, 
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// How recommendations are measured, for so many seconds: with as large batches, and as many workers, as the GPU has memory for.
+fn pipeline_plan(session: &Session<'_>, gpu: &Gpu, seed: u64, seconds: u64) -> Result<pipeline::Plan> {
+    let until = session.until().min(Instant::now() + Duration::from_secs(seconds));
+    let left = until.saturating_duration_since(Instant::now()).as_secs_f64();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let n_items = 1_000_000;
+    // Vectors, and the rows of a ranker's first layer; a worker has the scores of a batch, and a quarter more for all else.
+    let (tables, scores) = (n_items * (128 + 512) * 4, n_items * 4 * 5 / 4);
+    let room = (gpu.memory()?.0 / 10 * 8).saturating_sub(tables);
+    let batches: Vec<usize> =
+        [1, 8, 32, 128, 512, 1024].into_iter().filter(|&n| n == 1 || n * scores <= room).collect();
+    let largest = batches.iter().copied().max().unwrap_or(1);
+    let fits = |&n: &usize| n == 1 || (n <= cores && n * largest * scores <= room);
+    let plan = pipeline::Plan {
+        shape: Shape { n: n_items, dim: 128, n_centers: 10_000 },
+        sources: [500, 300, 100],
+        share: 1,
+        batches,
+        workers: [1, 2, 4, 8].into_iter().filter(fits).collect(),
+        n_checked: 64,
+        // Of all batches and workers together a third; what is left is for loading.
+        each: Duration::from_secs_f64((left / 120.0).clamp(0.05, 1.0)),
+        until,
+        ordinal: gpu.gpu.ordinal,
+        seed,
+    };
+    if !session.options.quick {
+        return Ok(plan);
+    }
+    Ok(pipeline::Plan {
+        shape: Shape { n: 3_000, dim: 24, n_centers: 30 },
+        sources: [60, 40, 20],
+        share: 8,
+        batches: vec![1, 8],
+        workers: vec![1, 2],
+        n_checked: 8,
+        each: Duration::from_millis(20),
+        ..plan
+    })
 }
 
 /// Speed and recall of every index, of the larger vectors where there is time.

@@ -50,7 +50,7 @@ impl Shape {
 }
 
 /// What the CPU finds, exactly: row and score, best first, for each query.
-fn oracle(matrix: &Matrix, metric: Metric, queries: &[f32], filter: Filter<'_>, k: usize) -> Vec<Vec<(u32, f32)>> {
+pub fn oracle(matrix: &Matrix, metric: Metric, queries: &[f32], filter: Filter<'_>, k: usize) -> Vec<Vec<(u32, f32)>> {
     let index = BruteForce::over(Exact::new(matrix.clone(), metric, Kernel::detect()));
     let one = |query: &[f32]| {
         let (mut out, mut scratch) = (Vec::new(), SearchScratch::default());
@@ -61,7 +61,7 @@ fn oracle(matrix: &Matrix, metric: Metric, queries: &[f32], filter: Filter<'_>, 
 }
 
 /// The share of `want` that was found.
-fn recall<'a>(got: impl Iterator<Item = &'a [i64]>, want: &[Vec<u32>]) -> f64 {
+pub fn recall<'a>(got: impl Iterator<Item = &'a [i64]>, want: &[Vec<u32>]) -> f64 {
     let (mut found, mut all) = (0, 0);
     for (got, want) in got.zip(want) {
         let mut got: Vec<i64> = got.to_vec();
@@ -198,7 +198,8 @@ impl Trial<'_> {
     }
 }
 
-fn rows_of(lists: &[Vec<(u32, f32)>]) -> Vec<Vec<u32>> {
+/// Their rows.
+pub fn rows_of(lists: &[Vec<(u32, f32)>]) -> Vec<Vec<u32>> {
     lists.iter().map(|list| list.iter().map(|found| found.0).collect()).collect()
 }
 

@@ -41,6 +41,7 @@ typedef struct {
     int64_t n, dim, n_lists, degree; uint32_t metric; Type type; float* rows; uint32_t* graph;
     uintptr_t looks_at; size_t looks_at_bytes; int device; // at rows that it does not own
     int searches;                                          // under way
+    uintptr_t shown;                                       // EMULATED: the graph in the device's memory
 } Body;
 typedef struct { Body* body; Type type; } Index;
 typedef struct { Managed* data; } Dataset;
@@ -159,6 +160,9 @@ static int destroy(Index* index) {
         return 1;
     }
 #endif
+#ifdef EMULATED
+    if (index->body && index->body->shown) DRIVER("cuMemFree_v2", int (*)(uintptr_t), index->body->shown);
+#endif
     if (index->body) { free(index->body->rows); free(index->body->graph); free(index->body); }
     free(index);
     return 1;
@@ -261,7 +265,7 @@ static int restore(const char* name, Index* index, const char* kind) {
     int whole = fread(body->rows, sizeof(float), n, file) == n;
     if (body->graph) { body->graph = malloc(links * 4); whole &= fread(body->graph, 4, links, file) == links; }
     fclose(file);
-    body->looks_at = 0, body->searches = 0;
+    body->looks_at = 0, body->searches = 0, body->shown = 0;
     index->body = body;
     index->type = body->type;
     DEMAND(whole, "Invalid or truncated index");
@@ -364,7 +368,16 @@ static void forget(Managed* m) { free(m->t.shape); }
 int cuvsCagraIndexGetGraph(Index* index, Managed* m) {
     int64_t* shape = malloc(16);
     shape[0] = index->body->n; shape[1] = index->body->degree;
-    *m = (Managed){{index->body->graph, {2, 0}, 2, {1, 32, 1}, shape, NULL, 0}, NULL, forget};
+    void* graph = index->body->graph;
+#ifdef EMULATED // where others can copy it from
+    size_t bytes = shape[0] * shape[1] * 4;
+    if (!index->body->shown && DRIVER("cuMemAlloc_v2", int (*)(uintptr_t*, size_t), &index->body->shown, bytes)) {
+        index->body->shown = 0;
+        return fail("std::bad_alloc: out_of_memory");
+    }
+    graph = memcpy((void*)index->body->shown, graph, bytes);
+#endif
+    *m = (Managed){{graph, {2, 0}, 2, {1, 32, 1}, shape, NULL, 0}, NULL, forget};
     return 1;
 }
 int cuvsCagraUpdateDataset(uintptr_t r, Dataset* set, Index* index) {

@@ -7,6 +7,7 @@
 //! What cuVS can't do here: an `ivf_pq` index takes no filter, so more is fetched than wanted ([`fetch`]); in `cagra` a longer list of
 //! candidates (`ef_search`, cuVS's `itopk_size`) than 512 is always searched by several blocks.
 
+mod graph;
 mod index;
 mod library;
 mod resources;
@@ -14,6 +15,7 @@ pub mod sys;
 #[cfg(test)]
 pub(super) mod tests;
 
+pub use graph::CagraMaker;
 pub use index::{Graph, Index, Kind, MAX_K, Neighbors, Options, Rows, Scale, Search, Value, Walk, fetch, itopk_size};
 pub use library::{Cuvs, Unavailable, VERSION};
 pub use resources::{Resources, Stream};

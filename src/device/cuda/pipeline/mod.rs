@@ -531,6 +531,8 @@ pub struct Pipeline {
     /// Codes of a history, and its series.
     codes: Vec<u32>,
     series: Series,
+    /// Graphs are launched where there are some.
+    pub(super) recorded: bool,
 }
 
 /// Places in what is uploaded, while it is written.
@@ -590,6 +592,7 @@ impl Pipeline {
             is_full: false,
             codes: Vec::new(),
             series: Series::default(),
+            recorded: true,
             resident: searcher.resident.clone(),
             tables,
         };
@@ -929,8 +932,8 @@ impl Pipeline {
         let n_input = regions.tail + tail;
         self.up.give(stream.upload(host, n_input, self.buffers.input.part_mut(0..n_input))?);
         match &self.buckets[place].graph {
-            Some(graph) => stream.launch_graph(graph)?,
-            None => self.give(stream, searcher, place)?,
+            Some(graph) if self.recorded => stream.launch_graph(graph)?,
+            _ => self.give(stream, searcher, place)?,
         }
         let down = match self.down.pop() {
             Some(slot) => slot,

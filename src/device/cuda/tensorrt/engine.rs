@@ -54,7 +54,8 @@ impl RowScorer for OnEngine {
         // SAFETY: the session was made on this stream; inputs are whole rows of the engine's own kinds, as many as
         // `Assembled` made, and buffers begin where the driver's allocations do, at a multiple of 256 bytes.
         let given = unsafe { self.session.enqueue(stream.raw(), n_rows, &inputs, address(stream.of(&scores.0).0)) };
-        given.map_err(|error| DeviceError::Failed(error.to_string()))
+        given.map_err(|error| DeviceError::Failed(error.to_string()))?;
+        stream.lap("tensorrt")
     }
 }
 
