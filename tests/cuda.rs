@@ -194,7 +194,10 @@ fn answers_are_the_cpu_s() {
         }
         questions.len()
     };
+    let recommended =
+        |by: &str| gpu.metric(&format!("tastemaker_device_recommendations_total{{device=\"cuda:0\",{by}}}"));
     let n = compare(0..80);
+    let before = recommended("by=\"device\"");
     // Items that come, change and go, and what users did.
     for addr in [gpu.http, cpu.addrs.http] {
         let vector = |at: usize| (0..16).map(|d| ((d * 3 + at) % 7) as f32 / 3.0 - 1.0).collect::<Vec<f32>>();
@@ -212,10 +215,14 @@ fn answers_are_the_cpu_s() {
     assert_eq!(gpu.metric("tastemaker_device_fenced_total{device=\"cuda:0\"}"), 0.0);
     assert_eq!(gpu.metric("tastemaker_device_jobs_total{device=\"cuda:0\",by=\"device\"}"), n as f64);
     assert!(gpu.metric("tastemaker_device_searches_total{device=\"cuda:0\",settled=\"yes\"}") >= 100.0);
-    let recommended =
-        |by: &str| gpu.metric(&format!("tastemaker_device_recommendations_total{{device=\"cuda:0\",{by}}}"));
     assert!(recommended("by=\"device\"") >= 16.0, "{}", recommended("by=\"device\""));
     assert!(recommended("by=\"cpu\",reason=\"refused\"") >= 100.0);
+    // Also after items came and changed, which were brought there.
+    assert!(recommended("by=\"device\"") > before, "{before}");
+    assert!(gpu.metric("tastemaker_device_item_updates_total{device=\"cuda:0\"}") >= 8.0);
+    // Rankers are timed on the device, too.
+    let ranked = gpu.metric("model_inference_latency_seconds_count{model_name=\"demo\"}");
+    assert!(ranked > recommended("by=\"cpu\",reason=\"refused\""), "{ranked}");
     assert_eq!(recommended("by=\"cpu\",reason=\"open\""), 0.0);
     let report = gpu.stop();
     assert!(!report.contains("misuse:"), "{report}");
