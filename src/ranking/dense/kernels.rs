@@ -133,7 +133,8 @@ pub struct Target<'a> {
 
 /// What is read next, asked for line by line while products are computed: the arithmetic leaves memory idle.
 pub struct Ahead<'a> {
-    runs: &'a mut dyn Iterator<Item = &'a [u32]>,
+    /// Until it has ended.
+    runs: Option<&'a mut dyn Iterator<Item = &'a [u32]>>,
     left: &'a [u32],
     /// The next lines to ask for.
     lines: [*const u32; MOST_AHEAD],
@@ -142,17 +143,17 @@ pub struct Ahead<'a> {
 impl<'a> Ahead<'a> {
     /// Asks for `runs` of memory one after another.
     pub fn new(runs: &'a mut dyn Iterator<Item = &'a [u32]>) -> Self {
-        Ahead { runs, left: &[], lines: [std::ptr::null(); MOST_AHEAD] }
+        Ahead { runs: Some(runs), left: &[], lines: [std::ptr::null(); MOST_AHEAD] }
     }
 
     /// The next cache lines, `n` and [`MOST_AHEAD`] at most.
     pub(super) fn next(&mut self, n: usize) -> &[*const u32] {
         let (mut at, n) = (0, n.min(MOST_AHEAD));
-        while at < n {
+        while let Some(runs) = self.runs.as_mut().filter(|_| at < n) {
             if self.left.is_empty() {
-                match self.runs.next() {
+                match runs.next() {
                     Some(run) => self.left = run,
-                    None => break,
+                    None => self.runs = None,
                 }
             }
             let (some, left) = self.left.split_at(self.left.len().min((n - at) * LANES));
@@ -649,9 +650,31 @@ unsafe fn store<V: Vector, const TO: u8>(value: V, place: *mut u32, column: usiz
     }
 }
 
+/// Adds the products of one unit of `R` rows, `stride` from one to the next, with `N` registers of weights. Inlined always, or the sums
+/// would have places in memory.
+#[inline(always)]
+unsafe fn add<V: Vector, P: Product<V>, const R: usize, const N: usize>(
+    sums: &mut [[P::Sums; N]; R],
+    weights: *const Line,
+    values: *const u32,
+    stride: usize,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let weights: [P::Weights; N] = std::array::from_fn(|lane| P::weights(&*weights.add(lane)));
+        #[expect(clippy::needless_range_loop, reason = "constant places, or the sums would have one in memory")]
+        for r in 0..R {
+            let value = *values.add(r * stride);
+            for lane in 0..N {
+                sums[r][lane] = P::add(sums[r][lane], value, weights[lane]);
+            }
+        }
+    }
+}
+
 /// `R` rows by one panel of `N` registers: the sums stay in registers until they are put into `kept`, from where they are finished.
-/// Finished right away, in loops too long to unroll, they would live in memory from the beginning; steps are few instructions, and are.
-/// Between products, lines of `ahead` are asked for: all at once would hold up the loads of weights.
+/// Finished right away, in loops too long to unroll, they would live in memory from the beginning; steps of a wide panel are few
+/// instructions, and are. Between products, lines of `ahead` are asked for: all at once would hold up the loads of weights.
 ///
 /// # Safety
 /// As for [`Vector`]; rows, base and `out` are as long as [`Layer::run`] demands. So with the callers.
@@ -671,24 +694,19 @@ unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
         let weights = layer.weights.as_ptr().add(panel * units * N);
         let values = rows.units.as_ptr().add(row * rows.stride);
         let mut sums = [[P::zero(); N]; R];
-        let mut unit = |unit: usize| {
-            let weights: [P::Weights; N] = std::array::from_fn(|lane| P::weights(&*weights.add(unit * N + lane)));
-            #[expect(clippy::needless_range_loop, reason = "constant places, or the sums would have one in memory")]
-            for r in 0..R {
-                let value = *values.add(r * rows.stride + unit);
-                for lane in 0..N {
-                    sums[r][lane] = P::add(sums[r][lane], value, weights[lane]);
-                }
-            }
-        };
-        for group in 0..units / UNITS_AHEAD {
+        let groups = units / UNITS_AHEAD;
+        for group in 0..groups {
             if let Some(&line) = ahead.get(group) {
                 crate::memory::prefetch_place(line);
             }
-            (0..UNITS_AHEAD).for_each(|at| unit(group * UNITS_AHEAD + at));
+            for unit in group * UNITS_AHEAD..(group + 1) * UNITS_AHEAD {
+                add::<V, P, R, N>(&mut sums, weights.add(unit * N), values.add(unit), rows.stride);
+            }
         }
-        (units / UNITS_AHEAD * UNITS_AHEAD..units).for_each(unit);
-        if P::WORTH && layer.steps {
+        for unit in groups * UNITS_AHEAD..units {
+            add::<V, P, R, N>(&mut sums, weights.add(unit * N), values.add(unit), rows.stride);
+        }
+        if P::WORTH && layer.steps && N == 4 {
             let (worth, bias) = (layer.worth.as_ptr().add(panel * N), layer.bias.as_ptr().add(panel * N));
             let place = out.units.as_mut_ptr().add(row * out.stride + panel * N * LANES / 4);
             for (r, sums) in sums.into_iter().enumerate() {
