@@ -15,6 +15,26 @@ const MOST_COLUMNS: usize = 1 << 20;
 /// The batch's size among the numbers of a shape.
 const BATCH: i64 = i64::MIN;
 
+/// Whole numbers up to it are values of f32, which features are.
+const LARGEST_ID: usize = 1 << 24;
+/// Operators whose results are values of their operands, or nearly so.
+const MOVES: [&str; 14] = [
+    "Cast",
+    "Ceil",
+    "Clip",
+    "Concat",
+    "Flatten",
+    "Floor",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+];
+
 /// A tensor while the graph is read.
 #[derive(Clone, Debug)]
 enum Value {
@@ -72,6 +92,43 @@ pub fn read(model: &ModelProto, inputs: &[(&str, usize)], outputs: &[&str]) -> R
         }
     }
     Ok(reader.graph)
+}
+
+/// Looks for tables with more rows than features can tell apart, whatever runs the model. Numbers that the graph computes of features may
+/// be larger.
+///
+/// # Errors
+/// The node that picks from such a table, and the input that it picks by.
+pub fn check_ids(model: &ModelProto) -> Result<(), String> {
+    let Some(proto) = &model.graph else { return Ok(()) };
+    let tables = proto.initializer.iter().filter_map(|tensor| Some((tensor.name.as_deref()?, &tensor.dims)));
+    let tables: HashMap<&str, &Vec<i64>> = tables.collect();
+    let inputs = proto.input.iter().filter_map(|input| input.name.as_deref());
+    // By name: the input that a value is, moved about.
+    let mut origins: HashMap<&str, &str> =
+        inputs.filter(|name| !tables.contains_key(name)).map(|name| (name, name)).collect();
+    for node in &proto.node {
+        let kind = node.op_type.as_deref().unwrap_or_default();
+        let operand = |at: usize| node.input.get(at).map(String::as_str).unwrap_or_default();
+        let table = tables.get(operand(0)).filter(|_| kind == "Gather");
+        if let (Some(dims), Some(input)) = (table, origins.get(operand(1))) {
+            let axis = node.attribute.iter().find(|a| a.name.as_deref() == Some("axis")).and_then(|a| a.i).unwrap_or(0);
+            let axis = if axis < 0 { axis + dims.len() as i64 } else { axis };
+            let rows = usize::try_from(axis).ok().and_then(|axis| dims.get(axis)).copied().unwrap_or(0);
+            if rows > LARGEST_ID as i64 + 1 {
+                let node = named(node);
+                return Err(format!(
+                    "{node}: picks one of {rows} rows by the input `{input}`, but features are float32, which has all \
+                     whole numbers up to {LARGEST_ID} only; give such an id in two columns and put it together in the graph"
+                ));
+            }
+        } else if MOVES.contains(&kind)
+            && let Some(&origin) = node.input.iter().find_map(|name| origins.get(name.as_str()))
+        {
+            origins.extend(node.output.iter().map(|name| (name.as_str(), origin)));
+        }
+    }
+    Ok(())
 }
 
 /// The nodes that the outputs depend on, in the file's order, which is that of computation.
@@ -736,6 +793,10 @@ impl<'a> Reader<'a> {
                 if axis != 0 || rows == 0 || dim == 0 {
                     return Err(format!("axis {axis} of a table"));
                 }
+                // Here all numbers are f32.
+                if rows > LARGEST_ID + 1 {
+                    return Err(format!("a table of {rows} rows"));
+                }
                 shape.push(dim);
                 self.one(Op::Embedding { x: id, table: table.floats, dim }, shape)
             }
@@ -1060,5 +1121,32 @@ mod tests {
         let huge = vec![whole("to", &[2], &[1, i64::MAX]), floats("w", &[1, 1], &[1.0])];
         assert!(refused(vec![node("Expand", "x to", "y", &[])], huge).contains("do not fit"));
         assert!(read(&model(&[("x", 2), ("u", 2)], vec![], vec![]), &[("x", 2)], &["y"]).unwrap_err().contains("`u`"));
+    }
+
+    #[test]
+    fn ids_that_features_cannot_hold_are_refused() {
+        let rows = |n: i64| {
+            let dims = vec![n, 8];
+            vec![
+                TensorProto { name: Some("table".into()), dims, ..TensorProto::default() },
+                whole("size", &[], &[4096]),
+            ]
+        };
+        let picked = |by: &str| {
+            vec![
+                node("Cast", "id", "whole", &[]),
+                node("Squeeze", "whole", "one", &[]),
+                node("Mul", "one size", "high", &[]),
+                node("Gather", &format!("table {by}"), "y", &[]),
+            ]
+        };
+        let check = |nodes: Vec<NodeProto>, n: i64| check_ids(&model(&[("id", 1)], nodes, rows(n)));
+        let reason = check(picked("one"), (1 << 24) + 2).unwrap_err();
+        let parts = ["node `Gather0` (Gather)", "16777218 rows", "`id`", "16777216"];
+        assert!(parts.iter().all(|part| reason.contains(part)), "{reason}");
+        assert_eq!(check(picked("one"), (1 << 24) + 1), Ok(()));
+        // Put together of two columns, or known at load.
+        assert_eq!(check(picked("high"), 1 << 30), Ok(()));
+        assert_eq!(check(picked("size"), 1 << 30), Ok(()));
     }
 }

@@ -67,6 +67,14 @@ fn read_onnx(onnx: &Path) -> Result<ModelProto, String> {
     ModelProto::parse_file(std::fs::File::open(onnx).map_err(|e| e.to_string())?).map_err(|e| e.to_string())
 }
 
+/// Whether features can name the rows of the model's tables: [`graph::check_ids`] of a file.
+///
+/// # Errors
+/// The table that they can't, or a file that can't be read.
+pub fn check_ids(onnx: &Path) -> Result<(), String> {
+    graph::check_ids(&read_onnx(onnx)?)
+}
+
 /// The model as a dense network, held against the general runtime.
 ///
 /// # Errors

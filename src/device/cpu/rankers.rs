@@ -167,6 +167,7 @@ fn prepare(
         if engine == Engine::Trees {
             return Err(refused("trees", "it is no ensemble of trees"));
         }
+        ranking::check_ids(&model.onnx).map_err(|reason| format!("ranker `{}`: {reason}", model.name))?;
         if engine == Engine::OnnxRuntime {
             onnxruntime(config, model, &layouts)?;
             models.push(Prepared::OnnxRuntime(None));
@@ -409,6 +410,36 @@ mod tests {
                     assert!((item.score - want).abs() <= 1e-3 * want.abs().max(1.0), "{} {want}", item.score);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_table_that_features_cannot_number_is_refused_by_every_engine() {
+        use ranking::manifest::Engine;
+        use rten_onnx::onnx::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto};
+
+        let folder = tempfile::tempdir().unwrap();
+        let onnx = folder.path().join("ids.onnx");
+        let node = NodeProto {
+            op_type: Some("Gather".into()),
+            input: vec!["worth".into(), "features".into()],
+            output: vec!["score".into()],
+            ..NodeProto::default()
+        };
+        let input = ValueInfoProto { name: Some("features".into()), ..ValueInfoProto::default() };
+        let table = TensorProto { name: Some("worth".into()), dims: vec![20_000_000, 1], ..TensorProto::default() };
+        let (node, input, initializer) = (vec![node], vec![input], vec![table]);
+        let graph = Some(GraphProto { node, input, initializer, ..GraphProto::default() });
+        ModelProto { graph, ..ModelProto::default() }.write_file(std::fs::File::create(&onnx).unwrap()).unwrap();
+        for engine in [Engine::Auto, Engine::Dense, Engine::Rten, Engine::OnnxRuntime] {
+            let mut generation = Arc::into_inner(generation(Wanted::F32)).unwrap();
+            generation.rankers[0].onnx = onnx.clone();
+            generation.rankers[0].manifest.engine = engine;
+            let config = Arc::new(PipelineConfig::default());
+            let mut device = CpuDevice::new(config, Arc::new(ThreadPool::with_num_threads(1)));
+            let error = device.load(&Arc::new(generation)).unwrap_err().to_string();
+            let parts = ["`main`", "the Gather node of `score`", "20000000 rows", "`features`", "16777216"];
+            assert!(parts.iter().all(|part| error.contains(part)), "{engine:?}: {error}");
         }
     }
 

@@ -19,6 +19,11 @@ use crate::index::Kernel;
 pub const LANES: usize = 16;
 /// Layers of at most so many columns are computed by dot products: a panel would be mostly padding.
 pub const NARROW: usize = 4;
+/// Units of a tile for each cache line that is asked for meanwhile; lines for a tile at most.
+const UNITS_AHEAD: usize = 4;
+const MOST_AHEAD: usize = 128;
+/// Rows of a narrow layer that are summed up together, so that no sum waits for itself.
+const TOGETHER: usize = 4;
 /// How many rows ahead of its use a row of a table is asked for.
 const AHEAD: usize = 6;
 
@@ -124,6 +129,41 @@ pub struct Target<'a> {
     pub format: Format,
     /// Negative values become 0; NaN stays.
     pub relu: bool,
+}
+
+/// What is read next, asked for line by line while products are computed: the arithmetic leaves memory idle.
+pub struct Ahead<'a> {
+    /// Until it has ended.
+    runs: Option<&'a mut dyn Iterator<Item = &'a [u32]>>,
+    left: &'a [u32],
+    /// The next lines to ask for.
+    lines: [*const u32; MOST_AHEAD],
+}
+
+impl<'a> Ahead<'a> {
+    /// Asks for `runs` of memory one after another.
+    pub fn new(runs: &'a mut dyn Iterator<Item = &'a [u32]>) -> Self {
+        Ahead { runs: Some(runs), left: &[], lines: [std::ptr::null(); MOST_AHEAD] }
+    }
+
+    /// The next cache lines, `n` and [`MOST_AHEAD`] at most.
+    pub(super) fn next(&mut self, n: usize) -> &[*const u32] {
+        let (mut at, n) = (0, n.min(MOST_AHEAD));
+        while let Some(runs) = self.runs.as_mut().filter(|_| at < n) {
+            if self.left.is_empty() {
+                match runs.next() {
+                    Some(run) => self.left = run,
+                    None => self.runs = None,
+                }
+            }
+            let (some, left) = self.left.split_at(self.left.len().min((n - at) * LANES));
+            let count = some.len().div_ceil(LANES);
+            let lines = self.lines[at..at + count].iter_mut().enumerate();
+            lines.for_each(|(line, place)| *place = some.as_ptr().wrapping_add(line * LANES));
+            (at, self.left) = (at + count, left);
+        }
+        &self.lines[..at]
+    }
 }
 
 /// Which code computes a layer; only made for what the CPU has.
@@ -269,14 +309,18 @@ impl Layer {
     }
 
     /// The same for 8-bit results in one format only, rectified or not, and no base: the step is folded into what sums are worth.
-    /// Other layers are left as they are.
+    /// Other layers are left as they are, and those whose results might lie beyond what 32-bit integers hold.
     pub fn folded(mut self, format: Format) -> Self {
-        if let (Format::U8 { low, per_unit }, Precision::Int8) = (format, self.precision) {
-            let scaled =
-                |line: &mut Line, of: &dyn Fn(f32) -> f32| line.0 = line.0.map(|v| of(f32::from_bits(v)).to_bits());
-            self.worth.iter_mut().for_each(|line| scaled(line, &|v| v * per_unit));
-            self.bias.iter_mut().for_each(|line| scaled(line, &|v| (v - low) * per_unit));
-            self.steps = true;
+        let (Format::U8 { low, per_unit }, Precision::Int8) = (format, self.precision) else { return self };
+        let scaled = |lines: &[Line], of: &dyn Fn(f32) -> f32| -> Vec<Line> {
+            lines.iter().map(|line| Line(line.floats().map(|v| of(v).to_bits()))).collect()
+        };
+        let (worth, bias) = (scaled(&self.worth, &|v| v * per_unit), scaled(&self.bias, &|v| (v - low) * per_unit));
+        // NaN is not within.
+        let within = |lines: &[Line], most: f32| lines.iter().flat_map(|line| line.floats()).all(|v| v.abs() <= most);
+        let largest_sum = (255 * 127 * self.n_inputs) as f32;
+        if within(&worth, 2f32.powi(29) / largest_sum) && within(&bias, 2f32.powi(29)) {
+            (self.worth, self.bias, self.steps) = (worth, bias, true);
         }
         self
     }
@@ -308,7 +352,7 @@ impl Layer {
     ///
     /// # Panics
     /// If rows or `out` are too short. A narrow layer writes f32 whatever the format.
-    pub fn run(&self, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+    pub fn run(&self, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>, ahead: &mut Ahead<'_>) {
         if rows.n == 0 {
             return;
         }
@@ -323,16 +367,16 @@ impl Layer {
         match self.code {
             // SAFETY, here and below: the code was chosen after its features were detected on this CPU; places were checked.
             #[cfg(target_arch = "x86_64")]
-            Code::Avx512(Precision::F32) => unsafe { x86::f32_avx512(self, rows, base, out) },
+            Code::Avx512(Precision::F32) => unsafe { x86::f32_avx512(self, rows, base, out, ahead) },
             #[cfg(target_arch = "x86_64")]
-            Code::Avx512(Precision::Bf16) => unsafe { x86::bf16_avx512(self, rows, base, out) },
+            Code::Avx512(Precision::Bf16) => unsafe { x86::bf16_avx512(self, rows, base, out, ahead) },
             #[cfg(target_arch = "x86_64")]
-            Code::Avx512(Precision::Int8) => unsafe { x86::int8_avx512(self, rows, base, out) },
+            Code::Avx512(Precision::Int8) => unsafe { x86::int8_avx512(self, rows, base, out, ahead) },
             #[cfg(target_arch = "x86_64")]
-            Code::Avx2 => unsafe { x86::f32_avx2(self, rows, base, out) },
-            Code::Portable(Precision::F32) => unsafe { small::<[f32; LANES], F32>(self, rows, base, out) },
-            Code::Portable(Precision::Bf16) => unsafe { small::<[f32; LANES], Bf16>(self, rows, base, out) },
-            Code::Portable(Precision::Int8) => unsafe { small::<[f32; LANES], Int8>(self, rows, base, out) },
+            Code::Avx2 => unsafe { x86::f32_avx2(self, rows, base, out, ahead) },
+            Code::Portable(Precision::F32) => unsafe { small::<[f32; LANES], F32>(self, rows, base, out, ahead) },
+            Code::Portable(Precision::Bf16) => unsafe { small::<[f32; LANES], Bf16>(self, rows, base, out, ahead) },
+            Code::Portable(Precision::Int8) => unsafe { small::<[f32; LANES], Int8>(self, rows, base, out, ahead) },
         }
     }
 }
@@ -348,11 +392,18 @@ trait Vector: Copy {
     unsafe fn mul_add(self, other: Self, sums: Self) -> Self;
     /// Negative lanes become 0; NaN stays.
     unsafe fn relu(self) -> Self;
+    /// What is more becomes `most`; NaN stays.
+    unsafe fn at_most(self, most: f32) -> Self;
     unsafe fn store(self, out: &mut [f32; LANES]);
     /// To the nearest bf16, ties to even; NaN stays.
     unsafe fn store_bf16(self, out: &mut [u16; LANES]);
     /// To the nearest of 0 to 255, ties to even; NaN becomes 0.
     unsafe fn store_u8(self, out: &mut [u8; LANES]);
+    /// The same of several side by side, of which none is 2^31 or more.
+    #[inline(always)]
+    unsafe fn store_u8s<const N: usize>(values: [Self; N], out: &mut [[u8; LANES]; N]) {
+        values.into_iter().zip(out).for_each(|(value, out)| unsafe { value.store_u8(out) });
+    }
     unsafe fn load_bf16(lanes: &[u16; LANES]) -> Self;
     /// Of all lanes: halves added until one is left, the same in every implementation.
     unsafe fn sum(self) -> f32;
@@ -382,6 +433,11 @@ impl Vector for [f32; LANES] {
     #[inline(always)]
     unsafe fn relu(self) -> Self {
         self.map(|v| if v < 0.0 { 0.0 } else { v })
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(self, most: f32) -> Self {
+        self.map(|v| if v > most { most } else { v })
     }
 
     #[inline(always)]
@@ -428,6 +484,19 @@ trait Product<V: Vector> {
     /// Whether sums are integers, worth something else.
     const WORTH: bool;
     unsafe fn floats(sums: Self::Sums) -> V;
+
+    /// Writes a row of steps, what [`Layer::folded`] makes of sums: `worth` and `bias` are `[N]`.
+    #[inline(always)]
+    unsafe fn store_steps<const N: usize>(sums: [Self::Sums; N], worth: *const Line, bias: *const Line, out: *mut u32) {
+        // SAFETY: by contract.
+        unsafe {
+            let steps = std::array::from_fn(|lane| {
+                let (worth, bias) = (V::load((*worth.add(lane)).floats()), V::load((*bias.add(lane)).floats()));
+                Self::floats(sums[lane]).mul_add(worth, bias)
+            });
+            V::store_u8s::<N>(steps, &mut *out.cast());
+        }
+    }
 }
 
 struct F32;
@@ -581,20 +650,43 @@ unsafe fn store<V: Vector, const TO: u8>(value: V, place: *mut u32, column: usiz
     }
 }
 
+/// Adds the products of one unit of `R` rows, `stride` from one to the next, with `N` registers of weights. Inlined always, or the sums
+/// would have places in memory.
+#[inline(always)]
+unsafe fn add<V: Vector, P: Product<V>, const R: usize, const N: usize>(
+    sums: &mut [[P::Sums; N]; R],
+    weights: *const Line,
+    values: *const u32,
+    stride: usize,
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let weights: [P::Weights; N] = std::array::from_fn(|lane| P::weights(&*weights.add(lane)));
+        #[expect(clippy::needless_range_loop, reason = "constant places, or the sums would have one in memory")]
+        for r in 0..R {
+            let value = *values.add(r * stride);
+            for lane in 0..N {
+                sums[r][lane] = P::add(sums[r][lane], value, weights[lane]);
+            }
+        }
+    }
+}
+
 /// `R` rows by one panel of `N` registers: the sums stay in registers until they are put into `kept`, from where they are finished.
-/// Finished right away, in loops too long to unroll, they would live in memory from the beginning.
+/// Finished right away, in loops too long to unroll, they would live in memory from the beginning; steps of a wide panel are few
+/// instructions, and are. Between products, lines of `ahead` are asked for: all at once would hold up the loads of weights.
 ///
 /// # Safety
 /// As for [`Vector`]; rows, base and `out` are as long as [`Layer::run`] demands. So with the callers.
 #[inline(always)]
 unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
-    layer: &Layer,
-    panel: usize,
+    (layer, panel): (&Layer, usize),
     rows: Rows<'_>,
     base: Option<Rows<'_>>,
     out: &mut Target<'_>,
     row: usize,
     kept: &mut [[[f32; LANES]; N]; R],
+    ahead: &[*const u32],
 ) {
     // SAFETY: by contract.
     unsafe {
@@ -602,15 +694,25 @@ unsafe fn tile<V: Vector, P: Product<V>, const R: usize, const N: usize>(
         let weights = layer.weights.as_ptr().add(panel * units * N);
         let values = rows.units.as_ptr().add(row * rows.stride);
         let mut sums = [[P::zero(); N]; R];
-        for unit in 0..units {
-            let weights: [P::Weights; N] = std::array::from_fn(|lane| P::weights(&*weights.add(unit * N + lane)));
-            #[expect(clippy::needless_range_loop, reason = "constant places, or the sums would have one in memory")]
-            for r in 0..R {
-                let value = *values.add(r * rows.stride + unit);
-                for lane in 0..N {
-                    sums[r][lane] = P::add(sums[r][lane], value, weights[lane]);
-                }
+        let groups = units / UNITS_AHEAD;
+        for group in 0..groups {
+            if let Some(&line) = ahead.get(group) {
+                crate::memory::prefetch_place(line);
             }
+            for unit in group * UNITS_AHEAD..(group + 1) * UNITS_AHEAD {
+                add::<V, P, R, N>(&mut sums, weights.add(unit * N), values.add(unit), rows.stride);
+            }
+        }
+        for unit in groups * UNITS_AHEAD..units {
+            add::<V, P, R, N>(&mut sums, weights.add(unit * N), values.add(unit), rows.stride);
+        }
+        if P::WORTH && layer.steps && N == 4 {
+            let (worth, bias) = (layer.worth.as_ptr().add(panel * N), layer.bias.as_ptr().add(panel * N));
+            let place = out.units.as_mut_ptr().add(row * out.stride + panel * N * LANES / 4);
+            for (r, sums) in sums.into_iter().enumerate() {
+                P::store_steps(sums, worth, bias, place.add(r * out.stride));
+            }
+            return;
         }
         for r in 0..R {
             for lane in 0..N {
@@ -664,6 +766,7 @@ unsafe fn panels<V: Vector, P: Product<V>, const R: usize, const N: usize>(
     rows: Rows<'_>,
     base: Option<Rows<'_>>,
     out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     let (mut many, mut one) = ([[[0f32; LANES]; N]; R], [[[0f32; LANES]; N]; 1]);
     for panel in 0..layer.bias.len() / N {
@@ -671,11 +774,12 @@ unsafe fn panels<V: Vector, P: Product<V>, const R: usize, const N: usize>(
         // SAFETY: by contract.
         unsafe {
             while row + R <= rows.n {
-                tile::<V, P, R, N>(layer, panel, rows, base, out, row, &mut many);
+                let lines = ahead.next(layer.n_units() / UNITS_AHEAD);
+                tile::<V, P, R, N>((layer, panel), rows, base, out, row, &mut many, lines);
                 row += R;
             }
             while row < rows.n {
-                tile::<V, P, 1, N>(layer, panel, rows, base, out, row, &mut one);
+                tile::<V, P, 1, N>((layer, panel), rows, base, out, row, &mut one, &[]);
                 row += 1;
             }
         }
@@ -685,37 +789,57 @@ unsafe fn panels<V: Vector, P: Product<V>, const R: usize, const N: usize>(
 /// A narrow layer over a block.
 #[inline(always)]
 unsafe fn dots<V: Vector>(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    let across = layer.n_inputs.div_ceil(LANES);
-    for at in 0..rows.n {
-        let (whole, rest) = rows.floats(at, layer.n_inputs).as_chunks::<LANES>();
-        let mut last = [0f32; LANES];
-        last[..rest.len()].copy_from_slice(rest);
+    let (across, whole) = (layer.n_inputs.div_ceil(LANES), layer.n_inputs / LANES);
+    for first in (0..rows.n).step_by(TOGETHER) {
+        let last = rows.n - 1 - first;
+        let values: [&[f32]; TOGETHER] = std::array::from_fn(|r| rows.floats(first + r.min(last), layer.n_inputs));
+        let mut ends = [[0f32; LANES]; TOGETHER];
+        if whole < across {
+            for (end, row) in ends.iter_mut().zip(values) {
+                end[..row.len() % LANES].copy_from_slice(&row[whole * LANES..]);
+            }
+        }
         for output in 0..layer.n_outputs {
-            let weights = &layer.weights[output * across..(output + 1) * across];
-            // SAFETY: by contract.
-            let sum = unsafe {
-                let mut sums = V::splat(0.0);
-                let values = whole.iter().chain((!rest.is_empty()).then_some(&last));
-                for (values, weights) in values.zip(weights) {
-                    sums = V::load(values).mul_add(V::load(weights.floats()), sums);
+            // SAFETY: by contract; `whole` registers lie in every row.
+            let sums: [f32; TOGETHER] = unsafe {
+                let weights = layer.weights.as_ptr().add(output * across);
+                let mut sums = [V::splat(0.0); TOGETHER];
+                for chunk in 0..whole {
+                    let weights = V::load((*weights.add(chunk)).floats());
+                    for r in 0..TOGETHER {
+                        let row = V::load(&*values[r].as_ptr().add(chunk * LANES).cast());
+                        sums[r] = row.mul_add(weights, sums[r]);
+                    }
                 }
-                sums.sum()
+                if whole < across {
+                    let weights = V::load((*weights.add(whole)).floats());
+                    (0..TOGETHER).for_each(|r| sums[r] = V::load(&ends[r]).mul_add(weights, sums[r]));
+                }
+                sums.map(|sums| sums.sum())
             };
-            let under = base.map_or(0.0, |base| base.floats(at, layer.n_outputs)[output]);
-            let sum = sum + layer.bias[output].floats()[0] + under;
-            out.units[at * out.stride + output] = if out.relu && sum < 0.0 { 0.0 } else { sum }.to_bits();
+            for (at, sum) in (first..rows.n).zip(sums) {
+                let under = base.map_or(0.0, |base| base.floats(at, layer.n_outputs)[output]);
+                let sum = sum + layer.bias[output].floats()[0] + under;
+                out.units[at * out.stride + output] = if out.relu && sum < 0.0 { 0.0 } else { sum }.to_bits();
+            }
         }
     }
 }
 
 /// Layers where registers are few.
 #[inline(always)]
-unsafe fn small<V: Vector, P: Product<V>>(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+unsafe fn small<V: Vector, P: Product<V>>(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
     // SAFETY: by contract.
     unsafe {
         match layer.n_lanes {
             0 => dots::<V>(layer, rows, base, out),
-            _ => panels::<V, P, 2, 1>(layer, rows, base, out),
+            _ => panels::<V, P, 2, 1>(layer, rows, base, out, ahead),
         }
     }
 }
@@ -764,19 +888,33 @@ unsafe fn convert_to<V: Vector, const TO: u8>(
     per_unit: &[Line],
     out: &mut Target<'_>,
 ) {
+    let whole = width / LANES;
+    // SAFETY: by contract; so below.
+    let moved = |values: &[f32; LANES], chunk: usize| unsafe {
+        let (low, per_unit) = (low.get_unchecked(chunk), per_unit.get_unchecked(chunk));
+        match TO {
+            to::STEPS => V::load(values).mul_add(V::load(per_unit.floats()), V::load(low.floats())),
+            _ => V::load(values).add(V::load(low.floats())),
+        }
+    };
     for at in 0..rows.n {
-        let (whole, rest) = rows.floats(at, width).as_chunks::<LANES>();
-        let mut last = [0f32; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        let values = whole.iter().chain((!rest.is_empty()).then_some(&last));
-        for ((chunk, values), (low, per_unit)) in values.enumerate().zip(low.iter().zip(per_unit)) {
-            // SAFETY: by contract.
-            unsafe {
-                let value = match TO {
-                    to::STEPS => V::load(values).mul_add(V::load(per_unit.floats()), V::load(low.floats())),
-                    _ => V::load(values).add(V::load(low.floats())),
-                };
-                store::<V, TO>(value, out.units.as_mut_ptr().add(at * out.stride), chunk * LANES, steps(out.format));
+        let (values, rest) = rows.floats(at, width).as_chunks::<LANES>();
+        // SAFETY: by contract.
+        unsafe {
+            let place = out.units.as_mut_ptr().add(at * out.stride);
+            let mut chunk = 0;
+            while TO == to::STEPS && chunk + 4 <= whole {
+                let steps = std::array::from_fn(|i| moved(values.get_unchecked(chunk + i), chunk + i).at_most(255.0));
+                V::store_u8s::<4>(steps, &mut *place.add(chunk * LANES / 4).cast());
+                chunk += 4;
+            }
+            for chunk in chunk..whole {
+                store::<V, TO>(moved(values.get_unchecked(chunk), chunk), place, chunk * LANES, steps(out.format));
+            }
+            if !rest.is_empty() {
+                let mut last = [0f32; LANES];
+                last[..rest.len()].copy_from_slice(rest);
+                store::<V, TO>(moved(&last, whole), place, whole * LANES, steps(out.format));
             }
         }
     }
@@ -809,7 +947,10 @@ impl Table {
     /// `n` rows of 0; `precision` is f32 or bf16.
     pub fn new(n: usize, width: usize, precision: Precision) -> Self {
         let stride = Self::lines(width, precision);
-        Table { units: vec![Line::default(); n * stride], stride, precision }
+        let mut units = Vec::with_capacity(n * stride);
+        crate::memory::prefer_large_pages(units.spare_capacity_mut());
+        units.resize(n * stride, Line::default());
+        Table { units, stride, precision }
     }
 
     /// Number of rows.
@@ -825,6 +966,12 @@ impl Table {
     /// Values of a row, padding included.
     pub fn width(&self) -> usize {
         self.stride * LANES * self.precision.per_unit()
+    }
+
+    /// The units of a row; none of a row that there is not.
+    pub fn row(&self, row: u32) -> &[u32] {
+        let lines = self.units.get(row as usize * self.stride..(row as usize + 1) * self.stride);
+        bytemuck::cast_slice(lines.unwrap_or_default())
     }
 
     /// All rows as units: `[rows, width]` of f32, or of pairs of bf16.

@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 
 use super::elementwise::Simple;
-use super::kernels::{Format, LANES, Layer, Line, NARROW, Precision, Rows, Scale, Table, Target, convert, gather};
+use super::kernels::{
+    Ahead, Format, LANES, Layer, Line, NARROW, Precision, Rows, Scale, Table, Target, convert, gather,
+};
 use super::ops::{Graph, Id, Op, Unary};
 use crate::index::Kernel;
 
@@ -274,11 +276,21 @@ impl Program {
     ) {
         assert!(inputs.len() >= self.inputs.len() && scratch.0.len() == self.buffers.len(), "what the program wants");
         for first in (0..n).step_by(self.block) {
+            let next = (first + self.block).min(n)..(first + 2 * self.block).min(n);
+            let items = given.items.and_then(|(table, rows)| Some((table, rows.get(next.clone())?)));
+            let rows = items.into_iter().flat_map(|(table, rows)| rows.iter().map(|&row| table.row(row)));
+            let mut runs = inputs
+                .iter()
+                .zip(&self.inputs)
+                .filter_map(|(values, width)| values.get(next.start * width..next.end * width))
+                .map(bytemuck::cast_slice)
+                .chain(rows);
+            let mut ahead = Ahead::new(&mut runs);
             let n = self.block.min(n - first);
             for step in &self.steps {
                 let Place::Buffer(to) = step.out.place else { continue };
                 let mut out = std::mem::take(&mut scratch.0[to]);
-                self.step(step, &scratch.0, inputs, given, (first, n), &mut out);
+                self.step(step, &scratch.0, inputs, given, (first, n), (&mut out, &mut ahead));
                 scratch.0[to] = out;
             }
             let buffers = &scratch.0;
@@ -301,7 +313,7 @@ impl Program {
         inputs: &[&[f32]],
         given: Given<'_>,
         (first, n): (usize, usize),
-        out: &mut [Line],
+        (out, ahead): (&mut [Line], &mut Ahead<'_>),
     ) {
         let rows = |slot: Slot| self.rows(slot, buffers, inputs, first, n * step.repeat);
         let units: &mut [u32] = bytemuck::cast_slice_mut(out);
@@ -309,7 +321,7 @@ impl Program {
         match &step.kind {
             Kind::Dense { layer, base, format, relu } => {
                 let mut target = Target { units, stride, format: *format, relu: *relu };
-                layer.run(rows(step.x[0]), base.map(rows), &mut target);
+                layer.run(rows(step.x[0]), base.map(rows), &mut target, ahead);
             }
             Kind::Convert { low, per_unit, format } => {
                 let mut target = Target { units, stride, format: *format, relu: false };

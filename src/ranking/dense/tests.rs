@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::kernels::{Format, Layer, Line, Precision, Rows, Scale, Target};
+use super::kernels::{Ahead, Format, Layer, Line, Precision, Rows, Scale, Target, convert};
 use super::ops::{Binary, Graph, Id, Op, Unary};
 use super::program::{Plan, Program};
 use super::*;
@@ -35,7 +35,7 @@ fn run(layer: &Layer, units: &[u32], n: usize, format: Format, relu: bool) -> Ve
     let mut out = vec![Line::default(); (n * stride).div_ceil(16) + 1];
     let rows = Rows { units, stride: layer.n_units(), n };
     let units = bytemuck::cast_slice_mut(&mut out);
-    layer.run(rows, None, &mut Target { units, stride, format, relu });
+    layer.run(rows, None, &mut Target { units, stride, format, relu }, &mut Ahead::new(&mut std::iter::empty()));
     bytemuck::cast_slice(&out)[..n * stride].to_vec()
 }
 
@@ -137,6 +137,73 @@ fn nan_and_infinities_are_what_the_docs_say() {
             assert_eq!((u8(f64::NAN), u8(f64::INFINITY), u8(f64::NEG_INFINITY)), (0, 255, 0), "{kernel:?}");
         }
     }
+}
+
+#[test]
+fn rows_are_converted_as_their_values_one_by_one() {
+    let mut next = noise(5);
+    for width in [1, 16, 37, 64, 130] {
+        let n = 5;
+        let mut values: Vec<f32> = (0..n * width).map(|_| next() * 4.0).collect();
+        values[0] = f32::NAN;
+        values[width] = f32::INFINITY;
+        values[2 * width] = f32::NEG_INFINITY;
+        values[3 * width] = 3e38;
+        let lines = |value: f32| vec![Line([value.to_bits(); 16]); width.div_ceil(16)];
+        let (low, per_unit) = (lines(100.0), lines(90.0));
+        for kernel in Kernel::available() {
+            let converted = |format: Format| {
+                let stride = width.next_multiple_of(64);
+                let mut out = vec![Line::default(); n * stride / 16];
+                let rows = Rows { units: bytemuck::cast_slice(&values), stride: width, n };
+                let units = bytemuck::cast_slice_mut(&mut out);
+                convert(kernel, rows, width, &low, &per_unit, &mut Target { units, stride, format, relu: false });
+                out
+            };
+            let steps = converted(Format::U8 { low: 0.0, per_unit: 1.0 });
+            let halves = converted(Format::Bf16);
+            let (steps, halves): (&[u8], &[u16]) = (bytemuck::cast_slice(&steps), bytemuck::cast_slice(&halves));
+            for (at, &v) in values.iter().enumerate() {
+                let (place, wide) = (at / width * width.next_multiple_of(64), f64::from(v) * 90.0 + 100.0);
+                let step = f64::from(steps[place * 4 + at % width]);
+                let off = if v.is_nan() { step } else { (step - wide.clamp(0.0, 255.0)).abs() };
+                assert!(off <= 0.5001, "{kernel:?} {width} {at}: {step} for {wide}");
+                let half = half::bf16::from_bits(halves[place * 2 + at % width]);
+                let want = half::bf16::from_f32(v + 100.0);
+                assert!(half == want || (half.is_nan() && v.is_nan()), "{kernel:?} {width} {at}: {half} for {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn steps_beyond_32_bits_end_at_255() {
+    let (k, m) = (20, 64);
+    let bias: Vec<f32> = (0..m).map(|at| if at % 2 == 0 { 1.0 } else { -1.0 }).collect();
+    let format = Format::U8 { low: 0.0, per_unit: 1e12 };
+    for kernel in Kernel::available() {
+        let layer = Layer::new(&vec![0.0; k * m], &bias, Precision::Int8, Scale { low: &[0.0], step: &[1.0] }, kernel);
+        let bytes = run(&layer.folded(format), &packed(&[7.0; 20], Precision::Int8), 1, format, false);
+        let bytes: &[u8] = bytemuck::cast_slice(&bytes);
+        assert!((0..m).all(|at| bytes[at] == if at % 2 == 0 { 255 } else { 0 }), "{kernel:?}: {bytes:?}");
+    }
+}
+
+#[test]
+fn what_lies_ahead_is_asked_for_line_by_line() {
+    let memory: Vec<Line> = vec![Line::default(); 200];
+    let units: &[u32] = bytemuck::cast_slice(&memory);
+    // Two whole lines, none, one that is begun, and more than is asked for at a time.
+    let runs = [0..32, 32..32, 48..50, 64..3200].map(|run| &units[run]);
+    let mut runs = runs.iter().copied();
+    let mut ahead = Ahead::new(&mut runs);
+    let mut asked = Vec::new();
+    for n in [0, 1, 3, 1000, 1000, 1000] {
+        let lines = ahead.next(n);
+        assert!(lines.len() <= n);
+        asked.extend(lines.iter().map(|line| (line.addr() - units.as_ptr().addr()) / 64));
+    }
+    assert_eq!(asked, [0, 1, 3].into_iter().chain(4..200).collect::<Vec<_>>());
 }
 
 pub(crate) fn dense(graph: &mut Graph, x: Id, m: usize, next: &mut impl FnMut() -> f32) -> Id {

@@ -37,6 +37,11 @@ impl<const NATIVE: bool> Vector for Wide<NATIVE> {
     }
 
     #[inline(always)]
+    unsafe fn at_most(self, most: f32) -> Self {
+        Wide(unsafe { _mm512_min_ps(_mm512_set1_ps(most), self.0) })
+    }
+
+    #[inline(always)]
     unsafe fn store(self, out: &mut [f32; LANES]) {
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) }
     }
@@ -60,6 +65,22 @@ impl<const NATIVE: bool> Vector for Wide<NATIVE> {
             // The second operand is the result where the first is NaN. What is too large becomes 2^31, which saturates.
             let least = _mm512_max_ps(self.0, _mm512_setzero_ps());
             _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(least)));
+        }
+    }
+
+    /// Four are packed at once, to 16 bits and then to 8 with saturation, which leaves quarters of registers out of order.
+    #[inline(always)]
+    unsafe fn store_u8s<const N: usize>(values: [Self; N], out: &mut [[u8; LANES]; N]) {
+        unsafe {
+            if !NATIVE || N != 4 {
+                return values.into_iter().zip(out).for_each(|(value, out)| value.store_u8(out));
+            }
+            // NaN becomes -2^31, and in the end 0.
+            let whole = |at: usize| _mm512_cvtps_epi32(values[at].0);
+            let (low, high) = (_mm512_packs_epi32(whole(0), whole(1)), _mm512_packs_epi32(whole(2), whole(3)));
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            let bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), bytes);
         }
     }
 
@@ -182,6 +203,12 @@ impl Vector for Pair {
     }
 
     #[inline(always)]
+    unsafe fn at_most(self, most: f32) -> Self {
+        let most = unsafe { _mm256_set1_ps(most) };
+        unsafe { [_mm256_min_ps(most, self[0]), _mm256_min_ps(most, self[1])] }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, out: &mut [f32; LANES]) {
         unsafe {
             _mm256_storeu_ps(out.as_mut_ptr(), self[0]);
@@ -229,70 +256,107 @@ unsafe fn wide<const NATIVE: bool, P: Product<Wide<NATIVE>>>(
     rows: Rows<'_>,
     base: Option<Rows<'_>>,
     out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
 ) {
     unsafe {
         match layer.n_lanes {
             0 => dots::<Wide<NATIVE>>(layer, rows, base, out),
-            4 => panels::<Wide<NATIVE>, P, 6, 4>(layer, rows, base, out),
-            2 => panels::<Wide<NATIVE>, P, 6, 2>(layer, rows, base, out),
-            _ => panels::<Wide<NATIVE>, P, 6, 1>(layer, rows, base, out),
+            4 => panels::<Wide<NATIVE>, P, 6, 4>(layer, rows, base, out, ahead),
+            2 => panels::<Wide<NATIVE>, P, 6, 2>(layer, rows, base, out, ahead),
+            _ => panels::<Wide<NATIVE>, P, 6, 1>(layer, rows, base, out, ahead),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,fma")]
-unsafe fn f32_plain(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    unsafe { wide::<false, F32>(layer, rows, base, out) }
+unsafe fn f32_plain(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
+    unsafe { wide::<false, F32>(layer, rows, base, out, ahead) }
 }
 
 #[target_feature(enable = "avx512f,fma,avx512bw,avx512vl,avx512bf16")]
-unsafe fn f32_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    unsafe { wide::<true, F32>(layer, rows, base, out) }
+unsafe fn f32_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>, ahead: &mut Ahead<'_>) {
+    unsafe { wide::<true, F32>(layer, rows, base, out, ahead) }
 }
 
 /// # Safety
 /// The CPU has AVX-512F; so with the next ones for what their names say.
-pub unsafe fn f32_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+pub unsafe fn f32_avx512(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
     // SAFETY: by contract; the second after detection.
     unsafe {
         match Precision::Bf16.is_native() {
-            true => f32_bf(layer, rows, base, out),
-            false => f32_plain(layer, rows, base, out),
+            true => f32_bf(layer, rows, base, out, ahead),
+            false => f32_plain(layer, rows, base, out, ahead),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,fma,avx512bw,avx512vl,avx512bf16")]
-pub unsafe fn bf16_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    unsafe { wide::<true, Bf16>(layer, rows, base, out) }
+pub unsafe fn bf16_avx512(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
+    unsafe { wide::<true, Bf16>(layer, rows, base, out, ahead) }
 }
 
 #[target_feature(enable = "avx512f,fma,avx512vnni")]
-unsafe fn int8_plain(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    unsafe { wide::<false, Int8>(layer, rows, base, out) }
+unsafe fn int8_plain(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
+    unsafe { wide::<false, Int8>(layer, rows, base, out, ahead) }
 }
 
 #[target_feature(enable = "avx512f,fma,avx512vnni,avx512bw,avx512vl,avx512bf16")]
-unsafe fn int8_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
-    unsafe { wide::<true, Int8>(layer, rows, base, out) }
+unsafe fn int8_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>, ahead: &mut Ahead<'_>) {
+    unsafe { wide::<true, Int8>(layer, rows, base, out, ahead) }
 }
 
-pub unsafe fn int8_avx512(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+pub unsafe fn int8_avx512(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
     unsafe {
         match Precision::Bf16.is_native() {
-            true => int8_bf(layer, rows, base, out),
-            false => int8_plain(layer, rows, base, out),
+            true => int8_bf(layer, rows, base, out, ahead),
+            false => int8_plain(layer, rows, base, out, ahead),
         }
     }
 }
 
 /// 2 sums, a weight and a value in pairs of the 16 registers, six rows at a time.
 #[target_feature(enable = "avx2,fma")]
-pub unsafe fn f32_avx2(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>) {
+pub unsafe fn f32_avx2(
+    layer: &Layer,
+    rows: Rows<'_>,
+    base: Option<Rows<'_>>,
+    out: &mut Target<'_>,
+    ahead: &mut Ahead<'_>,
+) {
     unsafe {
         match layer.n_lanes {
             0 => dots::<Pair>(layer, rows, base, out),
-            _ => panels::<Pair, F32, 6, 1>(layer, rows, base, out),
+            _ => panels::<Pair, F32, 6, 1>(layer, rows, base, out, ahead),
         }
     }
 }
