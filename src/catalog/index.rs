@@ -156,10 +156,9 @@ impl SharedIndex {
     ) -> Result<(), String> {
         let _making = self.making.try_lock().ok_or("the index is being rebalanced already")?;
         let mut search = self.spec.search;
-        if let (Some(n_probes), None) = (&mut search.n_probes, self.spec.options.n_lists()) {
-            // Of as many vectors, partitions together have more lists by the root of their number.
-            let ratio = (f64::from(self.spec.n_partitions()) / f64::from(n_partitions.max(1))).sqrt();
-            *n_probes = ((f64::from(*n_probes) * ratio).ceil() as u32).max(1);
+        if let Some(n_probes) = &mut search.n_probes {
+            let sizes = [self.spec.n_partitions(), n_partitions];
+            *n_probes = partitions::n_probes_for(*n_probes, sizes, self.spec.options.n_lists().is_some());
         }
         let index = make(&self.spec.options, matrix, metric, ids, n_partitions, search, progress)?;
         if let Some(whole) = index.partitioned() {

@@ -46,6 +46,15 @@ pub fn partition_of(id: &str, n_partitions: u32) -> u32 {
     ((u128::from(xxh3_64(id.as_bytes())) * u128::from(n_partitions)) >> 64) as u32
 }
 
+/// How many lists' worth each of `to` partitions has to scan to find as large a share of the best as `n_probes` lists of each of `from`
+/// do. Divided, the best lie among more vectors that are not: together, partitions scan more by the sixth root of their number
+/// (measured: benches/record/ann.md). Unless all have as many lists as one would, they have fewer by the square root.
+pub fn n_probes_for(n_probes: u32, [from, to]: [u32; 2], with_as_many_lists: bool) -> u32 {
+    let more = f64::from(to.max(1)) / f64::from(from.max(1));
+    let exponent = if with_as_many_lists { 1.0 / 6.0 } else { 1.0 / 6.0 - 0.5 };
+    ((f64::from(n_probes) * more.powf(exponent)).ceil() as u32).max(1)
+}
+
 /// The rows of each partition, ascending, from the ids of all rows in order.
 ///
 /// # Errors

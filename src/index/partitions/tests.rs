@@ -148,6 +148,55 @@ fn approximate_kinds_keep_their_recall() {
 }
 
 #[test]
+fn as_much_is_found_when_probes_are_those_for_another_number_of_partitions() {
+    let (n, dim, k) = (12_000, 16, 100);
+    let mut noise = crate::testing::noise(6);
+    let centers: Vec<f32> = (0..40 * dim).map(|_| noise()).collect();
+    let mut near = |at: usize| -> Vec<f32> { (0..dim).map(|d| centers[at % 40 * dim + d] + noise()).collect() };
+    let matrix = matrix((0..n).flat_map(&mut near).collect(), dim);
+    let queries: Vec<f32> = (0..30).flat_map(near).collect();
+    let oracle = BruteForce::new(matrix.clone(), Metric::InnerProduct, Kernel::detect());
+    let mut scratch = SearchScratch::default();
+    let mut found = |index: &dyn VectorIndex, search: &SearchParams| {
+        let rows: Vec<HashSet<u32>> = queries
+            .chunks_exact(dim)
+            .map(|query| {
+                let mut out = Vec::new();
+                index.search(query, k, Filter::ALL, search, &mut scratch, &mut out);
+                out.iter().map(|s| s.row).collect()
+            })
+            .collect();
+        rows
+    };
+    let want = found(&oracle, &SEARCH);
+    for n_lists in [None, Some(80)] {
+        let options = IndexOptions::IvfFlat(IvfOptions { n_lists, kmeans_n_iters: Some(4), ..Default::default() });
+        let mut recall = |n_partitions: u32, n_probes: u32| {
+            let got = found(
+                &divided(&options, &matrix, Metric::InnerProduct, n_partitions),
+                &SearchParams { n_probes: Some(n_probes), ..SEARCH },
+            );
+            got.iter().zip(&want).map(|(got, want)| got.intersection(want).count()).sum::<usize>() as f64
+                / (k * want.len()) as f64
+        };
+        let one = recall(1, 12);
+        assert!((0.8..0.98).contains(&one), "{one}: too easy or too hard");
+        for to in [2, 4] {
+            let there = n_probes_for(12, [1, to], n_lists.is_some());
+            let several = recall(to, there);
+            assert!(
+                (-0.02..0.06).contains(&(several - one)),
+                "{n_lists:?}, {to} partitions: {several}, not {one}, of {there} probes"
+            );
+        }
+    }
+    assert_eq!(
+        [n_probes_for(25, [1, 8], false), n_probes_for(13, [8, 1], false), n_probes_for(3, [0, 0], true)],
+        [13, 26, 3]
+    );
+}
+
+#[test]
 fn a_partition_that_has_all_of_the_best_is_asked_again() {
     let (n, k) = (2000, 300);
     let placed: Vec<bool> = ids(n).iter().map(|id| partition_of(id, 4) == 2).collect();
