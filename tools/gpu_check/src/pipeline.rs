@@ -214,10 +214,10 @@ fn stage(what: &'static str, is_merged: bool) -> &'static str {
         "upload" | "download" => "copies",
         "exact_scores" if is_merged => "features",
         "scores_f32" | "scores_bf16" | "mask_seen" | "topk_select" | "partition_merge" | "exact_scores"
-        | "settle_lists" => "retrieve",
+        | "settle_lists" | "name_places" => "retrieve",
         "merge_candidates" => "merge",
         "fill_columns" | "fill_counts" | "copy_columns" | "fill_series" | "find_places" => "features",
-        "apply_changes" | "name_places" => "live items",
+        "apply_changes" => "live items",
         "dense_rank" | "add_scores" | "assemble_rows" | "void_holes" => "rank",
         "finish_slates" => "select",
         other => other,
