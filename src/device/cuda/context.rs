@@ -12,7 +12,7 @@ use tastemaker_kernels::{PIECES, kernels_of};
 use crate::device::DeviceError;
 
 /// The functions of the driver that are called beside the probe's. cudarc panics where one is missing, so they are looked for first.
-const NEEDED: [&[u8]; 34] = [
+const NEEDED: [&[u8]; 33] = [
     b"cuDevicePrimaryCtxRetain\0",
     b"cuDevicePrimaryCtxRelease_v2\0",
     b"cuCtxSetCurrent\0",
@@ -35,7 +35,6 @@ const NEEDED: [&[u8]; 34] = [
     b"cuEventRecord\0",
     b"cuEventQuery\0",
     b"cuEventSynchronize\0",
-    b"cuEventElapsedTime_v2\0",
     b"cuModuleLoadData\0",
     b"cuModuleUnload\0",
     b"cuModuleGetFunction\0",

@@ -93,7 +93,7 @@ use parking_lot::Mutex;
 use tastemaker_kernels::{DevicePtr, Launch, MOST_ARGUMENTS};
 
 use super::context::Context;
-use super::timeline::Timeline;
+use super::timeline::{Events, Timeline};
 use crate::device::DeviceError;
 
 /// What can lie on a GPU: any bits are a value.
@@ -272,7 +272,10 @@ impl Stream {
     /// What the driver says.
     pub fn take_times(&self) -> Result<(), DeviceError> {
         self.works()?;
-        self.timeline.replace(Some(Timeline::new(self.lane.context.clone())));
+        let timeline = Timeline::new(self.lane.context.clone());
+        let timeline =
+            timeline.ok_or_else(|| DeviceError::Failed("the NVIDIA driver does not tell times".to_owned()))?;
+        self.timeline.replace(Some(timeline));
         self.lap("")
     }
 
@@ -352,15 +355,9 @@ impl Stream {
     /// # Errors
     /// What the driver says.
     pub fn moments(&self, n: usize) -> Result<Option<Moments>, DeviceError> {
-        let context = self.lane.context.clone();
-        if !context.tells_times() {
-            return Ok(None);
-        }
-        context.bind()?;
-        let mut of = MomentEvents { context, events: Vec::with_capacity(n) };
+        let Some(mut of) = Events::new(self.lane.context.clone()) else { return Ok(None) };
         for _ in 0..n {
-            let made = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
-            of.events.push(Event(of.context.check("cuEventCreate", made)?));
+            of.add()?;
         }
         Ok(Some(Moments { lane: self.lane.clone(), of: Arc::new(of) }))
     }
@@ -374,7 +371,7 @@ impl Stream {
     /// If there is no such moment, or it is another stream's.
     pub fn comes(&self, moments: &Moments, at: usize) -> Result<(), DeviceError> {
         assert!(Arc::ptr_eq(&moments.lane, &self.lane), "a moment of another stream");
-        let event = &moments.of.events[at];
+        let event = moments.of.get(at);
         let records = self.lane.records.load(Ordering::Relaxed);
         if records {
             self.recorded.borrow_mut().push(moments.of.clone());
@@ -383,7 +380,7 @@ impl Stream {
         // Else it would order recorded work, and tell nothing.
         let flags = if records { sys::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL as u32 } else { 0 };
         // SAFETY: both live: the event is the moments', which a graph keeps; the function is there, for there are moments.
-        let recorded = unsafe { sys::cuEventRecordWithFlags(event.0, self.lane.raw, flags) }.result();
+        let recorded = unsafe { sys::cuEventRecordWithFlags(event, self.lane.raw, flags) }.result();
         self.lane.context.check("cuEventRecordWithFlags", recorded)
     }
 
@@ -525,26 +522,7 @@ impl Stream {
 #[derive(Debug)]
 pub struct Moments {
     lane: Arc<Lane>,
-    of: Arc<MomentEvents>,
-}
-
-#[derive(Debug)]
-struct MomentEvents {
-    context: Arc<Context>,
-    events: Vec<Event>,
-}
-
-// SAFETY: the driver takes events from any thread, several at once.
-unsafe impl Sync for Event {}
-
-impl Drop for MomentEvents {
-    fn drop(&mut self) {
-        self.context.bind_anyway();
-        for event in self.events.drain(..) {
-            // SAFETY: made by `moments`, destroyed once; the driver keeps one that is still to come.
-            let _ = unsafe { result::event::destroy(event.0) };
-        }
-    }
+    of: Arc<Events>,
 }
 
 impl Moments {
@@ -554,9 +532,7 @@ impl Moments {
     /// If there is no such moment.
     pub fn between(&self, from: usize, to: usize) -> Option<Duration> {
         self.lane.context.bind().ok()?;
-        let [from, to] = [&self.of.events[from], &self.of.events[to]];
-        // SAFETY: both live and are of one stream; the function is there, for there are moments.
-        let milliseconds = unsafe { result::event::elapsed(from.0, to.0) }.ok()?;
+        let milliseconds = self.of.milliseconds(from, to).ok()?;
         (milliseconds > 0.0).then(|| Duration::from_secs_f32(milliseconds.min(1e9) / 1000.0))
     }
 }
