@@ -107,6 +107,14 @@ pub struct TopkSelect {
 }
 
 impl TopkSelect {
+    /// In how many parts each of `n_rows` (at least 1) is best selected: as many blocks as fill a GPU, three on each of an H100's 132
+    /// multiprocessors, unless a part has fewer columns than are worth a block.
+    pub fn n_parts(n_rows: usize, n_columns: usize) -> usize {
+        const BLOCKS: usize = 396;
+        const LEAST_COLUMNS: usize = 4096;
+        (BLOCKS / n_rows).clamp(1, n_columns.div_ceil(LEAST_COLUMNS))
+    }
+
     /// The launch.
     ///
     /// # Errors

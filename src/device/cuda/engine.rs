@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use parking_lot::Mutex;
-use tastemaker_kernels::{MAX_K, ScoreBy};
+use tastemaker_kernels::{MAX_K, ScoreBy, TopkSelect};
 
 use super::context::Context;
 use super::cuvs::{Cuvs, Unavailable};
@@ -36,10 +36,6 @@ use crate::pipeline::PipelineConfig;
 const MOST_WANTED: usize = MAX_K as usize / 8 * 7;
 /// The fewest that come back.
 const LEAST_FETCHED: usize = 128;
-/// Blocks that fill a GPU with selections: three on each of an H100's 132 multiprocessors.
-const BLOCKS: usize = 396;
-/// The fewest columns that a selection is worth.
-const LEAST_COLUMNS: usize = 4096;
 /// Pairs of query and row that a user has seen, for one chunk of queries. What is more is left to the CPU to leave out.
 const MOST_PAIRS: usize = 16_384;
 /// Queries at a time: two of the kernel's tiles.
@@ -415,7 +411,7 @@ impl Sizes {
 
     /// Parts that rows are selected in.
     pub(super) fn parts(&self, n_queries: usize) -> usize {
-        (BLOCKS / n_queries).clamp(1, self.n_rows.div_ceil(LEAST_COLUMNS))
+        TopkSelect::n_parts(n_queries, self.n_rows)
     }
 
     fn input(&self) -> usize {

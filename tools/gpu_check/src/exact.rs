@@ -21,9 +21,6 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 const SCORE_BYTES: usize = 8 << 30;
 /// Queries that recall is measured on.
 const N_JUDGED: usize = 16;
-/// Blocks that fill a GPU with selections, and the fewest columns that one is worth: as the engine divides rows.
-const BLOCKS: usize = 396;
-const LEAST_COLUMNS: usize = 4096;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -215,7 +212,7 @@ impl Held {
 
     /// Parts that rows are selected in.
     fn n_parts(&self, n: usize) -> usize {
-        (BLOCKS / n).clamp(1, self.n_rows.div_ceil(LEAST_COLUMNS))
+        kernels::TopkSelect::n_parts(n, self.n_rows)
     }
 
     /// The `k` best of scores of `n` queries, to the `first`-th list on.
@@ -314,7 +311,7 @@ pub fn bench(machine: &mut dyn Machine, plan: &Plan, seed: u64) -> Result<Found>
     let lists = |machine: &mut dyn Machine, n: usize| -> Result<[Memory; 2]> {
         Ok([machine.reserve(4 * n)?, machine.reserve(4 * n)?])
     };
-    let n_parts = (1..=chunk).map(|n| n * (BLOCKS / n).clamp(1, n_rows.div_ceil(LEAST_COLUMNS))).max().unwrap_or(1);
+    let n_parts = (1..=chunk).map(|n| n * kernels::TopkSelect::n_parts(n, n_rows)).max().unwrap_or(1);
     let held = Held {
         n_rows,
         dim: width,
