@@ -21,9 +21,9 @@ pub mod tune;
 
 pub use brute_force::BruteForce;
 pub use distance::Kernel;
-pub use exact::{Exact, norm};
+pub use exact::{Exact, Rows, norm};
 pub use fastscan::Blocks;
-pub use hnsw::{GraphMaker, Hnsw, HnswParts, NO_LINK};
+pub use hnsw::{GraphMaker, Hnsw, HnswParts, Lifted, NO_LINK};
 pub use ivf::{Codes, Ivf, IvfParts, Lists, Vectors, padded};
 pub use options::{HnswOptions, IndexKind, IndexOptions, IvfOptions, SearchParams, Storage};
 pub use overlay::Overlay;

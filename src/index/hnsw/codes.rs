@@ -83,6 +83,48 @@ fn read(rows: &Rows, metric: Metric, row: usize, out: &mut Vec<f32>) {
     }
 }
 
+/// Vectors as graphs compare them, by squared distances, whatever the metric: of length 1 for cosine, and for inner products with a
+/// further coordinate √(r² - |x|²), r the longest length: then all are of one length, and the nearest are those of the highest product
+/// (the reduction of Bachrach et al., RecSys 2014).
+#[derive(Clone, Copy, Debug)]
+pub struct Lifted<'a> {
+    rows: &'a Rows,
+    metric: Metric,
+    /// r²
+    longest: f32,
+}
+
+impl<'a> Lifted<'a> {
+    /// All of `rows`.
+    pub fn new(rows: &'a Rows, metric: Metric) -> Self {
+        let square = |row: &mut Vec<f32>, at: usize| {
+            read(rows, metric, at, row);
+            square(row)
+        };
+        let longest = match metric {
+            Metric::InnerProduct => {
+                (0..rows.n_rows()).into_par_iter().map_init(Vec::new, square).reduce(|| 0.0, f32::max)
+            }
+            _ => 0.0,
+        };
+        Lifted { rows, metric, longest }
+    }
+
+    /// Number of vectors.
+    pub fn n_rows(&self) -> usize {
+        self.rows.n_rows()
+    }
+
+    /// Replaces `out` by vector `at` but for its further coordinate, which is returned; 0 where there is none.
+    pub fn read(&self, at: usize, out: &mut Vec<f32>) -> f32 {
+        read(self.rows, self.metric, at, out);
+        match self.metric {
+            Metric::InnerProduct => (self.longest - square(out)).max(0.0).sqrt(),
+            _ => 0.0,
+        }
+    }
+}
+
 impl Codes {
     /// Codes every row.
     pub fn new(rows: &Rows, metric: Metric, simd: Simd) -> Self {
@@ -95,25 +137,13 @@ impl Codes {
             sums.iter_mut().zip(&row).for_each(|(sum, &v)| *sum += f64::from(v));
         }
         let center: Vec<f32> = sums.iter().map(|sum| (sum / sampled.max(1) as f64) as f32).collect();
-        // The reduction of inner products to distances (Bachrach et al., RecSys 2014): with a further coordinate √(r² - |x|²), r the
-        // longest length, all vectors are of one length, and the nearest are those of the highest product.
-        let longest = match metric {
-            Metric::InnerProduct => (0..n)
-                .into_par_iter()
-                .map_init(Vec::new, |row, at| {
-                    read(rows, metric, at, row);
-                    square(row)
-                })
-                .reduce(|| 0.0, f32::max),
-            _ => 0.0,
-        };
+        let lifted = Lifted::new(rows, metric);
         let stride = stride(dim);
         let mut words = vec![0u32; n * stride];
         words.par_chunks_exact_mut(stride).enumerate().for_each_init(
             || Vec::with_capacity(dim),
             |row, (at, record)| {
-                read(rows, metric, at, row);
-                let height = (longest - square(row)).max(0.0).sqrt();
+                let height = lifted.read(at, row);
                 row.iter_mut().zip(&center).for_each(|(v, c)| *v -= c);
                 let (head, codes) = record.split_at_mut(HEAD);
                 codes.fill(SIGN);
@@ -123,7 +153,6 @@ impl Codes {
                     // The sign bit is set in what is there.
                     codes[at / 4] ^= u32::from(code as u8) << (at % 4 * 8);
                 });
-                let height = if metric == Metric::InnerProduct { height } else { 0.0 };
                 // Of what the codes stand for: the distances between them are then those of real points.
                 let norm = scale * scale * sum as f32 + height * height;
                 head.copy_from_slice(&[scale, norm, height].map(f32::to_bits));

@@ -18,9 +18,10 @@ mod search;
 #[cfg(test)]
 mod tests;
 
+pub use codes::Lifted;
 pub use search::NO_LINK;
 
-use super::exact::Exact;
+use super::exact::{Exact, Rows};
 use super::simd::Simd;
 use super::{Filter, HnswOptions, IndexKind, Kernel, SearchParams, SearchScratch, Stored, VectorIndex};
 use crate::candidates::{Packed, Scored, keep_best};
@@ -83,12 +84,12 @@ pub trait GraphMaker: std::fmt::Debug + Send + Sync {
     /// For messages.
     fn name(&self) -> String;
 
-    /// The links of a graph without layers over `matrix`, as [`Hnsw::from_graph`] takes them, and its degree, of at most
+    /// The links of a graph without layers over `rows`, as [`Hnsw::from_graph`] takes them, and its degree, of at most
     /// `options.graph_degree`. Near is what [`Hnsw::build`] takes for near.
     ///
     /// # Errors
     /// What is in the way, for the operator.
-    fn make(&self, matrix: &Matrix, metric: Metric, options: &HnswOptions) -> Result<(Vec<u32>, u32), String>;
+    fn make(&self, rows: &Rows, metric: Metric, options: &HnswOptions) -> Result<(Vec<u32>, u32), String>;
 }
 
 /// The options in their ranges.
@@ -170,8 +171,8 @@ impl Hnsw {
         metric: Metric,
     ) -> Result<Self, String> {
         check(options)?;
-        let (links, degree) = maker.make(matrix, metric, options)?;
         let exact = Exact::new(matrix.clone(), metric, Kernel::detect());
+        let (links, degree) = maker.make(exact.rows(), metric, options)?;
         Self::from_graph(links.into(), degree, exact)
             .map_err(|reason| format!("the graph by {}: {reason}", maker.name()))
     }

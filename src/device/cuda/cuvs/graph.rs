@@ -9,14 +9,14 @@ use cudarc::driver::result;
 use super::index::{Index, Options, Rows, Value};
 use super::library::Cuvs;
 use super::resources::{self, Resources};
-use crate::catalog::generation::{Matrix, Metric};
+use crate::catalog::generation::Metric;
 use crate::device::DeviceError;
 use crate::device::cuda::context::Context;
 use crate::device::cuda::engine::mib;
 use crate::device::cuda::kernels::{Image, image};
 use crate::device::cuda::probe::{Gpu, probe};
 use crate::device::cuda::stream::{Stream, Table};
-use crate::index::{GraphMaker, HnswOptions, IndexOptions};
+use crate::index::{GraphMaker, HnswOptions, IndexOptions, Lifted, Rows as Vectors};
 
 /// Values that begin at 16 bytes, where cuVS reads rows where they lie.
 const ALIGNED: usize = 4;
@@ -51,7 +51,7 @@ impl CagraMaker {
     }
 
     fn links(&self, spaced: &Spaced<'_>, options: Options) -> Result<(Vec<u32>, u32), Failure> {
-        let (n, width) = (spaced.matrix.n_rows(), spaced.width);
+        let (n, width) = (spaced.lifted.n_rows(), spaced.width);
         let context = Context::open(self.gpu.ordinal, self.image.bytes())?;
         let Options::Cagra { graph_degree, intermediate_graph_degree } = options else {
             return Err(Failure::Said("a graph is of kind hnsw".into()));
@@ -108,46 +108,23 @@ enum Failure {
     Device(#[from] DeviceError),
 }
 
-/// Vectors as they lie under squared distances, whatever the metric: as the CPU's own graphs are made. For cosine all have length 1; for
-/// inner products all are as long as the longest, by one more coordinate (Bachrach et al., RecSys 2014).
+/// Vectors as the CPU's own graphs compare them, `width` values each, zeros at the end.
 struct Spaced<'a> {
-    matrix: &'a Matrix,
-    metric: Metric,
-    /// Of the longest vector, the square.
-    longest: f32,
-    /// Values of a row, zeros at its end.
+    lifted: Lifted<'a>,
+    is_product: bool,
     width: usize,
 }
 
-fn square(row: &[f32]) -> f32 {
-    row.iter().map(|value| value * value).sum()
-}
-
 impl<'a> Spaced<'a> {
-    fn new(matrix: &'a Matrix, metric: Metric) -> Self {
+    fn new(rows: &'a Vectors, metric: Metric) -> Self {
         let is_product = metric == Metric::InnerProduct;
-        let mut row = Vec::new();
-        let mut length = |at: usize| {
-            row.clear();
-            matrix.extend_row(at as u32, &mut row);
-            square(&row)
-        };
-        let longest = if is_product { (0..matrix.n_rows()).map(&mut length).fold(0.0, f32::max) } else { 0.0 };
-        let width = (matrix.dim + usize::from(is_product)).next_multiple_of(ALIGNED);
-        Spaced { matrix, metric, longest, width }
+        let width = (rows.dim() + usize::from(is_product)).next_multiple_of(ALIGNED);
+        Spaced { lifted: Lifted::new(rows, metric), is_product, width }
     }
 
     fn fill(&self, at: usize, row: &mut Vec<f32>) {
-        row.clear();
-        self.matrix.extend_row(at as u32, row);
-        match self.metric {
-            Metric::L2 => {}
-            Metric::Cosine => {
-                let length = square(row).sqrt();
-                row.iter_mut().filter(|_| length > 0.0).for_each(|value| *value /= length);
-            }
-            Metric::InnerProduct => row.push((self.longest - square(row)).max(0.0).sqrt()),
-        }
+        let further = self.lifted.read(at, row);
+        row.extend(self.is_product.then_some(further));
         row.resize(self.width, 0.0);
     }
 }
@@ -157,9 +134,9 @@ impl GraphMaker for CagraMaker {
         format!("CAGRA on cuda:{}", self.gpu.ordinal)
     }
 
-    fn make(&self, matrix: &Matrix, metric: Metric, options: &HnswOptions) -> Result<(Vec<u32>, u32), String> {
-        let made = Options::of(&IndexOptions::Hnsw(options.clone()), matrix.n_rows(), matrix.dim);
-        let links = made.map_err(Failure::from).and_then(|made| self.links(&Spaced::new(matrix, metric), made));
+    fn make(&self, rows: &Vectors, metric: Metric, options: &HnswOptions) -> Result<(Vec<u32>, u32), String> {
+        let made = Options::of(&IndexOptions::Hnsw(options.clone()), rows.n_rows(), rows.dim());
+        let links = made.map_err(Failure::from).and_then(|made| self.links(&Spaced::new(rows, metric), made));
         links.map_err(|failure| format!("no graph by {}: {failure}", self.name()))
     }
 }
@@ -168,6 +145,7 @@ impl GraphMaker for CagraMaker {
 mod tests {
     use super::super::tests::fake;
     use super::*;
+    use crate::catalog::generation::Matrix;
     use crate::device::cuda::emulated::{Emulated, IMAGE, tell};
     use crate::index::{Exact, Filter, Hnsw, Kernel, SearchParams, SearchScratch};
 
@@ -194,9 +172,9 @@ mod tests {
         let (n, dim, k) = (1200usize, 11, 10usize);
         let (matrix, options) = (matrix(n, dim), HnswOptions { graph_degree: 24, ..HnswOptions::default() });
         for metric in [Metric::InnerProduct, Metric::Cosine, Metric::L2] {
-            let (links, degree) = maker(folder.path()).make(&matrix, metric, &options).unwrap();
-            assert_eq!((links.len(), degree), (n * 24, 24));
             let exact = || Exact::new(matrix.clone(), metric, Kernel::detect());
+            let (links, degree) = maker(folder.path()).make(exact().rows(), metric, &options).unwrap();
+            assert_eq!((links.len(), degree), (n * 24, 24));
             let walked = Hnsw::from_graph(links.into(), degree, exact()).unwrap();
             let scanned = crate::index::BruteForce::over(exact());
             let mut noise = crate::testing::noise(12);
@@ -223,7 +201,10 @@ mod tests {
         let Some(folder) = &fake(&["-DEMULATED"]) else { return };
         let Some(emulated) = Emulated::open("delay_us=0") else { return };
         let (matrix, options, maker) = (matrix(1200, 11), HnswOptions::default(), maker(folder.path()));
-        let refused = |matrix: &Matrix| maker.make(matrix, Metric::L2, &options).unwrap_err();
+        let refused = |matrix: &Matrix| {
+            let exact = Exact::new(matrix.clone(), Metric::L2, Kernel::detect());
+            maker.make(exact.rows(), Metric::L2, &options).unwrap_err()
+        };
         emulated.script("delay_us=0,memory=1000000");
         let said = refused(&matrix);
         let (start, end) =
