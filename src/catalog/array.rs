@@ -6,6 +6,8 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use memmap2::{Mmap, MmapMut};
 
+use crate::memory::prefer_large_pages;
+
 /// A shared, immutable array.
 pub struct Array<T: Pod>(Inner<T>);
 
@@ -34,9 +36,7 @@ impl<T: Pod> Array<T> {
             return self;
         }
         let Ok(mut map) = MmapMut::map_anon(bytes.len()) else { return self };
-        // A hint; without it the copy is as good as the original.
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        prefer_large_pages(&mut map[..]);
         map.copy_from_slice(bytes);
         let len = self.len();
         map.make_read_only().ok().and_then(|map| Self::mapped(Arc::new(map), 0, len)).unwrap_or(self)

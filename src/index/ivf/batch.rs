@@ -1,4 +1,4 @@
-//! Searching for several queries at a time: each list is read once for all that scan it.
+//! Searching lists of whole vectors for several queries at a time: each list is read once for all that scan it.
 //!
 //! What a selection keeps depends on the order in which scores are offered. Scores are therefore computed list by list, but
 //! offered in each query's own order: results are to the bit those of queries one by one.

@@ -244,7 +244,7 @@ impl Ivf {
         }
     }
 
-    /// Fills `ivf.runs` with the blocks that promise most, as many as `n_probes` lists have on average, and `ivf.bases` for them.
+    /// Fills `ivf.runs` with the blocks that promise most, as many as `n_probes` lists have on average, and `ivf.bases` for them where there are codes.
     fn rank_blocks(&self, length: f32, n_probes: usize, ivf: &mut IvfScratch) {
         let weight = if self.exact.metric() == Metric::L2 { 1.0 } else { length };
         self.choose_lists(weight, n_probes, ivf);
@@ -287,11 +287,13 @@ impl Ivf {
             }
             last = place;
         }
-        let n_found = ranked.len();
-        keep_best(ranked, n_found);
+        ranked.sort_unstable();
         runs.clear();
         runs.extend(ranked.iter().map(|&run| found[Scored::from(run).row as usize]));
 
+        if parts.codes().is_none() {
+            return;
+        }
         bases.resize(parts.n_blocks(), 0.0);
         let padded = parts.padded;
         let centroid = |list: u32| &parts.centroids[list as usize * padded..(list as usize + 1) * padded];

@@ -1,4 +1,5 @@
-//! ONNX files of perceptrons, for catalogues that are made up: the few messages of onnx.proto that take one, written by hand.
+//! ONNX files of perceptrons, for catalogues that are made up: the few messages of onnx.proto that take one, written by hand:
+//! rten-onnx, which could write them, leaves out the name of a graph, without which ONNX's checker takes none.
 
 use rand::Rng as _;
 use rand::SeedableRng as _;

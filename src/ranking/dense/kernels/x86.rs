@@ -268,24 +268,32 @@ unsafe fn wide<const NATIVE: bool, P: Product<Wide<NATIVE>>>(
     }
 }
 
-#[target_feature(enable = "avx512f,fma")]
-unsafe fn f32_plain(
-    layer: &Layer,
-    rows: Rows<'_>,
-    base: Option<Rows<'_>>,
-    out: &mut Target<'_>,
-    ahead: &mut Ahead<'_>,
-) {
-    unsafe { wide::<false, F32>(layer, rows, base, out, ahead) }
+/// [`wide`], compiled for features of the CPU.
+macro_rules! compiled {
+    ($($vis:vis fn $name:ident = $of:ty, native: $native:literal, $features:literal;)*) => {$(
+        #[target_feature(enable = $features)]
+        $vis unsafe fn $name(
+            layer: &Layer,
+            rows: Rows<'_>,
+            base: Option<Rows<'_>>,
+            out: &mut Target<'_>,
+            ahead: &mut Ahead<'_>,
+        ) {
+            unsafe { wide::<$native, $of>(layer, rows, base, out, ahead) }
+        }
+    )*};
 }
 
-#[target_feature(enable = "avx512f,fma,avx512bw,avx512vl,avx512bf16")]
-unsafe fn f32_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>, ahead: &mut Ahead<'_>) {
-    unsafe { wide::<true, F32>(layer, rows, base, out, ahead) }
+compiled! {
+    fn f32_plain = F32, native: false, "avx512f,fma";
+    fn f32_bf = F32, native: true, "avx512f,fma,avx512bw,avx512vl,avx512bf16";
+    pub fn bf16_avx512 = Bf16, native: true, "avx512f,fma,avx512bw,avx512vl,avx512bf16";
+    fn int8_plain = Int8, native: false, "avx512f,fma,avx512vnni";
+    fn int8_bf = Int8, native: true, "avx512f,fma,avx512vnni,avx512bw,avx512vl,avx512bf16";
 }
 
 /// # Safety
-/// The CPU has AVX-512F; so with the next ones for what their names say.
+/// The CPU has AVX-512F; so with the next one for what its name says.
 pub unsafe fn f32_avx512(
     layer: &Layer,
     rows: Rows<'_>,
@@ -300,33 +308,6 @@ pub unsafe fn f32_avx512(
             false => f32_plain(layer, rows, base, out, ahead),
         }
     }
-}
-
-#[target_feature(enable = "avx512f,fma,avx512bw,avx512vl,avx512bf16")]
-pub unsafe fn bf16_avx512(
-    layer: &Layer,
-    rows: Rows<'_>,
-    base: Option<Rows<'_>>,
-    out: &mut Target<'_>,
-    ahead: &mut Ahead<'_>,
-) {
-    unsafe { wide::<true, Bf16>(layer, rows, base, out, ahead) }
-}
-
-#[target_feature(enable = "avx512f,fma,avx512vnni")]
-unsafe fn int8_plain(
-    layer: &Layer,
-    rows: Rows<'_>,
-    base: Option<Rows<'_>>,
-    out: &mut Target<'_>,
-    ahead: &mut Ahead<'_>,
-) {
-    unsafe { wide::<false, Int8>(layer, rows, base, out, ahead) }
-}
-
-#[target_feature(enable = "avx512f,fma,avx512vnni,avx512bw,avx512vl,avx512bf16")]
-unsafe fn int8_bf(layer: &Layer, rows: Rows<'_>, base: Option<Rows<'_>>, out: &mut Target<'_>, ahead: &mut Ahead<'_>) {
-    unsafe { wide::<true, Int8>(layer, rows, base, out, ahead) }
 }
 
 pub unsafe fn int8_avx512(
