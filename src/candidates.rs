@@ -128,7 +128,7 @@ impl Candidates {
 /// A [`Scored`] packed so that integers compare as [`best_first`] does: selecting and sorting cost a fraction of what a
 /// comparison of floats costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Packed(u64);
+pub struct Packed(pub(crate) u64);
 
 impl From<Scored> for Packed {
     #[inline]
@@ -163,78 +163,12 @@ pub fn keep_best(list: &mut Vec<Packed>, k: usize) {
     list.sort_unstable();
 }
 
-/// Sorts `list` best first by the highest 16 bits that its keys differ in, 8 at a time, then by insertion: hundreds of scores take
-/// half the time of comparisons. `spare` is a buffer.
-pub fn sort_best(list: &mut Vec<Packed>, spare: &mut Vec<Packed>) {
-    let n = list.len();
-    if n < 64 {
-        list.sort_unstable();
-        return;
-    }
-    let (least, most) = list.iter().fold((u64::MAX, 0), |(least, most), key| (key.0.min(least), key.0.max(most)));
-    let shift = 48u32.saturating_sub((most - least).leading_zeros());
-    let low = |key: Packed| ((key.0 - least) >> shift & 255) as usize;
-    let high = |key: Packed| ((key.0 - least) >> shift >> 8 & 255) as usize;
-    let (mut lows, mut highs) = ([0u32; 256], [0u32; 256]);
-    for &key in &*list {
-        lows[low(key)] += 1;
-        highs[high(key)] += 1;
-    }
-    spare.clear();
-    spare.resize(n, Packed(0));
-    place(list, spare, &mut lows, low);
-    place(spare, list, &mut highs, high);
-    let mut n_moves = 0;
-    for at in 1..n {
-        let (key, mut to) = (list[at], at);
-        while to > 0 && list[to - 1] > key {
-            list[to] = list[to - 1];
-            to -= 1;
-        }
-        list[to] = key;
-        n_moves += at - to;
-        // One that is far from all others leaves these alike in those bits.
-        if n_moves > 4 * n {
-            list.sort_unstable();
-            return;
-        }
-    }
-}
-
-/// Puts `from` into `to` in the order of its digits; `counts` holds how many have each.
-fn place(from: &[Packed], to: &mut [Packed], counts: &mut [u32; 256], digit: impl Fn(Packed) -> usize) {
-    let mut sum = 0;
-    for count in &mut *counts {
-        sum += std::mem::replace(count, sum);
-    }
-    for &key in from {
-        let at = &mut counts[digit(key)];
-        to[*at as usize] = key;
-        *at += 1;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     proptest! {
-        #[test]
-        fn sorting_by_digits_is_sorting(
-            n in 0usize..3000, spread in prop::sample::select(vec![0f32, 1e-6, 1.0, 1e30]), outlier in any::<bool>(), seed in any::<u64>(),
-        ) {
-            let mut next = crate::testing::noise(seed);
-            let mut list: Vec<Packed> = (0..n)
-                .map(|at| Scored { row: (next() * 1e6) as i32 as u32, score: if outlier && at == n / 2 { 1e38 } else { 1.0 + spread * next() } })
-                .map(Packed::from)
-                .collect();
-            let mut want = list.clone();
-            want.sort_unstable();
-            sort_best(&mut list, &mut vec![Packed(7)]);
-            prop_assert_eq!(list, want);
-        }
-
         #[test]
         fn packed_order_is_best_first(
             list in prop::collection::vec((any::<f32>(), 0u32..50), 0..50), k in 0usize..60,

@@ -4,6 +4,7 @@
 //! Tables hold 6 bits, so that four values fit a byte before they have to be widened.
 #![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected, and their loads and stores.
 
+use super::select::Select;
 use super::simd::{Simd, for_each_simd, mul_add};
 
 /// Vectors side by side.
@@ -56,13 +57,14 @@ impl Blocks {
         }
     }
 
+    /// The additive parts of the lanes, little-endian; none where scores have none.
+    pub fn biases(self, block: &[u8]) -> &[[u8; 4]] {
+        block[self.factors() + 4 * BLOCK..].as_chunks().0
+    }
+
     /// The additive part of lane `lane`.
     pub fn bias(self, block: &[u8], lane: usize) -> f32 {
-        if !self.has_bias {
-            return 0.0;
-        }
-        let at = self.factors() + 4 * BLOCK + 4 * lane;
-        block[at..].first_chunk().map_or(0.0, |bytes| f32::from_le_bytes(*bytes))
+        self.biases(block).get(lane).map_or(0.0, |bytes| f32::from_le_bytes(*bytes))
     }
 }
 
@@ -75,6 +77,8 @@ pub struct Tables {
     scale: f32,
     offset: f32,
     values: Vec<f32>,
+    /// By subspace.
+    leasts: Vec<f32>,
 }
 
 impl Tables {
@@ -83,13 +87,14 @@ impl Tables {
         debug_assert_eq!(codebook.len(), query.len() * CODEWORDS);
         self.values.resize(n_subspaces * CODEWORDS, 0.0);
         products(simd, query, codebook, &mut self.values);
-        let (range, offset) = extent(simd, &self.values);
+        self.leasts.resize(n_subspaces, 0.0);
+        let range = extent(simd, &self.values, &mut self.leasts);
         self.scale = range / MOST;
-        self.offset = offset;
+        self.offset = self.leasts.iter().sum();
         let unit = MOST / range;
         let unit = if unit.is_finite() { unit } else { 0.0 };
         self.bytes.resize(n_subspaces / QUAD * 128, 0);
-        round(simd, &self.values, unit, &mut self.bytes);
+        round(simd, &self.values, &self.leasts, unit, &mut self.bytes);
     }
 }
 
@@ -114,46 +119,47 @@ fn products_of<const FUSED: bool>(query: &[f32], codebook: &[f32], out: &mut [f3
 }
 
 for_each_simd!(
-    /// The largest range of a subspace's values, and the sum of their least.
-    fn extent(values: &[f32]) -> (f32, f32) = extent_of
+    /// The least of each subspace's values, and the largest range of them, which is returned.
+    fn extent(values: &[f32], leasts: &mut [f32]) -> f32 = extent_of
 );
 
 #[inline(always)]
-fn extent_of<const FUSED: bool>(values: &[f32]) -> (f32, f32) {
-    values.as_chunks::<CODEWORDS>().0.iter().fold((0.0, 0.0), |(range, sum): (f32, f32), values| {
-        let least = folded(*values, |a, b| if b < a { b } else { a });
+fn extent_of<const FUSED: bool>(values: &[f32], leasts: &mut [f32]) -> f32 {
+    let mut range = 0.0;
+    for (values, least) in values.as_chunks::<CODEWORDS>().0.iter().zip(leasts) {
+        *least = folded(*values, |a, b| if b < a { b } else { a });
         let most = folded(*values, |a, b| if b > a { b } else { a });
-        (if most - least > range { most - least } else { range }, sum + least)
-    })
+        range = if most - *least > range { most - *least } else { range };
+    }
+    range
 }
 
 /// Halves against each other, so that it can be done in a register.
 #[inline(always)]
-fn folded(mut values: [f32; CODEWORDS], of: impl Fn(f32, f32) -> f32) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for at in 0..half {
-            values[at] = of(values[at], values[at + half]);
-        }
-    }
-    values[0]
+fn folded(values: [f32; CODEWORDS], of: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|at| of(values[at], values[at + 8]));
+    let four: [f32; 4] = std::array::from_fn(|at| of(eight[at], eight[at + 4]));
+    of(of(four[0], four[2]), of(four[1], four[3]))
 }
 
 for_each_simd!(
-    fn round(values: &[f32], unit: f32, bytes: &mut [u8]) = round_of
+    fn round(values: &[f32], leasts: &[f32], unit: f32, bytes: &mut [u8]) = round_of
 );
 
 #[inline(always)]
-fn round_of<const FUSED: bool>(values: &[f32], unit: f32, bytes: &mut [u8]) {
+fn round_of<const FUSED: bool>(values: &[f32], leasts: &[f32], unit: f32, bytes: &mut [u8]) {
     // Floats from here on are whole, and the lowest byte of their bits is what was added.
     const WHOLE: f32 = 8_388_608.0;
-    for (subspace, values) in values.as_chunks::<CODEWORDS>().0.iter().enumerate() {
-        let least = folded(*values, |a, b| if b < a { b } else { a });
-        let table = values.map(|value| ((value - least) * unit + WHOLE).to_bits() as u8);
-        // Even subspaces are the low codes; each table fills both 16-byte lanes of its half.
-        let (quad, within) = (subspace / QUAD, subspace % QUAD);
-        let at = quad * 128 + within % 2 * 64 + within / 2 * 32;
-        bytes[at..at + 16].copy_from_slice(&table);
-        bytes[at + 16..at + 32].copy_from_slice(&table);
+    let quads = values.as_chunks::<{ QUAD * CODEWORDS }>().0.iter().zip(leasts.as_chunks::<QUAD>().0);
+    for ((values, leasts), bytes) in quads.zip(bytes.as_chunks_mut::<128>().0) {
+        let (values, bytes) = (values.as_chunks::<CODEWORDS>().0, bytes.as_chunks_mut::<CODEWORDS>().0);
+        for (within, (values, least)) in values.iter().zip(leasts).enumerate() {
+            let table = values.map(|value| ((value - least) * unit + WHOLE).to_bits() as u8);
+            // Even subspaces are the low codes; each table fills both 16-byte lanes of its half.
+            let at = within % 2 * 4 + within / 2 * 2;
+            bytes[at] = table;
+            bytes[at + 1] = table;
+        }
     }
 }
 
@@ -211,9 +217,37 @@ fn scan_portable(layout: Blocks, blocks: &[u8], tables: &Tables, terms: Terms, s
     }
 }
 
+/// [`scan`], with what passes going to `select`: as many as there are of `lanes`, from position `first` on; see [`Select::push_all`].
+/// `scores` is a buffer.
+#[allow(clippy::too_many_arguments)]
+pub fn scan_into(
+    simd: Simd,
+    layout: Blocks,
+    blocks: &[u8],
+    tables: &Tables,
+    terms: Terms,
+    (first, lanes): (u32, &[u32]),
+    admits: Option<&dyn Fn(u32) -> bool>,
+    scores: &mut Vec<f32>,
+    select: &mut Select,
+) {
+    match simd {
+        // SAFETY: `Simd` has this variant only where the features were detected.
+        #[cfg(target_arch = "x86_64")]
+        Simd::Avx512 => unsafe {
+            x86::scan_into_avx512(layout, blocks, tables, terms, (first, lanes), admits, select);
+        },
+        _ => {
+            scores.resize(lanes.len() * BLOCK, 0.0);
+            scan(simd, layout, blocks, tables, terms, scores);
+            select.push_all(simd, scores, first, |at| lanes[at], admits);
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{BLOCK, Blocks, Tables, Terms};
+    use super::{BLOCK, Blocks, Select, Tables, Terms};
     use std::arch::x86_64::*;
 
     /// Two subspaces of 64 vectors' halves: the codes' values, added up, at most 126.
@@ -236,21 +270,54 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
     pub fn scan_avx512(layout: Blocks, blocks: &[u8], tables: &Tables, terms: Terms, scores: &mut [f32]) {
+        let (scores, _) = scores.as_chunks_mut::<BLOCK>();
+        each_avx512(layout, blocks, tables, terms, |at, halves| {
+            for (values, scores) in halves.into_iter().zip(scores[at].as_chunks_mut::<16>().0) {
+                // SAFETY: the array has the 16 values of a register.
+                unsafe { _mm512_storeu_ps(scores.as_mut_ptr(), values) };
+            }
+        });
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub fn scan_into_avx512(
+        layout: Blocks,
+        blocks: &[u8],
+        tables: &Tables,
+        terms: Terms,
+        (first, lanes): (u32, &[u32]),
+        admits: Option<&dyn Fn(u32) -> bool>,
+        select: &mut Select,
+    ) {
+        each_avx512(layout, blocks, tables, terms, |at, scores| {
+            select.push_avx512(scores, first + (at * BLOCK) as u32, lanes[at], admits);
+        });
+    }
+
+    /// Calls with the number of each block and its scores.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    fn each_avx512(
+        layout: Blocks,
+        blocks: &[u8],
+        tables: &Tables,
+        terms: Terms,
+        mut each: impl FnMut(usize, [__m512; 2]),
+    ) {
         let (scale, offset) = (_mm512_set1_ps(tables.scale), _mm512_set1_ps(tables.offset));
         let (base, weight) = (_mm512_set1_ps(terms.base), _mm512_set1_ps(terms.weight));
-        let all_tables = tables.bytes.as_chunks::<128>().0;
-        for (block, scores) in blocks.chunks_exact(layout.bytes()).zip(scores.as_chunks_mut::<BLOCK>().0) {
+        let table_pairs = tables.bytes.as_chunks::<128>().0.as_chunks::<2>();
+        for (at, block) in blocks.chunks_exact(layout.bytes()).enumerate() {
             let (codes, rest) = block.split_at(layout.factors());
             // Pairs of bytes: `sums` holds even + 256 odd, `odd` the odd ones, both modulo 2^16.
             let (mut sums, mut odd) = (_mm512_setzero_si512(), _mm512_setzero_si512());
             let (pairs, last) = codes.as_chunks::<64>().0.as_chunks::<2>();
-            let (table_pairs, last_table) = all_tables.as_chunks::<2>();
-            for (codes, tables) in pairs.iter().zip(table_pairs) {
+            for (codes, tables) in pairs.iter().zip(table_pairs.0) {
                 let four = _mm512_add_epi8(quad_avx512(&codes[0], &tables[0]), quad_avx512(&codes[1], &tables[1]));
                 sums = _mm512_add_epi16(sums, four);
                 odd = _mm512_add_epi16(odd, _mm512_srli_epi16::<8>(four));
             }
-            if let ([codes], [tables]) = (last, last_table) {
+            if let ([codes], [tables]) = (last, table_pairs.1) {
                 let two = quad_avx512(codes, tables);
                 sums = _mm512_add_epi16(sums, two);
                 odd = _mm512_add_epi16(odd, _mm512_srli_epi16::<8>(two));
@@ -260,21 +327,26 @@ mod x86 {
             let (even, odd) = (fold(even), fold(odd));
             let (low, high) = (_mm256_unpacklo_epi16(even, odd), _mm256_unpackhi_epi16(even, odd));
             let ordered = [_mm256_permute2x128_si256::<0x20>(low, high), _mm256_permute2x128_si256::<0x31>(low, high)];
-            for (half, sums) in ordered.into_iter().enumerate() {
-                let sums = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sums));
-                // SAFETY: a block has 32 factors, and as many additive parts where the layout says so; `scores` has 32 values.
-                unsafe {
-                    let factors = _mm512_loadu_ps(rest.as_ptr().add(64 * half).cast());
-                    let dot = _mm512_add_ps(_mm512_mul_ps(scale, sums), offset);
-                    let mut score = _mm512_add_ps(base, _mm512_mul_ps(factors, dot));
-                    if layout.has_bias {
-                        let bias = _mm512_loadu_ps(rest.as_ptr().add(4 * BLOCK + 64 * half).cast());
-                        score = _mm512_add_ps(score, _mm512_mul_ps(weight, bias));
-                    }
-                    _mm512_storeu_ps(scores.as_mut_ptr().add(16 * half), score);
+            let halves = rest.as_chunks::<64>().0;
+            let of_half = |half: usize| {
+                let sums = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(ordered[half]));
+                let dot = _mm512_add_ps(_mm512_mul_ps(scale, sums), offset);
+                let score = _mm512_add_ps(base, _mm512_mul_ps(load(&halves[half]), dot));
+                if layout.has_bias {
+                    _mm512_add_ps(score, _mm512_mul_ps(weight, load(&halves[2 + half])))
+                } else {
+                    score
                 }
-            }
+            };
+            each(at, [of_half(0), of_half(1)]);
         }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load(values: &[u8; 64]) -> __m512 {
+        // SAFETY: the array has the 64 bytes of a register.
+        unsafe { _mm512_loadu_ps(values.as_ptr().cast()) }
     }
 
     #[target_feature(enable = "avx2")]

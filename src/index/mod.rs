@@ -17,6 +17,7 @@ mod refine;
 mod rotation;
 mod select;
 mod simd;
+mod sort;
 pub mod tune;
 
 pub use brute_force::BruteForce;

@@ -2,6 +2,9 @@
 //! higher threshold that leaves as many as are wanted. Order is kept, so that what is read for them later is read forwards.
 #![allow(unsafe_code)] // Calls of functions compiled for CPU features that were detected, and their stores.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
 use super::fastscan::BLOCK;
 use super::simd::{Simd, for_each_simd};
 
@@ -81,39 +84,45 @@ impl Select {
         lanes: impl Fn(usize) -> u32,
         admits: Option<&dyn Fn(u32) -> bool>,
     ) {
-        use std::arch::x86_64::*;
-        let ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (at, scores) in blocks.iter().enumerate() {
-            let threshold = _mm512_set1_ps(self.threshold);
             // SAFETY: 16 values from 0 and from 16 lie within the 32.
             let halves = unsafe { [_mm512_loadu_ps(scores.as_ptr()), _mm512_loadu_ps(scores.as_ptr().add(16))] };
-            let above = halves.map(|half| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(half, threshold));
-            let mut passing = (u32::from(above[0]) | u32::from(above[1]) << 16) & lanes(at);
-            if passing == 0 {
-                continue;
+            self.push_avx512(halves, first + (at * BLOCK) as u32, lanes(at), admits);
+        }
+    }
+
+    /// One block of [`Self::push_all`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn push_avx512(&mut self, halves: [__m512; 2], first: u32, lanes: u32, admits: Option<&dyn Fn(u32) -> bool>) {
+        let threshold = _mm512_set1_ps(self.threshold);
+        let above = halves.map(|half| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(half, threshold));
+        let mut passing = (u32::from(above[0]) | u32::from(above[1]) << 16) & lanes;
+        if passing == 0 {
+            return;
+        }
+        if let Some(admits) = admits {
+            passing = admitted(passing, first, admits);
+        }
+        let ramp = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let to = self.len..self.len + BLOCK;
+        let (to_scores, to_positions) = (&mut self.scores[to.clone()], &mut self.positions[to]);
+        let mut kept = 0;
+        for (half, values) in halves.into_iter().enumerate() {
+            let mask = (passing >> (16 * half)) as u16;
+            let places = _mm512_add_epi32(_mm512_set1_epi32((first + 16 * half as u32) as i32), ramp);
+            // SAFETY: at most 16 were kept of the first half, and both have room for 32.
+            unsafe {
+                _mm512_storeu_ps(to_scores.as_mut_ptr().add(kept), _mm512_maskz_compress_ps(mask, values));
+                let places = _mm512_maskz_compress_epi32(mask, places);
+                _mm512_storeu_si512(to_positions.as_mut_ptr().add(kept).cast(), places);
             }
-            let first = first + (at * BLOCK) as u32;
-            if let Some(admits) = admits {
-                passing = admitted(passing, first, admits);
-            }
-            let to = self.len..self.len + BLOCK;
-            let (to_scores, to_positions) = (&mut self.scores[to.clone()], &mut self.positions[to]);
-            let mut kept = 0;
-            for (half, values) in halves.into_iter().enumerate() {
-                let mask = (passing >> (16 * half)) as u16;
-                let places = _mm512_add_epi32(_mm512_set1_epi32((first + 16 * half as u32) as i32), ramp);
-                // SAFETY: at most 16 were kept of the first half, and both have room for 32.
-                unsafe {
-                    _mm512_storeu_ps(to_scores.as_mut_ptr().add(kept), _mm512_maskz_compress_ps(mask, values));
-                    let places = _mm512_maskz_compress_epi32(mask, places);
-                    _mm512_storeu_si512(to_positions.as_mut_ptr().add(kept).cast(), places);
-                }
-                kept += mask.count_ones() as usize;
-            }
-            self.len += kept;
-            if self.len >= self.room {
-                self.prune(Simd::Avx512, self.keep / 8);
-            }
+            kept += mask.count_ones() as usize;
+        }
+        self.len += kept;
+        if self.len >= self.room {
+            self.prune(Simd::Avx512, self.keep / 8);
         }
     }
 
@@ -178,62 +187,65 @@ impl Select {
                 (high, above_high) = (middle, above);
             }
         }
-        self.compact(simd, low, high, most - above_high.min(most));
+        if above_low <= most {
+            self.keep_above(simd, low);
+        } else {
+            self.keep_alike(low, high, most - above_high);
+        }
         self.threshold = low;
     }
 
-    /// Keeps what is above `high`, and of what is above `low` the first `spare`: where the two are not neighbours that is all, and
-    /// else all alike.
-    fn compact(&mut self, simd: Simd, low: f32, high: f32, mut spare: usize) {
-        let (mut from, mut kept) = (0, 0);
-        #[cfg(target_arch = "x86_64")]
-        if simd == Simd::Avx512 {
+    /// Keeps what is above the threshold.
+    fn keep_above(&mut self, simd: Simd, threshold: f32) {
+        match simd {
             // SAFETY: `Simd` has this variant only where the features were detected.
-            (from, kept, spare) = unsafe { self.compact_avx512(low, high, spare) };
+            #[cfg(target_arch = "x86_64")]
+            Simd::Avx512 => unsafe { self.keep_above_avx512(threshold) },
+            _ => self.keep_if(|score| score > threshold),
         }
-        let _ = simd;
-        while from < self.len {
+    }
+
+    /// Keeps what is above `high`, and of what is above `low`, all alike, the first `spare`.
+    fn keep_alike(&mut self, low: f32, high: f32, mut spare: usize) {
+        self.keep_if(|score| {
+            let stays = (score > high) | ((score > low) & (spare > 0));
+            spare -= usize::from(stays & (score <= high));
+            stays
+        });
+    }
+
+    fn keep_if(&mut self, mut stays: impl FnMut(f32) -> bool) {
+        let mut kept = 0;
+        for from in 0..self.len {
             let (score, position) = (self.scores[from], self.positions[from]);
             // `kept <= from`: nothing is overwritten that is still to be read.
             self.scores[kept] = score;
             self.positions[kept] = position;
-            let between = score > low && score <= high;
-            let stays = (score > high) | (between & (spare > 0));
-            spare -= usize::from(between & (spare > 0));
-            kept += usize::from(stays);
-            from += 1;
+            kept += usize::from(stays(score));
         }
         self.len = kept;
     }
 
-    /// As many whole registers as can be, while all that is above `low` stays. Returns how far it came, how many it kept, and what
-    /// is left of `spare`.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn compact_avx512(&mut self, low: f32, high: f32, mut spare: usize) -> (usize, usize, usize) {
-        use std::arch::x86_64::*;
-        let (mut from, mut kept) = (0, 0);
-        let (lowest, highest) = (_mm512_set1_ps(low), _mm512_set1_ps(high));
-        assert!(self.len <= self.scores.len() && self.len <= self.positions.len());
-        while from + 16 <= self.len {
+    fn keep_above_avx512(&mut self, threshold: f32) {
+        let threshold = _mm512_set1_ps(threshold);
+        let mut kept = 0;
+        assert!(self.len + 16 <= self.scores.len() && self.len + 16 <= self.positions.len());
+        for from in (0..self.len).step_by(16) {
+            let lanes = if self.len - from >= 16 { u16::MAX } else { (1 << (self.len - from)) - 1 };
             // SAFETY: 16 values from `from` lie within both buffers, and `kept <= from`.
             unsafe {
                 let scores = _mm512_loadu_ps(self.scores.as_ptr().add(from));
                 let positions = _mm512_loadu_si512(self.positions.as_ptr().add(from).cast());
-                let stays = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(scores, lowest);
-                let between = stays & _mm512_cmp_ps_mask::<_CMP_LE_OQ>(scores, highest);
-                if between.count_ones() as usize > spare {
-                    break;
-                }
-                spare -= between.count_ones() as usize;
+                let stays = _mm512_mask_cmp_ps_mask::<_CMP_GT_OQ>(lanes, scores, threshold);
                 _mm512_storeu_ps(self.scores.as_mut_ptr().add(kept), _mm512_maskz_compress_ps(stays, scores));
                 let positions = _mm512_maskz_compress_epi32(stays, positions);
                 _mm512_storeu_si512(self.positions.as_mut_ptr().add(kept).cast(), positions);
                 kept += stays.count_ones() as usize;
             }
-            from += 16;
         }
-        (from, kept, spare)
+        self.len = kept;
     }
 }
 

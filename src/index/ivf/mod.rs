@@ -144,7 +144,7 @@ mod tests {
     use half::f16;
 
     /// Clusters of vectors, `[n, dim]`.
-    fn clustered(n: usize, dim: usize, seed: u64) -> Vec<f32> {
+    pub(super) fn clustered(n: usize, dim: usize, seed: u64) -> Vec<f32> {
         let mut next = crate::testing::noise(seed);
         let n_clusters = (n / 40).max(1);
         let centres: Vec<f32> = (0..n_clusters * dim).map(|_| next()).collect();
@@ -176,7 +176,7 @@ mod tests {
         found as f64 / want.len() as f64
     }
 
-    fn matrix(values: Vec<f32>, dim: usize, half: bool) -> Matrix {
+    pub(super) fn matrix(values: Vec<f32>, dim: usize, half: bool) -> Matrix {
         let data = match half {
             true => MatrixData::F16(values.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>().into()),
             false => MatrixData::F32(values.into()),

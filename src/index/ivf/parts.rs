@@ -90,8 +90,10 @@ impl IvfParts {
     }
 
     /// The blocks of a list.
+    #[inline]
     pub fn blocks_of(&self, list: usize) -> Range<usize> {
-        self.offsets[list] as usize..self.offsets[list + 1] as usize
+        let offsets = &self.offsets[list..list + 2];
+        offsets[0] as usize..offsets[1] as usize
     }
 
     /// The codes in the lists, for kinds that have some.
