@@ -307,7 +307,9 @@ impl Churn {
             let vector: Vec<f32> = (0..self.case.dim).map(|_| self.case.value(&mut self.noise)).collect();
             let vector = (what == 4 || what == 7 || what == 0 && self.below(3) > 0).then_some(&vector[..]);
             let available = (what == 5 && self.below(2) == 0).then_some(false);
-            self.catalogue.upsert(&self.generation, &Change { id: &id, available, whole: false, columns, vector });
+            // Which takes away a vector that it had.
+            let whole = what == 6 && self.below(2) == 0;
+            self.catalogue.upsert(&self.generation, &Change { id: &id, available, whole, columns, vector });
         }
         Arc::new(self.catalogue.take_changed().unwrap_or_else(|| LiveItems::new(self.case.n)))
     }
