@@ -220,9 +220,16 @@ fn answers_are_the_cpu_s() {
     // Also after items came and changed, which were brought there.
     assert!(recommended("by=\"device\"") > before, "{before}");
     assert!(gpu.metric("tastemaker_device_item_updates_total{device=\"cuda:0\"}") >= 8.0);
-    // Rankers are timed on the device, too.
-    let ranked = gpu.metric("model_inference_latency_seconds_count{model_name=\"demo\"}");
-    assert!(ranked > recommended("by=\"cpu\",reason=\"refused\""), "{ranked}");
+    // Rankers are timed on the device, too: every recommendation is counted but those of nobody, who has neither a vector nor a history, so that
+    // there is no candidate, what trends being off, and no ranker is called.
+    let ranked = || gpu.metric("model_inference_latency_seconds_count{model_name=\"demo\"}");
+    let all = || recommended("by=\"device\"") + recommended("by=\"cpu\",reason=\"refused\"");
+    assert_eq!((ranked(), all()), (132.0, 134.0));
+    let of_nobody = json!({"user_id": "nobody", "n_items": 10, "deadline_ms": 10_000});
+    post(gpu.http, "/v1/recommend", &of_nobody);
+    assert_eq!((ranked(), all()), (132.0, 135.0));
+    post(gpu.http, "/v1/recommend", &json!({"user_id": "user-1", "n_items": 10, "deadline_ms": 10_000}));
+    assert_eq!((ranked(), all()), (133.0, 136.0));
     assert_eq!(recommended("by=\"cpu\",reason=\"open\""), 0.0);
     let report = gpu.stop();
     assert!(!report.contains("misuse:"), "{report}");

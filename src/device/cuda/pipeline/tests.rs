@@ -759,6 +759,29 @@ fn tables_in_bf16_take_half_and_keep_the_order() {
     assert!(want.len() > 50 && fidelity.ndcg >= 0.999 && fidelity.error > 0.0, "{} {fidelity:?}", want.len());
 }
 
+#[test]
+fn every_batch_on_its_way_has_its_ranker_s_time() {
+    let Some(_emulated) = Emulated::open("seed=3,delay_us=200") else { return };
+    let case = Case { n: 300, dim: 8, metric: Metric::InnerProduct, coarse: false, n_rankers: 1, seed: 9 };
+    let (generation, config) = (case.with_demo(), Arc::new(config(50)));
+    let cpu = CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+    // Six batches of one size, of which the first are answered while the last are computed.
+    let cuda = engine::cuda(&DeviceConfig { max_batch_size: 4, ..DeviceConfig::default() }, 1);
+    let mut device = cuda.device(cpu, &config).unwrap();
+    device.load(&generation).unwrap();
+    let mut batch = case.jobs(&generation, 40, 1);
+    batch.retain(|job| matches!(job.task, Task::Recommend { explain: false, .. }));
+    batch.iter_mut().for_each(|job| job.user.vector.fill(0.5));
+    batch.truncate(24);
+    batch.iter_mut().for_each(|job| job.user.vector.resize(8, 0.5));
+    device.execute(&mut batch).unwrap();
+    assert!(batch.len() == 24 && cuda.counters.slates.whole.load(Relaxed) >= 20);
+    for job in &batch {
+        assert!(!job.ranked.inference[0].is_zero(), "{:?}", job.ranked.inference);
+        assert!(!job.timings.get(Stage::Rank).is_zero() && !job.timings.get(Stage::Ann).is_zero());
+    }
+}
+
 /// Bytes of the table of the generation's only ranker, f32.
 fn table_bytes(device: &mut CpuDevice, generation: &Arc<Generation>) -> usize {
     let weighted = device.weighted(generation).unwrap();
