@@ -238,6 +238,35 @@ fn answers_are_the_cpu_s() {
 }
 
 #[test]
+fn narrow_tables_rank_the_cpu_s_candidates() {
+    let config = "[device]\npatience_ms = 20000\ntables = \"int8\"\n[pipeline]\ntrending_k = 0\n";
+    let Some(gpu) = Served::start("cuda:0", "seed=4,delay_us=0", config) else { return };
+    assert_eq!(gpu.said("recommendations are computed as a whole on the GPU")[0]["tables"], "int8");
+    let mut config = common::config();
+    config.cache.enabled = false;
+    config.pipeline.trending_k = 0;
+    let cpu = start(config, Options::default());
+    let (mut common, mut all) = (0, 0);
+    for user in 0..30 {
+        let ask = json!({"user_id": format!("user-{user}"), "n_items": 10, "deadline_ms": 10_000});
+        let ids = |addr| -> Vec<String> {
+            let answer = post(addr, "/v1/recommend", &ask);
+            answer["items"].as_array().unwrap().iter().map(|item| item["item_id"].to_string()).collect()
+        };
+        let (got, want) = (ids(gpu.http), ids(cpu.addrs.http));
+        common += got.iter().filter(|id| want.contains(id)).count();
+        all += want.len();
+    }
+    println!("{common} of {all} items are the CPU's");
+    assert!(common * 100 >= all * 95, "{common} of {all}");
+    let by_device = gpu.metric("tastemaker_device_recommendations_total{device=\"cuda:0\",by=\"device\"}");
+    assert_eq!(by_device, 30.0);
+    let report = gpu.stop();
+    assert!(!report.contains("misuse:"), "{report}");
+    cpu.shut_down().unwrap();
+}
+
+#[test]
 fn whatever_fails_every_request_is_answered_and_the_device_comes_back() {
     // A launch fails and the context is lost; making the device anew fails for lack of memory, and succeeds later; then one hangs.
     // Some 35 launches and 38 allocations make a device.
