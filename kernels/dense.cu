@@ -1,16 +1,18 @@
 // dense_rank: scores of candidates by a compiled network. A block takes some candidates of one request through all steps of a program,
 // and what lies between the steps stays in its shared memory.
 // in     program u32: a Header, then its Steps (kernels/src/dense.rs makes both); params u32: what steps name places in, at a 16-byte
-//        boundary; table: f32 or bf16 [table_rows, table_stride], at a 16-byte boundary, or null; more: [n_more, table_stride] likewise: rows
-//        beside the table, numbered from table_rows on; rows u32 [n_requests, width], NO_ROW, rows that are in neither where there is a
-//        table, and places from counts[request] on being holes; counts u32 [n_requests]; columns f32 [n_requests, width, n_columns];
-//        shared f32 [n_requests, shared_width], at a 16-byte boundary where it is read from
+//        boundary; table: u32 [table_rows, row_words], at a 16-byte boundary, or null: rows of f32, of bf16, or of int8 with the f32 scales of
+//        their pieces behind them (TableShape in kernels/src/dense.rs); more: [n_more, row_words] likewise: rows beside the table, numbered
+//        from table_rows on; rows u32 [n_requests, width], NO_ROW, rows that are in neither where there is a table, and places from
+//        counts[request] on being holes; counts u32 [n_requests]; columns f32 [n_requests, width, n_columns]; shared f32 [n_requests,
+//        shared_width], at a 16-byte boundary where it is read from
 // out    scores f32 [n_requests, width]: weight times the score, added to what is there unless `first`; NaN in holes
 // launch grid (width / n, rounded up, n_requests) for n candidates of a block, a multiple of 16, at most 256; 256 threads; 4 * n * units
 //        bytes of dynamic shared memory, units being those of a candidate's row in the program's header
 // order  of summation: products in f32 by fused multiply-adds over ascending inputs onto what the sum starts with (bias, item's, request's,
 //        base), zeros of the padding among them; products in bf16 by tensor cores, 16 inputs at a time; other sums in 32 parts, value i in part
-//        i % 32, halves added until one is left. A row's result does not depend on the rows beside it, nor on n
+//        i % 32, halves added until one is left. An item's value in int8 is its code times the scale, rounded to f32 before it is added. A
+//        row's result does not depend on the rows beside it, nor on n
 // nan    stays in its row; holes have their own
 // twin   dense_rank in src/device/cpu/twins/dense.rs; products in bf16 equal it in the emulator alone, for a GPU rounds them otherwise
 //
@@ -22,17 +24,18 @@
 constexpr u32 NONE = 0xffffffffu;
 constexpr u32 WARPS = THREADS / 32;
 enum { LAYER, ROUNDED_LAYER, NARROW, EACH, PAIR, TAKE, LOAD, SUM, SOFTMAX, NORM, EMBED, MULTIPLY, SCORE };
-enum { RELU = 1, ROUND = 2, TURNED = 4, BF16_TABLE = 1 };
+enum { RELU = 1, ROUND = 2, TURNED = 4 };
+enum { F32_TABLE, BF16_TABLE, INT8_TABLE };
 enum { PLAIN, RECTIFIED, LEAKY, SIGMOID, TANH, GELU, SILU, SOFTPLUS, ELU, ERF, EXP, LOG, SQRT, ABS, RECIPROCAL, SQUARE, POWER, CLIP, AFFINE };
 enum { ADD, SUB, MUL, DIV, MAX, MIN, POW };
 
 struct Header {
-    u32 n_steps, units, table_rows, table_stride, flags, n_columns, shared_width, unused;
+    u32 n_steps, units, table_rows, row_words, numbers, n_columns, shared_width, scales;
 };
 
 // What each field is for: kernels/src/dense.rs.
 struct Step {
-    u32 op, x, x_stride, x_part, y, y_stride, out, out_stride, width, fill, k, m, n, repeat, a, b, item, shared, function, p, q, flags, unused[2];
+    u32 op, x, x_stride, x_part, y, y_stride, out, out_stride, width, fill, k, m, n, repeat, a, b, item, shared, function, p, q, flags, piece, unused;
 };
 
 // Where a block is.
@@ -40,7 +43,8 @@ struct Block {
     u32 n; // rows of it
     const u32* params;
     const u32 *table, *more;
-    u32 table_rows, table_stride, table_flags;
+    u32 table_rows, row_words, numbers;
+    u32 scales; // words of a row of a table in int8 before those
     const float* columns; // of its first row
     u32 n_columns, left;  // rows that there are columns of
     const float* shared;  // of its request
@@ -65,6 +69,13 @@ DEVICE void halves_of(float (&to)[4], const u32* from) {
 DEVICE void halves_of(float (&to)[2], const u32* from) {
     const u32 v = __ldg(from);
     to[0] = low_half(v), to[1] = high_half(v);
+}
+// N neighbouring codes, which lie in one word, times their scale.
+template <u32 N>
+DEVICE void codes_of(float (&to)[N], const u32* row, u32 column, float scale) {
+    const u32 codes = __ldg(row + column / 4) >> column % 4 * 8;
+#pragma unroll
+    for (u32 e = 0; e < N; e++) to[e] = __fmul_rn(scale, (float)(signed char)(codes >> 8 * e));
 }
 template <class Words>
 DEVICE void values_of(float (&to)[4], Words arena, u32 at) {
@@ -101,15 +112,15 @@ DEVICE void start(float (&sums)[R][N], const Step& s, const Block& in, Words are
     if (column >= s.width) return;
     if (s.item != NONE) {
         // Where there is no candidate, the first item: one has been there in this block, and what comes of it is not kept.
-        const bool halves = in.table_flags & BF16_TABLE;
 #pragma unroll
         for (u32 j = 0; j < R; j++) {
             const u32 item = arena[rows[j]] == NO_ROW ? 0 : arena[rows[j]];
             const bool is_beside = item >= in.table_rows;
-            const u32* table = is_beside ? in.more : in.table;
-            const u64 at = (u64)(is_beside ? item - in.table_rows : item) * in.table_stride + s.item + column;
-            if (halves) halves_of(values[j], table + at / 2);
-            else floats_of(values[j], (const float*)table + at);
+            const u32* row = (is_beside ? in.more : in.table) + (u64)(is_beside ? item - in.table_rows : item) * in.row_words;
+            const u32 at = s.item + column;
+            if (in.numbers == F32_TABLE) floats_of(values[j], (const float*)row + at);
+            else if (in.numbers == BF16_TABLE) halves_of(values[j], row + at / 2);
+            else codes_of(values[j], row, at, __uint_as_float(__ldg(row + in.scales + s.piece)));
         }
 #pragma unroll
         for (u32 j = 0; j < R; j++) add(sums[j], values[j]);
@@ -559,7 +570,7 @@ KERNEL(dense_rank, 2)
         if (t < left) scores[slot + t] = __uint_as_float(0x7fc00000u);
         return;
     }
-    const Block in = {n, params, table, more, header.table_rows, header.table_stride, header.flags, columns + slot * header.n_columns, header.n_columns, left,
+    const Block in = {n, params, table, more, header.table_rows, header.row_words, header.numbers, header.scales, columns + slot * header.n_columns, header.n_columns, left,
                       shared + (u64)blockIdx.y * header.shared_width};
     for (u32 at = 0; at < header.n_steps; at++) {
         const Step& s = steps[at];

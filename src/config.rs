@@ -168,6 +168,7 @@ fn unknown_field(message: &str) -> Option<(String, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::TableStorage;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("t.toml"))
@@ -199,6 +200,20 @@ mod tests {
     fn wrong_type_names_the_line() {
         let error = parse("[cache]\nenabled = 3\n").unwrap_err();
         assert!(matches!(error, ConfigError::Invalid { line: 2, .. }), "{error}");
+    }
+
+    #[test]
+    fn what_a_gpu_s_tables_may_be_in_is_told() {
+        let tables = |value: &str| parse(&format!("[device]\ntables = \"{value}\"\n"));
+        for wanted in [TableStorage::F32, TableStorage::Bf16, TableStorage::Int8] {
+            assert_eq!(tables(wanted.name()).unwrap().device.tables, wanted);
+        }
+        let error = tables("int4").unwrap_err();
+        assert!(matches!(error, ConfigError::Invalid { line: 2, .. }), "{error}");
+        assert!(error.to_string().contains("unknown variant `int4`, expected one of `f32`, `bf16`, `int8`"), "{error}");
+        // Vectors have no such numbers.
+        let error = parse("[device]\nvectors = \"int8\"\n").unwrap_err().to_string();
+        assert!(error.contains("unknown variant `int8`, expected `f32` or `bf16`"), "{error}");
     }
 
     #[test]

@@ -220,13 +220,49 @@ fn answers_are_the_cpu_s() {
     // Also after items came and changed, which were brought there.
     assert!(recommended("by=\"device\"") > before, "{before}");
     assert!(gpu.metric("tastemaker_device_item_updates_total{device=\"cuda:0\"}") >= 8.0);
-    // Rankers are timed on the device, too.
-    let ranked = gpu.metric("model_inference_latency_seconds_count{model_name=\"demo\"}");
-    assert!(ranked > recommended("by=\"cpu\",reason=\"refused\""), "{ranked}");
+    // Rankers are timed on the device, too: every recommendation is counted but those of nobody, who has neither a vector nor a history, so that
+    // there is no candidate, what trends being off, and no ranker is called.
+    let ranked = || gpu.metric("model_inference_latency_seconds_count{model_name=\"demo\"}");
+    let all = || recommended("by=\"device\"") + recommended("by=\"cpu\",reason=\"refused\"");
+    assert_eq!((ranked(), all()), (132.0, 134.0));
+    let of_nobody = json!({"user_id": "nobody", "n_items": 10, "deadline_ms": 10_000});
+    post(gpu.http, "/v1/recommend", &of_nobody);
+    assert_eq!((ranked(), all()), (132.0, 135.0));
+    post(gpu.http, "/v1/recommend", &json!({"user_id": "user-1", "n_items": 10, "deadline_ms": 10_000}));
+    assert_eq!((ranked(), all()), (133.0, 136.0));
     assert_eq!(recommended("by=\"cpu\",reason=\"open\""), 0.0);
     let report = gpu.stop();
     assert!(!report.contains("misuse:"), "{report}");
     assert!(report.contains("counts: "), "{report}");
+    cpu.shut_down().unwrap();
+}
+
+#[test]
+fn narrow_tables_rank_the_cpu_s_candidates() {
+    let config = "[device]\npatience_ms = 20000\ntables = \"int8\"\n[pipeline]\ntrending_k = 0\n";
+    let Some(gpu) = Served::start("cuda:0", "seed=4,delay_us=0", config) else { return };
+    assert_eq!(gpu.said("recommendations are computed as a whole on the GPU")[0]["tables"], "int8");
+    let mut config = common::config();
+    config.cache.enabled = false;
+    config.pipeline.trending_k = 0;
+    let cpu = start(config, Options::default());
+    let (mut common, mut all) = (0, 0);
+    for user in 0..30 {
+        let ask = json!({"user_id": format!("user-{user}"), "n_items": 10, "deadline_ms": 10_000});
+        let ids = |addr| -> Vec<String> {
+            let answer = post(addr, "/v1/recommend", &ask);
+            answer["items"].as_array().unwrap().iter().map(|item| item["item_id"].to_string()).collect()
+        };
+        let (got, want) = (ids(gpu.http), ids(cpu.addrs.http));
+        common += got.iter().filter(|id| want.contains(id)).count();
+        all += want.len();
+    }
+    println!("{common} of {all} items are the CPU's");
+    assert!(common * 100 >= all * 95, "{common} of {all}");
+    let by_device = gpu.metric("tastemaker_device_recommendations_total{device=\"cuda:0\",by=\"device\"}");
+    assert_eq!(by_device, 30.0);
+    let report = gpu.stop();
+    assert!(!report.contains("misuse:"), "{report}");
     cpu.shut_down().unwrap();
 }
 

@@ -158,6 +158,8 @@ pub struct Step {
     pub b: u32,
     /// First column of a piece of the item's row in the table, a multiple of 4, or [`NONE`].
     pub item: u32,
+    /// Number of that piece, for the scale of a table in int8.
+    pub piece: u32,
     /// First column of a piece of the request's row, a multiple of 4, or [`NONE`].
     pub shared: u32,
     /// Of [`Op::Each`] and [`Op::Pair`].
@@ -194,6 +196,7 @@ impl Step {
             a: NONE,
             b: NONE,
             item: NONE,
+            piece: 0,
             shared: NONE,
             function: Function::Unary(Unary::Plain),
             p: 0.0,
@@ -206,7 +209,7 @@ impl Step {
     fn words(&self) -> [u32; Self::WORDS] {
         let Step { op, x, x_stride, x_part, y, y_stride, out, out_stride, width, fill, k, m, n, repeat, a, b, .. } =
             *self;
-        let Step { item, shared, function, p, q, flags, .. } = *self;
+        let Step { item, piece, shared, function, p, q, flags, .. } = *self;
         let function = match function {
             Function::Unary(unary) => unary as u32,
             Function::Binary(binary) => binary as u32,
@@ -214,7 +217,7 @@ impl Step {
         let (p, q) = (p.to_bits(), q.to_bits());
         [
             op as u32, x, x_stride, x_part, y, y_stride, out, out_stride, width, fill, k, m, n, repeat, a, b, item,
-            shared, function, p, q, flags, 0, 0,
+            shared, function, p, q, flags, piece, 0,
         ]
     }
 }
@@ -236,6 +239,19 @@ pub struct Program {
     pub flops: usize,
 }
 
+/// In which numbers a table of items is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TableNumbers {
+    /// As they are.
+    #[default]
+    F32,
+    /// The nearest bf16, ties to even.
+    Bf16,
+    /// Codes from -127 to 127, times the scale of their piece of the row: a 127th of its largest magnitude. A value is off by at most half of that,
+    /// and all of a piece that holds NaN or an infinity is NaN.
+    Int8,
+}
+
 /// A table of items.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableShape {
@@ -243,8 +259,22 @@ pub struct TableShape {
     pub n_rows: u32,
     /// Values of a row, a multiple of 8.
     pub stride: u32,
-    /// bf16 instead of f32.
-    pub is_bf16: bool,
+    /// What they are kept in.
+    pub numbers: TableNumbers,
+    /// Pieces of a row, which have a scale each in int8.
+    pub n_pieces: u32,
+}
+
+impl TableShape {
+    /// Words of a row: its values, one, two or four a word, the first in the lowest bits; in int8 the scales of its pieces behind them, f32.
+    pub fn row_words(&self) -> usize {
+        let stride = self.stride as usize;
+        match self.numbers {
+            TableNumbers::F32 => stride,
+            TableNumbers::Bf16 => stride / 2,
+            TableNumbers::Int8 => stride / 4 + self.n_pieces as usize,
+        }
+    }
 }
 
 impl Program {
@@ -252,8 +282,9 @@ impl Program {
     pub fn words(&self, table: TableShape) -> Vec<u32> {
         let [n_steps, n_columns, shared_width] =
             [self.steps.len(), self.n_columns, self.shared_width].map(|n| n as u32);
-        let TableShape { n_rows, stride, is_bf16 } = table;
-        let header = [n_steps, self.units, n_rows, stride, u32::from(is_bf16), n_columns, shared_width, 0];
+        let (row_words, scales) = (table.row_words() as u32, table.stride / 4);
+        let header =
+            [n_steps, self.units, table.n_rows, row_words, table.numbers as u32, n_columns, shared_width, scales];
         header.into_iter().chain(self.steps.iter().flat_map(Step::words)).collect()
     }
 
@@ -284,7 +315,7 @@ pub struct DenseRank {
     pub program: DevicePtr,
     /// u32: [`Program::params`], at a 16-byte boundary.
     pub params: DevicePtr,
-    /// At a 16-byte boundary; `None`: no step reads one.
+    /// Rows as [`TableShape`] says, at a 16-byte boundary; `None`: no step reads one.
     pub table: Option<DevicePtr>,
     /// Rows beside the table, at a 16-byte boundary.
     pub more: More,

@@ -91,8 +91,9 @@ pub struct DeviceConfig {
     pub workspace_bytes: u64,
     /// How item vectors lie in GPU memory. The answers are the same; bf16 takes half of the memory and settles fewer of them there.
     pub vectors: Storage,
-    /// How the rankers' tables of items lie in GPU memory. bf16 takes half of it, and scores differ by its rounding of the items' part.
-    pub tables: Storage,
+    /// How the rankers' tables of items lie in GPU memory. bf16 takes half of it, int8 about a quarter, and scores differ by their rounding of
+    /// the items' part.
+    pub tables: TableStorage,
     /// Items that may come or change before recommendations are the CPU's again, for which each worker has room in GPU memory. 0 to 65536,
     /// default 4096.
     pub live_items: u32,
@@ -120,7 +121,7 @@ impl Default for DeviceConfig {
             memory_bytes: 0,
             workspace_bytes: 256 << 20,
             vectors: Storage::F32,
-            tables: Storage::F32,
+            tables: TableStorage::F32,
             live_items: 4096,
             kernel_cache: String::new(),
             index: IndexChoice::Auto,
@@ -159,6 +160,30 @@ pub enum Storage {
     F32,
     /// 2 bytes, of which 8 bits are the number's.
     Bf16,
+}
+
+/// How values of a ranker's table of items lie in a GPU's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TableStorage {
+    /// As the CPU's: 4 bytes, or 2 where the ranker is computed in bf16 or int8 there.
+    #[default]
+    F32,
+    /// 2 bytes, of which 8 bits are the number's.
+    Bf16,
+    /// 1 byte, and 4 for each piece of an item's row: the scale, a 127th of the largest magnitude in the piece.
+    Int8,
+}
+
+impl TableStorage {
+    /// As in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            TableStorage::F32 => "f32",
+            TableStorage::Bf16 => "bf16",
+            TableStorage::Int8 => "int8",
+        }
+    }
 }
 
 /// What finds neighbours on a GPU.

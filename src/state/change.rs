@@ -167,7 +167,7 @@ pub struct Change<'a> {
     pub id: &'a str,
     /// Items: whether it may be shown; absent: an upsert makes it so.
     pub available: Option<bool>,
-    /// Whether it takes the place of all that was upserted before; else it adds to that, column by column.
+    /// Whether it takes the place of all that was upserted before, the vector too; else it adds to that, column by column.
     pub whole: bool,
     /// By name.
     pub columns: &'a [(&'a str, Value<'a>)],

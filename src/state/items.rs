@@ -144,8 +144,9 @@ impl Catalogue {
         }
         let dim = generation.item_embeddings.as_ref().map(|items| items.dim);
         let fresh = change.vector.filter(|vector| Some(vector.len()) == dim);
-        let kept = before.filter(|_| !change.whole).and_then(|before| before.vector.clone());
-        let vector: Option<Box<[f32]>> = fresh.map(Into::into).or(kept);
+        let held = before.and_then(|before| before.vector.clone());
+        let had_vector = held.is_some();
+        let vector: Option<Box<[f32]>> = fresh.map(Into::into).or(held.filter(|_| !change.whole));
         let says_text =
             change.whole || change.columns.iter().any(|(name, _)| generation.text_columns.iter().any(|c| c == name));
         let held_text = before.and_then(|before| before.text.clone());
@@ -179,8 +180,11 @@ impl Catalogue {
             });
             let norm = vector.as_ref().map_or(0.0, |vector| self.kernel.dot(vector, vector).sqrt());
             let inverse_norm = if norm > 0.0 { 1.0 / norm } else { 0.0 };
-            if let Some(fresh) = fresh {
-                self.vectors.push(live::Change::Upsert { row, vector: fresh.to_vec() });
+            match fresh {
+                Some(fresh) => self.vectors.push(live::Change::Upsert { row, vector: fresh.to_vec() }),
+                // Else it would still be found by what it had.
+                None if had_vector && vector.is_none() => self.vectors.push(live::Change::Delete { row }),
+                None => {}
             }
             let lines = generation.rankers.iter().map(|_| OnceLock::new()).collect();
             if let Some(text) = &text {
@@ -312,5 +316,45 @@ fn of_bundle(column: &ColumnData, row: u32, in_bundle: bool) -> Cell {
         ColumnData::Number { values, .. } => Cell::Number(if in_bundle { values[row as usize] } else { f32::NAN }),
         _ if in_bundle => Cell::Codes(column.codes(row).into()),
         _ => Cell::Codes(Default::default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::candidates::Scored;
+    use crate::catalog::generation::testing;
+    use crate::index::{Filter, Overlay, SearchScratch, VectorIndex, build};
+
+    #[test]
+    fn what_is_replaced_without_a_vector_is_not_found_by_the_one_it_had() {
+        let generation = testing::with_embeddings(vec![1.0, 0.0, 0.0, 1.0], 2);
+        let embeddings = generation.item_embeddings.as_ref().unwrap();
+        let base = build(&IndexOptions::BruteForce {}, embeddings, generation.metric, &|_, _, _| {}).unwrap();
+        let mut catalogue = Catalogue::new(&generation);
+        let mut after = |changes: &[Change<'_>]| {
+            for change in changes {
+                assert_ne!(catalogue.upsert(&generation, change), Changed::Unknown);
+            }
+            let items = catalogue.take_changed().unwrap();
+            let (mut found, mut scores, mut scratch) = (Vec::new(), Vec::new(), SearchScratch::default());
+            let overlay = Overlay::new(&*base, 2, &items);
+            overlay.search(&[2.0, 3.0], 9, Filter::ALL, &SearchParams::default(), &mut scratch, &mut found);
+            overlay.scores(&[2.0, 3.0], &[0, 1, 2], &mut scratch, &mut scores);
+            (found.iter().map(|Scored { row, score }| (*row, *score)).collect::<Vec<_>>(), scores)
+        };
+        let with = |id, vector| Change { id, vector: Some(vector), ..Change::default() };
+        let without = |id| Change { id, whole: true, ..Change::default() };
+        let (first, second) = ([4.0, 0.0], [0.0, 5.0]);
+        let both = after(&[with("new", &first), with("0", &second)]);
+        assert_eq!(both, (vec![(0, 15.0), (2, 8.0), (1, 3.0)], vec![15.0, 3.0, 8.0]));
+        assert_eq!(after(&[Change::of("new"), Change::of("0")]), both, "an upsert that says nothing of it keeps it");
+        // The bundle's is in force again for what the bundle has; what came later has none.
+        let none = (vec![(1, 3.0), (0, 2.0)], vec![2.0, 3.0, 0.0]);
+        assert_eq!(after(&[without("new"), without("0")]), none);
+        assert_eq!(after(&[Change::of("new"), without("0")]), none);
+        // The last of a batch counts.
+        assert_eq!(after(&[without("new"), with("new", &first), with("0", &second), without("0")]).0[0], (2, 8.0));
+        assert_eq!(after(&[with("new", &second), without("new")]), none);
     }
 }

@@ -7,12 +7,12 @@ use proptest::prelude::*;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tastemaker::catalog::generation::NO_ROW;
-use tastemaker::device::cpu::twins::dense::{Batch, dense_rank};
-use tastemaker::device::cuda::dense::{Arithmetic, compile};
+use tastemaker::device::cpu::twins::dense::{Batch, dense_rank, in_int8};
+use tastemaker::device::cuda::dense::{Arithmetic, compile, put_row};
 use tastemaker::ranking::dense::ops::{Binary, Graph, Id, Op, Unary};
 use tastemaker::ranking::dense::places;
 use tastemaker_emulator::Buffer;
-use tastemaker_kernels::dense::{DenseRank, TableShape};
+use tastemaker_kernels::dense::{DenseRank, TableNumbers, TableShape};
 
 use super::{intact, run, same};
 
@@ -171,23 +171,26 @@ pub struct Dense {
     n_requests: usize,
     width: usize,
     block_rows: usize,
-    bf16_table: bool,
+    table: TableNumbers,
     first: bool,
 }
+
+const NUMBERS: [TableNumbers; 3] = [TableNumbers::F32, TableNumbers::Bf16, TableNumbers::Int8];
 
 impl Dense {
     pub fn any() -> impl Strategy<Value = Dense> {
         let arithmetic = prop::sample::select(vec![Arithmetic::F32, Arithmetic::Bf16]);
         let operations = prop::collection::vec(0..OPERATIONS, 1..8);
         let block_rows = prop::sample::select(vec![16, 32, 48]);
-        (operations, arithmetic, 1usize..4, 1usize..60, block_rows, any::<bool>(), any::<bool>()).prop_map(
-            |(operations, arithmetic, n_requests, width, block_rows, bf16_table, first)| Dense {
+        let table = prop::sample::select(NUMBERS.to_vec());
+        (operations, arithmetic, 1usize..4, 1usize..60, block_rows, table, any::<bool>()).prop_map(
+            |(operations, arithmetic, n_requests, width, block_rows, table, first)| Dense {
                 operations,
                 arithmetic,
                 n_requests,
                 width,
                 block_rows,
-                bf16_table,
+                table,
                 first,
             },
         )
@@ -197,11 +200,12 @@ impl Dense {
     pub fn every(seed: u64) -> Dense {
         let (arithmetic, odd) = ([Arithmetic::F32, Arithmetic::Bf16][seed as usize / 2 % 2], seed % 2 == 1);
         let operations = (0..OPERATIONS).map(|at| (at * 5 + seed as usize) % OPERATIONS).collect();
-        Dense { operations, arithmetic, n_requests: 2, width: 37, block_rows: 32, bf16_table: odd, first: odd }
+        let table = NUMBERS[seed as usize % 3];
+        Dense { operations, arithmetic, n_requests: 2, width: 37, block_rows: 32, table, first: odd }
     }
 
     pub fn check(&self, variant: &str, seed: u64) -> Result<(), String> {
-        let &Dense { arithmetic, n_requests, width, block_rows, bf16_table, first, .. } = self;
+        let &Dense { arithmetic, n_requests, width, block_rows, table: numbers, first, .. } = self;
         let random = &mut SmallRng::seed_from_u64(seed);
         let mut graph = Graph::default();
         graph.inputs = vec![random.random_range(1..20), random.random_range(1..6)];
@@ -217,21 +221,31 @@ impl Dense {
         let Network { graph, random, .. } = network;
         let program = compile(&graph, arithmetic)?;
 
-        let (n_rows, stride, n) = (23u32, places(&graph.item_widths).1, n_requests * width);
+        let ((starts, stride), n_rows, n) = (places(&graph.item_widths), 23u32, n_requests * width);
         let odd = |random: &mut SmallRng| match random.random_range(0..400) {
             0 => f32::NAN,
             1 => f32::INFINITY,
             _ => random.random_range(-1.0f32..1.0),
         };
         let mut values = |n: usize| -> Vec<f32> { (0..n).map(|_| odd(random)).collect() };
-        let table: Vec<f32> = values(n_rows as usize * stride);
+        let mut table: Vec<f32> = values(n_rows as usize * stride);
         let shared = values(n_requests * program.shared_width);
         let columns = values(n * program.n_columns);
         let before = values(n);
-        let rounded: Vec<u16> = table.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
-        let table = match bf16_table {
-            true => rounded.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect(),
-            false => table,
+        if numbers == TableNumbers::Int8 {
+            // One of them takes all of its piece along: of the first rows alone.
+            let few = table.iter_mut().skip(stride * 5).filter(|value| !value.is_finite());
+            few.for_each(|value| *value = 0.5);
+        }
+        let shape = TableShape { n_rows, stride: stride as u32, numbers, n_pieces: starts.len() as u32 };
+        let lines = || table.chunks(stride.max(1));
+        let mut lines_of_table = vec![0; n_rows as usize * shape.row_words()];
+        let to = lines_of_table.chunks_mut(shape.row_words().max(1));
+        lines().zip(to).for_each(|(line, out)| put_row(&shape, &starts, line, out));
+        let table: Vec<f32> = match numbers {
+            TableNumbers::F32 => table,
+            TableNumbers::Bf16 => table.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
+            TableNumbers::Int8 => lines().flat_map(|line| in_int8(line, &starts)).collect(),
         };
         let row = |_| if random.random_ratio(1, 9) { NO_ROW } else { random.random_range(0..n_rows + 2) };
         let rows: Vec<u32> = (0..n).map(row).collect();
@@ -241,27 +255,20 @@ impl Dense {
         let batch = Batch { rows: &rows, counts: &counts, width, shared: &shared, columns: &columns };
         dense_rank(&program, (&table, stride), batch, (weight, first), &mut want);
 
-        let shape = TableShape { n_rows, stride: stride as u32, is_bf16: bf16_table };
         let params = Buffer::new_16(&program.params);
         // The last rows lie beside the table.
         let n_more = random.random_range(0..n_rows);
-        let (n_rows, first_beside) = (n_rows - n_more, (n_rows - n_more) as usize * stride);
-        let shape = TableShape { n_rows, ..shape };
+        let shape = TableShape { n_rows: n_rows - n_more, ..shape };
         let words = Buffer::new(&program.words(shape));
-        let place = |beside: bool| -> (Buffer<f32>, Buffer<u16>) {
-            let range = if beside { first_beside..table.len() } else { 0..first_beside };
-            (Buffer::new_16(&table[range.clone()]), Buffer::new_16(&rounded[range]))
-        };
-        let (in_table, beside) = (place(false), place(true));
-        let [table, more] =
-            [&in_table, &beside].map(|(wide, narrow)| if bf16_table { narrow.address() } else { wide.address() });
+        let (in_table, beside) = lines_of_table.split_at(shape.n_rows as usize * shape.row_words());
+        let (in_table, beside) = (Buffer::new_16(in_table), Buffer::new_16(beside));
         let (rows, counts) = (Buffer::new(&rows), Buffer::new(&counts));
         let (columns, shared, scores) = (Buffer::new(&columns), Buffer::new_16(&shared), Buffer::new(&before));
         let launch = DenseRank {
             program: words.address(),
             params: params.address(),
-            table: (stride > 0).then_some(table),
-            more: tastemaker_kernels::More { rows: more, n: n_more },
+            table: (stride > 0).then(|| in_table.address()),
+            more: tastemaker_kernels::More { rows: beside.address(), n: n_more },
             rows: rows.address(),
             counts: counts.address(),
             columns: columns.address(),

@@ -482,6 +482,22 @@ pub const PLANTED: &[Planted] = &[
         noticed: "answer: |of a buffer of",
     },
     Planted {
+        name: "codes_without_a_sign",
+        kernel: "dense_rank",
+        file: "dense.cu",
+        from: "(float)(signed char)(codes",
+        to: "(float)(unsigned char)(codes",
+        noticed: "",
+    },
+    Planted {
+        name: "the_first_piece_s_scale",
+        kernel: "dense_rank",
+        file: "dense.cu",
+        from: "row + in.scales + s.piece",
+        to: "row + in.scales",
+        noticed: "",
+    },
+    Planted {
         name: "lines_of_the_table_s_first",
         kernel: "dense_rank",
         file: "dense.cu",

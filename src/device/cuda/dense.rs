@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use half::bf16;
 use tastemaker_kernels::dense::{Function, NARROW_COLUMNS, NONE, Op as Does, Program, RELU, ROUND, Step, TILE};
-use tastemaker_kernels::dense::{TURNED, Unary, bf16_place, f32_place};
+use tastemaker_kernels::dense::{TURNED, TableNumbers, TableShape, Unary, bf16_place, f32_place};
 
 use crate::ranking::dense::ops::{self, Graph, Id, Op};
 use crate::ranking::dense::{LEAST_INPUTS, places};
@@ -73,6 +73,48 @@ pub fn compile(graph: &Graph, arithmetic: Arithmetic) -> Result<Program, String>
         return Err(format!("{} parameters", compiler.params.len()));
     }
     Ok(compiler.finished())
+}
+
+/// Writes a row of a table: up to `stride` values, zeros behind them. Its pieces begin at `starts`, ascending from 0, as [`places`] says.
+///
+/// # Panics
+/// If `out` is no row of the table, or it has not as many pieces.
+pub fn put_row(shape: &TableShape, starts: &[usize], values: &[f32], out: &mut [u32]) {
+    assert!(out.len() == shape.row_words() && starts.len() == shape.n_pieces as usize, "a row of another table");
+    out.fill(0);
+    match shape.numbers {
+        TableNumbers::F32 => out.iter_mut().zip(values).for_each(|(out, value)| *out = value.to_bits()),
+        TableNumbers::Bf16 => {
+            let half = |value: &f32| u32::from(bf16::from_f32(*value).to_bits());
+            let pair = |pair: &[f32]| half(&pair[0]) | pair.get(1).map_or(0, half) << 16;
+            out.iter_mut().zip(values.chunks(2)).for_each(|(out, values)| *out = pair(values));
+        }
+        TableNumbers::Int8 => {
+            let (codes, scales) = out.split_at_mut(shape.stride as usize / 4);
+            for (piece, (&start, scale)) in starts.iter().zip(scales).enumerate() {
+                let end = starts.get(piece + 1).map_or(values.len(), |&end| end.min(values.len()));
+                put_piece(&values[start.min(end)..end], &mut codes[start / 4..], scale);
+            }
+        }
+    }
+}
+
+/// A piece in int8: codes, four a word, and their scale.
+fn put_piece(values: &[f32], codes: &mut [u32], scale: &mut u32) {
+    // A NaN stays.
+    let larger = |most: f32, value: f32| if value > most || value.is_nan() { value } else { most };
+    let most = values.iter().fold(0f32, |most, value| larger(most, value.abs()));
+    let of = if most.is_finite() { most / 127.0 } else { f32::NAN };
+    *scale = of.to_bits();
+    // Whatever the codes, they are worth the same.
+    if of.is_nan() || of == 0.0 {
+        return;
+    }
+    // The low bits of the sum are the nearest whole number's, ties to even. Of subnormal numbers the scale may be so rough that it is beyond.
+    let code = |value: &f32| ((value / of).clamp(-127.0, 127.0) + 12_582_912.0).to_bits() & 0xff;
+    for (out, values) in codes.iter_mut().zip(values.chunks(4)) {
+        *out = values.iter().rev().fold(0, |word, value| word << 8 | code(value));
+    }
 }
 
 struct Compiler<'a> {
@@ -258,7 +300,8 @@ impl Compiler<'_> {
         let out = self.slot(width, rounded);
         let fill = if rounded { width.next_multiple_of(TILE as u32) } else { width.next_multiple_of(4) };
         let flags = if relu { RELU } else { 0 } | if rounded { ROUND } else { 0 };
-        let step = Step { item: given.item, shared: given.shared, fill, flags, ..step };
+        let Given { item, piece, shared, .. } = given;
+        let step = Step { item, piece, shared, fill, flags, ..step };
         self.step(step, [x, given.base], Some(out));
         if step.repeat > 1 && fill > width {
             self.step(Step { width, fill, ..Step::new(Does::Each) }, [Some(out), None], Some(out));
@@ -268,8 +311,9 @@ impl Compiler<'_> {
 
     fn given(&self, item: Option<usize>, shared: Option<usize>) -> Given {
         let start = |widths: &[usize], piece: Option<usize>| piece.map_or(NONE, |piece| places(widths).0[piece] as u32);
+        let piece = item.unwrap_or(0) as u32;
         let (item, shared) = (start(&self.graph.item_widths, item), start(&self.graph.shared_widths, shared));
-        Given { item, shared, base: None }
+        Given { item, piece, shared, base: None }
     }
 
     fn dense(&mut self, at: Id) -> Result<(), String> {
@@ -280,7 +324,7 @@ impl Compiler<'_> {
         if base.is_some() && repeat > 1 {
             return Err("a product by parts onto a base".into());
         }
-        let mut given = Given { item: NONE, shared: NONE, base: None };
+        let mut given = Given { item: NONE, piece: 0, shared: NONE, base: None };
         match base.map(|base| (base, self.graph.op(base))) {
             Some((base, &Op::Given { item, shared })) if self.is_inlined(base) => given = self.given(item, shared),
             Some((base, _)) => given.base = Some(self.wide(base)),
@@ -435,6 +479,7 @@ impl Compiler<'_> {
 #[derive(Clone, Copy)]
 struct Given {
     item: u32,
+    piece: u32,
     shared: u32,
     base: Option<Slot>,
 }

@@ -967,8 +967,8 @@ impl CudaDevice {
                 match made {
                     Ok((made, bytes)) => {
                         counters.memory_bytes.fetch_add(bytes, Relaxed);
-                        let memory = mib(bytes);
-                        tracing::info!(device = %self.name, memory, "recommendations are computed as a whole on the GPU");
+                        let (memory, tables) = (mib(bytes), device.tables.name());
+                        tracing::info!(device = %self.name, memory, tables, "recommendations are computed as a whole on the GPU");
                         Some(Arc::new(made))
                     }
                     Err(reason) if super::tensorrt::asked(&self.config, &resident.generation).next().is_some() => {

@@ -63,7 +63,7 @@ pub struct Ranking<'a> {
     pub program: Part<'a, u32>,
     /// u32
     pub params: Part<'a, u32>,
-    /// f32 or pairs of bf16; `None`: the program reads none.
+    /// Rows as [`kernels::dense::TableShape`] says; `None`: the program reads none.
     pub table: Option<Part<'a, u32>>,
     /// Words of a row of the table.
     pub line_words: usize,

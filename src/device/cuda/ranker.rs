@@ -9,14 +9,14 @@
 use std::sync::Arc;
 
 use half::bf16;
-use tastemaker_kernels::dense::{Program, TableShape};
+use tastemaker_kernels::dense::{Program, TableNumbers, TableShape};
 
-use super::dense::{Arithmetic, compile};
+use super::dense::{Arithmetic, compile, put_row};
 pub use super::ops::RankBatch;
 use super::ops::Ranking;
 use super::stream::{PartMut, Stream, Table};
 use crate::device::DeviceError;
-use crate::ranking::dense::{Model, kernels};
+use crate::ranking::dense::{Model, kernels, places};
 use crate::ranking::precision::Precision;
 
 /// Candidates of a block, the preferred number first.
@@ -30,14 +30,14 @@ const RESERVED_BYTES: u32 = 1 << 10;
 pub struct RankerOptions {
     /// bf16 is taken where the model's calibration allowed it, or int8, on the CPU; else f32.
     pub arithmetic: Arithmetic,
-    /// In which numbers the items' table is kept. One that the CPU has in bf16 is of bf16 in any case.
-    pub table: Arithmetic,
+    /// In which numbers the items' table is kept; f32: as the CPU has it, which may be bf16. Pieces of a row have a scale each in int8.
+    pub table: TableNumbers,
 }
 
 impl Default for RankerOptions {
     /// Products in bf16 where that is allowed, the table as the CPU has it.
     fn default() -> Self {
-        RankerOptions { arithmetic: Arithmetic::Bf16, table: Arithmetic::F32 }
+        RankerOptions { arithmetic: Arithmetic::Bf16, table: TableNumbers::F32 }
     }
 }
 
@@ -46,6 +46,10 @@ impl Default for RankerOptions {
 pub struct RankerPlan {
     program: Program,
     table: TableShape,
+    /// Where pieces of a row of the table begin.
+    starts: Vec<usize>,
+    /// Whether the CPU's table is of bf16.
+    from_bf16: bool,
     block_rows: u32,
     arithmetic: Arithmetic,
 }
@@ -62,13 +66,19 @@ impl RankerPlan {
         };
         let graph = model.candidate_graph();
         let program = compile(graph, arithmetic)?;
-        let mut table = TableShape::default();
+        let (mut table, mut starts, mut from_bf16) = (TableShape::default(), Vec::new(), false);
         if !graph.item_widths.is_empty() {
             let Some(from) = model.table() else { return Err("items' parts without a table of them".into()) };
             let number =
                 |n: usize| u32::try_from(n).map_err(|_| format!("a table of {} x {}", from.n_rows(), from.width()));
-            let is_bf16 = from.precision() != Precision::F32 || options.table == Arithmetic::Bf16;
-            table = TableShape { n_rows: number(from.n_rows())?, stride: number(from.width())?, is_bf16 };
+            from_bf16 = from.precision() != Precision::F32;
+            let numbers = match options.table {
+                TableNumbers::F32 if from_bf16 => TableNumbers::Bf16,
+                numbers => numbers,
+            };
+            starts = places(&graph.item_widths).0;
+            let (n_rows, stride, n_pieces) = (number(from.n_rows())?, number(from.width())?, number(starts.len())?);
+            table = TableShape { n_rows, stride, numbers, n_pieces };
         }
         // Two blocks on a multiprocessor hide each other's waiting; there is room for them where either leaves half, but for what each
         // takes for itself.
@@ -80,14 +90,18 @@ impl RankerPlan {
                 "{least} bytes of shared memory for a block of candidates; the GPU has {shared_bytes}"
             ));
         };
-        Ok(RankerPlan { program, table, block_rows, arithmetic })
+        Ok(RankerPlan { program, table, starts, from_bf16, block_rows, arithmetic })
     }
 
     /// Device memory that the ranker takes.
     pub fn bytes(&self) -> u64 {
-        let TableShape { n_rows, stride, is_bf16 } = self.table;
-        let table = u64::from(n_rows) * u64::from(stride) * if is_bf16 { 2 } else { 4 };
-        4 * (self.program.words(self.table).len() + self.program.params.len()) as u64 + table
+        let table = u64::from(self.table.n_rows) * self.table.row_words() as u64;
+        4 * ((self.program.words(self.table).len() + self.program.params.len()) as u64 + table)
+    }
+
+    /// The table that candidates' items are read from; of no rows where none is.
+    pub fn table(&self) -> TableShape {
+        self.table
     }
 
     /// In which numbers it computes.
@@ -110,15 +124,41 @@ pub struct DeviceRanker {
     table: Option<Table<u32>>,
 }
 
-/// A table's units from `start` on, in the numbers of the GPU's.
-fn fill(table: &kernels::Table, is_bf16: bool, start: usize, out: &mut [u32]) {
-    let units = table.units();
-    if table.precision() == Precision::F32 && is_bf16 {
-        let pairs = units[2 * start..].as_chunks::<2>().0;
-        let round = |bits: u32| u32::from(bf16::from_f32(f32::from_bits(bits)).to_bits());
-        out.iter_mut().zip(pairs).for_each(|(out, [low, high])| *out = round(*low) | round(*high) << 16);
-    } else {
-        out.copy_from_slice(&units[start..start + out.len()]);
+/// Rows of the CPU's table in the numbers of the GPU's.
+struct Rows<'a> {
+    from: &'a kernels::Table,
+    plan: &'a RankerPlan,
+    values: Vec<f32>,
+    row: Vec<u32>,
+}
+
+impl Rows<'_> {
+    /// Writes words of the table from `start` on.
+    fn fill(&mut self, start: usize, out: &mut [u32]) {
+        let RankerPlan { table, starts, from_bf16, .. } = self.plan;
+        if table.numbers == if *from_bf16 { TableNumbers::Bf16 } else { TableNumbers::F32 } {
+            return out.copy_from_slice(&self.from.units()[start..start + out.len()]);
+        }
+        let (words, end) = (self.row.len(), start + out.len());
+        for row in start / words..end.div_ceil(words) {
+            let units = self.from.row(row as u32);
+            self.values.clear();
+            match from_bf16 {
+                true => self
+                    .values
+                    .extend(units.iter().flat_map(|pair| [pair << 16, pair & 0xffff_0000]).map(f32::from_bits)),
+                false => self.values.extend(units.iter().map(|&bits| f32::from_bits(bits))),
+            }
+            // A piece of the table begins and ends anywhere.
+            let (first, behind) = ((row * words).max(start), ((row + 1) * words).min(end));
+            let to = &mut out[first - start..behind - start];
+            if to.len() == words {
+                put_row(table, starts, &self.values, to);
+            } else {
+                put_row(table, starts, &self.values, &mut self.row);
+                to.copy_from_slice(&self.row[first - row * words..behind - row * words]);
+            }
+        }
     }
 }
 
@@ -141,11 +181,12 @@ impl DeviceRanker {
     pub fn planned(stream: &Stream, model: &Model, plan: RankerPlan) -> Result<Self, DeviceError> {
         let program = Table::copied(stream, &plan.program.words(plan.table))?;
         let params = Table::copied(stream, &plan.program.params)?;
-        let TableShape { n_rows, stride, is_bf16 } = plan.table;
-        let table = match model.table().filter(|_| stride > 0) {
+        let shape = plan.table;
+        let table = match model.table().filter(|_| shape.stride > 0) {
             Some(from) => {
-                let units = n_rows as usize * stride as usize / if is_bf16 { 2 } else { 1 };
-                Some(Table::new(stream, units, |start, out: &mut [u32]| fill(from, is_bf16, start, out))?)
+                let n_words = shape.n_rows as usize * shape.row_words();
+                let mut rows = Rows { from, plan: &plan, values: Vec::new(), row: vec![0; shape.row_words()] };
+                Some(Table::new(stream, n_words, |start, out: &mut [u32]| rows.fill(start, out))?)
             }
             None => None,
         };
@@ -167,19 +208,21 @@ impl DeviceRanker {
 
     /// Words of a row of the items' table.
     pub fn line_words(&self) -> usize {
-        let TableShape { stride, is_bf16, .. } = self.plan.table;
-        stride as usize / if is_bf16 { 2 } else { 1 }
+        self.plan.table.row_words()
     }
 
     /// What [`DenseRanker::line`] says of an item, as a row of the table.
     ///
     /// [`DenseRanker::line`]: crate::ranking::dense::DenseRanker::line
     pub fn put_line(&self, line: &[f32], out: &mut [u32]) {
-        let value = |at: usize| line.get(at).copied().unwrap_or(0.0);
-        let half = |at: usize| u32::from(bf16::from_f32(value(at)).to_bits());
-        match self.plan.table.is_bf16 {
-            true => out.iter_mut().enumerate().for_each(|(at, out)| *out = half(2 * at) | half(2 * at + 1) << 16),
-            false => out.iter_mut().enumerate().for_each(|(at, out)| *out = value(at).to_bits()),
+        let RankerPlan { table, starts, from_bf16, .. } = &self.plan;
+        match from_bf16 {
+            // As it would be in the CPU's table.
+            true => {
+                let rounded: Vec<f32> = line.iter().map(|&value| bf16::from_f32(value).to_f32()).collect();
+                put_row(table, starts, &rounded, out);
+            }
+            false => put_row(table, starts, line, out),
         }
     }
 
@@ -436,7 +479,8 @@ mod tests {
         StreamRanker::new(Arc::new(ranker), 4096)
     }
 
-    const F32: RankerOptions = RankerOptions { arithmetic: Arithmetic::F32, table: Arithmetic::F32 };
+    const F32: RankerOptions = RankerOptions { arithmetic: Arithmetic::F32, table: TableNumbers::F32 };
+    const NUMBERS: [TableNumbers; 3] = [TableNumbers::F32, TableNumbers::Bf16, TableNumbers::Int8];
 
     fn upload<T: super::super::stream::Plain>(stream: &Stream, values: &[T]) -> Buffer<T> {
         let mut host = stream.pinned(values.len()).unwrap();
@@ -679,12 +723,15 @@ mod tests {
         let context = Context::open(0, IMAGE).unwrap();
         let stream = Stream::new(&context).unwrap();
         let mut n_tables = 0;
-        for case in cases() {
-            let (model, samples) = model(&case, Wanted::F32, false);
-            let Some(table) = model.table() else { continue };
+        let cases = cases();
+        for (case, wanted) in cases.iter().flat_map(|case| [(case, Wanted::F32), (case, Wanted::Bf16)]) {
+            let (exact, _) = model(case, Wanted::F32, false);
+            let (model, samples) = model(case, wanted, false);
+            // What an item's line is computed as.
+            let Some(table) = exact.table() else { continue };
             n_tables += 1;
-            let (n_rows, width) = (table.n_rows(), table.width());
-            for table_of in [Arithmetic::F32, Arithmetic::Bf16] {
+            let n_rows = table.n_rows();
+            for table_of in NUMBERS {
                 let ranker = &mut on_device(&stream, &model, RankerOptions { table: table_of, ..F32 });
                 let mut host = host(&model, ranker.ranker(), &samples, 3);
                 let before = vec![0.0; host.rows.len()];
@@ -694,13 +741,13 @@ mod tests {
                 host.rows.iter_mut().for_each(|row| *row = place(*row));
                 let words = ranker.ranker().line_words();
                 host.more = (vec![0; n_rows * words], n_rows);
-                for (line, out) in table.units().chunks(width).rev().zip(host.more.0.chunks_mut(words)) {
+                for (line, out) in table.units().chunks(table.width()).rev().zip(host.more.0.chunks_mut(words)) {
                     let line: Vec<f32> = line.iter().map(|bits| f32::from_bits(*bits)).collect();
                     ranker.ranker().put_line(&line, out);
                 }
                 let got = run(&stream, ranker, &host, Member::ONLY, &before);
                 let bits = |scores: &[f32]| scores.iter().map(|score| score.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&got), bits(&want), "{}, {table_of:?}", case.name);
+                assert_eq!(bits(&got), bits(&want), "{}, {wanted:?}, {table_of:?}", case.name);
                 // Nothing is there.
                 host.more = Default::default();
                 let got = run(&stream, ranker, &host, Member::ONLY, &before);
@@ -708,7 +755,73 @@ mod tests {
                 assert!(beside.clone().count() > 0 && beside.clone().all(|(_, score)| score.is_nan()));
             }
         }
-        assert!(n_tables > 2, "{n_tables}");
+        assert!(n_tables > 4, "{n_tables}");
+    }
+
+    #[test]
+    fn tables_in_int8_keep_the_order() {
+        let Some(_emulated) = Emulated::open("delay_us=0") else { return };
+        let context = Context::open(0, IMAGE).unwrap();
+        let stream = Stream::new(&context).unwrap();
+        for (case, wanted) in cases().iter().flat_map(|case| [(case, Wanted::F32), (case, Wanted::Bf16)]) {
+            let (exact, samples) = model(case, Wanted::F32, false);
+            let exact = cpu(&exact, &samples);
+            let (model, _) = model(case, wanted, false);
+            let options = RankerOptions { table: TableNumbers::Int8, ..RankerOptions::default() };
+            let ranker = &mut on_device(&stream, &model, options);
+            assert_eq!(ranker.ranker().plan().table().numbers, TableNumbers::Int8);
+            let host = host(&model, ranker.ranker(), &samples, 0);
+            let got = by_request(&host, &run(&stream, ranker, &host, Member::ONLY, &vec![0.0; host.rows.len()]));
+            let fidelity = Fidelity::of(&exact, &got);
+            println!("{}, {wanted:?}: ndcg@10 {:.5}, error {:.4}", case.name, fidelity.ndcg, fidelity.error);
+            assert!(fidelity.ndcg >= 0.99 && fidelity.error < 0.05, "{}: {fidelity:?}", case.name);
+        }
+    }
+
+    #[test]
+    fn a_table_is_what_its_rows_are_however_it_is_cut() {
+        // Magnitudes that are far apart, zeros, one value, what is no number, and the least numbers that there are.
+        let (starts, n_rows, stride) = ([0usize, 16, 48], 5usize, 64usize);
+        let mut next = noise(31);
+        let mut values: Vec<f32> = (0..n_rows * stride).map(|_| next()).collect();
+        (0..n_rows).for_each(|row| values[row * stride + 16..row * stride + 48].iter_mut().for_each(|v| *v *= 2e3));
+        values[stride..stride + 16].fill(0.0);
+        (values[2 * stride + 20], values[3 * stride + 50]) = (f32::NAN, f32::NEG_INFINITY);
+        values[4 * stride..4 * stride + 16].iter_mut().for_each(|v| *v *= 1e-43);
+        let mut table = kernels::Table::new(n_rows, stride, Precision::F32);
+        let mut pieces: Vec<_> = table.pieces(n_rows).collect();
+        (0..n_rows).for_each(|row| pieces[0].write(row, 0, &values[row * stride..(row + 1) * stride]));
+        drop(pieces);
+        for numbers in NUMBERS {
+            let shape = TableShape { n_rows: n_rows as u32, stride: stride as u32, numbers, n_pieces: 3 };
+            let graph = perceptron(&[4], &[8], 1);
+            let model = Model::plain("any", &graph, Kernel::detect());
+            let plan = RankerPlan::new(&model, 1 << 17, F32).unwrap();
+            let plan = RankerPlan { table: shape, starts: starts.into(), ..plan };
+            let words = shape.row_words();
+            let mut rows = Rows { from: &table, plan: &plan, values: Vec::new(), row: vec![0; words] };
+            let mut whole = vec![0; n_rows * words];
+            rows.fill(0, &mut whole);
+            for piece in [1, 7, words - 1, words, words + 1, 3 * words - 2] {
+                let mut cut = vec![7; n_rows * words];
+                cut.chunks_mut(piece).enumerate().for_each(|(at, out)| rows.fill(at * piece, out));
+                assert_eq!(cut, whole, "{numbers:?}, {piece}");
+            }
+            for (row, values) in values.chunks(stride).enumerate() {
+                let mut line = vec![7; words];
+                put_row(&shape, &starts, values, &mut line);
+                assert_eq!(line, whole[row * words..(row + 1) * words], "{numbers:?}, {row}");
+            }
+        }
+        // What is off is half of a scale at most.
+        let shape = TableShape { n_rows: 5, stride: 64, numbers: TableNumbers::Int8, n_pieces: 3 };
+        let mut row = vec![0; shape.row_words()];
+        put_row(&shape, &starts, &values[..stride], &mut row);
+        for (at, value) in values[..stride].iter().enumerate() {
+            let scale = f32::from_bits(row[16 + starts.iter().filter(|&&start| start <= at).count() - 1]);
+            let off = (f32::from((row[at / 4] >> (at % 4 * 8)) as i8) * scale - value).abs();
+            assert!(off <= scale * 0.500_01 && scale > 0.0, "{at}: {off} of {scale}");
+        }
     }
 
     #[test]
@@ -718,7 +831,7 @@ mod tests {
         let stream = Stream::new(&context).unwrap();
         let (model, samples) = model(&cases()[1], Wanted::F32, false);
         let mut sizes = Vec::new();
-        for table in [Arithmetic::F32, Arithmetic::Bf16] {
+        for table in NUMBERS {
             let before = emulated.count("used_bytes");
             let ranker = &mut on_device(&stream, &model, RankerOptions { table, ..F32 });
             assert_eq!(emulated.count("used_bytes") - before, ranker.ranker().bytes());
@@ -728,6 +841,7 @@ mod tests {
             let all = host.rows.len();
             let got = by_request(&host, &run(&stream, ranker, &host, Member::ONLY, &vec![0.0; all]));
             let fidelity = Fidelity::of(&cpu(&model, &samples), &got);
+            println!("{table:?}: {fidelity:?}");
             assert!(fidelity.ndcg >= 0.999 && fidelity.error < 0.02, "{table:?}: {fidelity:?}");
             // What scores takes no memory and copies nothing.
             let (rows, counts) = (upload(&stream, &host.rows), upload(&stream, &host.counts));
@@ -752,7 +866,10 @@ mod tests {
             assert!(error.contains(&format!("{all} candidates where there is room for {}", all - 1)), "{error}");
         }
         let table = model.table().unwrap();
-        assert_eq!(sizes[0] - sizes[1], (table.n_rows() * table.width() * 2) as u64);
+        let n_values = (table.n_rows() * table.width()) as u64;
+        assert_eq!(sizes[0] - sizes[1], 2 * n_values);
+        // A scale for each item: its row is one piece.
+        assert_eq!(sizes[0] - sizes[2], 3 * n_values - 4 * table.n_rows() as u64);
     }
 
     #[test]

@@ -526,7 +526,8 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// The time from one to the other, as they came last; `None` unless both did, in that order.
+    /// The time from one to the other, as they came last; `None` unless both did, in that order, and neither is to come again in work that the
+    /// stream was given.
     ///
     /// # Panics
     /// If there is no such moment.

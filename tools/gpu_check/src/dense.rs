@@ -6,11 +6,11 @@ use anyhow::{Result, ensure};
 use half::bf16;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
-use tastemaker::device::cpu::twins::dense::{Batch, dense_rank};
-use tastemaker::device::cuda::dense::{Arithmetic, compile};
+use tastemaker::device::cpu::twins::dense::{Batch, dense_rank, in_int8};
+use tastemaker::device::cuda::dense::{Arithmetic, compile, put_row};
 use tastemaker::ranking::dense::ops::{Binary, Graph, Id, Op, Unary};
 use tastemaker::ranking::dense::places;
-use tastemaker_kernels::dense::{DenseRank, Program, TableShape};
+use tastemaker_kernels::dense::{DenseRank, Program, TableNumbers, TableShape};
 
 use crate::kernels::median;
 use crate::machine::{Machine, Memory, get, put};
@@ -142,7 +142,9 @@ impl Held {
     }
 }
 
-/// One random network on random candidates: in f32 bit by bit, in bf16 as near as a GPU's sums are.
+const NUMBERS: [TableNumbers; 3] = [TableNumbers::F32, TableNumbers::Bf16, TableNumbers::Int8];
+
+/// One random network on random candidates: in f32 bit by bit, whatever its table is in; in bf16 as near as a GPU's sums are.
 ///
 /// # Errors
 /// Where it differs from its twin, or what the machine says.
@@ -151,24 +153,30 @@ pub fn check(machine: &mut dyn Machine, size: usize, random: &mut SmallRng) -> R
     let (graph, bound) = if narrow { rounded(random) } else { (exact(random), 0.0) };
     let program =
         compile(&graph, if narrow { Arithmetic::Bf16 } else { Arithmetic::F32 }).map_err(anyhow::Error::msg)?;
-    let (n_rows, stride) = (random.random_range(1..300u32), places(&graph.item_widths).1);
+    let (n_rows, (starts, stride)) = (random.random_range(1..300u32), places(&graph.item_widths));
     let (n_requests, width) = (random.random_range(1..4usize), random.random_range(1..=size.min(500)));
     let n = n_requests * width;
     let mut values = |n: usize| -> Vec<f32> { (0..n).map(|_| random.random_range(-1.0f32..1.0)).collect() };
     let table: Vec<f32> = values(n_rows as usize * stride);
     let (shared, columns) = (values(n_requests * program.shared_width), values(n * program.n_columns));
-    let pairs: Vec<u16> = table.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
-    let is_bf16: bool = random.random();
-    let widen = |&bits: &u16| bf16::from_bits(bits).to_f32();
-    let table: Vec<f32> = if is_bf16 { pairs.iter().map(widen).collect() } else { table };
+    let numbers = NUMBERS[random.random_range(0..NUMBERS.len())];
+    let shape = TableShape { n_rows, stride: stride as u32, numbers, n_pieces: starts.len() as u32 };
+    let mut lines = vec![0; n_rows as usize * shape.row_words()];
+    let of_table = || table.chunks(stride.max(1));
+    let to = lines.chunks_mut(shape.row_words().max(1));
+    of_table().zip(to).for_each(|(line, out)| put_row(&shape, &starts, line, out));
+    let table: Vec<f32> = match numbers {
+        TableNumbers::F32 => table,
+        TableNumbers::Bf16 => table.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
+        TableNumbers::Int8 => of_table().flat_map(|line| in_int8(line, &starts)).collect(),
+    };
     let rows: Vec<u32> = (0..n).map(|_| random.random_range(0..n_rows + n_rows / 8 + 1)).collect();
     let counts: Vec<u32> = (0..n_requests).map(|_| random.random_range(0..width as u32 + 2)).collect();
     let mut want = vec![0.0; n];
     let batch = Batch { rows: &rows, counts: &counts, width, shared: &shared, columns: &columns };
     dense_rank(&program, (&table, stride), batch, (1.0, true), &mut want);
 
-    let shape = TableShape { n_rows, stride: stride as u32, is_bf16 };
-    let memory = if is_bf16 { put(machine, &pairs)? } else { put(machine, &table)? };
+    let memory = put(machine, &lines)?;
     let held = Held::new(machine, program, shape, memory)?;
     let of = [put(machine, &rows)?, put(machine, &counts)?, put(machine, &columns)?, put(machine, &shared)?];
     let scores = machine.reserve(4 * n)?;
@@ -221,21 +229,23 @@ pub fn bench(machine: &mut dyn Machine, copied: f64, [n_items, batch]: [usize; 2
     let (share, width) = if n_items < 100_000 { (8, 20) } else { (1, 900) };
     let (n_items, mut all) = (n_items.min(1_000_000), Vec::new());
     for (name, layers) in [("128-256-128-1", &[256, 128][..]), ("256-512-256-128-1", &[512, 256, 128])] {
-        for arithmetic in [Arithmetic::F32, Arithmetic::Bf16] {
+        use {Arithmetic::*, TableNumbers as Table};
+        for of in [(F32, Table::F32), (Bf16, Table::Bf16), (Bf16, Table::Int8)] {
             let (mut network, mut x) = Network::new(12, layers[0] / share, random);
             for &n in &layers[1..] {
                 let hidden = network.dense(x, n / share, None);
                 x = network.unary(Unary::Relu, hidden);
             }
             let graph = network.scored(x);
-            all.push(time(machine, copied, (name, &graph), arithmetic, [n_items, batch, width], random)?);
+            all.push(time(machine, copied, (name, &graph), of, [n_items, batch, width], random)?);
         }
     }
     let graph = pairwise(random, share);
     let program = compile(&graph, Arithmetic::Bf16).map_err(anyhow::Error::msg)?;
     let name = format!("DLRM-style, {:.2} MFLOP a pair", program.flops as f64 / 1e6);
     let shape = [n_items, 4 * batch, width * 3 / 10];
-    all.push(time(machine, copied, (&name, &graph), Arithmetic::Bf16, shape, random)?);
+    let of = (Arithmetic::Bf16, TableNumbers::Bf16);
+    all.push(time(machine, copied, (&name, &graph), of, shape, random)?);
     Ok(all)
 }
 
@@ -244,14 +254,14 @@ fn time(
     machine: &mut dyn Machine,
     copied: f64,
     (name, graph): (&str, &Graph),
-    arithmetic: Arithmetic,
+    (arithmetic, numbers): (Arithmetic, TableNumbers),
     [n_items, batch, width]: [usize; 3],
     random: &mut SmallRng,
 ) -> Result<KernelTime> {
     let program = compile(graph, arithmetic).map_err(anyhow::Error::msg)?;
-    let (stride, is_bf16) = (places(&graph.item_widths).1, arithmetic == Arithmetic::Bf16);
-    let row_bytes = stride * if is_bf16 { 2 } else { 4 };
-    let shape = TableShape { n_rows: n_items as u32, stride: stride as u32, is_bf16 };
+    let (starts, stride) = places(&graph.item_widths);
+    let shape = TableShape { n_rows: n_items as u32, stride: stride as u32, numbers, n_pieces: starts.len() as u32 };
+    let row_bytes = 4 * shape.row_words();
     // Any bits do for a table.
     let table = machine.reserve(n_items * row_bytes)?;
     let held = Held::new(machine, program, shape, table)?;
@@ -264,11 +274,16 @@ fn time(
     let scores = machine.reserve(4 * n)?;
     let launch = held.launch(of, batch, width, scores).launch()?;
     let seconds = median(machine, 9, &mut |machine| machine.launch(&launch))?;
+    let of = match (arithmetic, numbers) {
+        (Arithmetic::F32, _) => "f32",
+        (Arithmetic::Bf16, TableNumbers::Int8) => "bf16, int8 table",
+        (Arithmetic::Bf16, _) => "bf16",
+    };
     let bytes = n * (row_bytes + 4 + 4 + 12 * 4) + held.params.bytes;
     machine.clear()?;
     Ok(KernelTime {
         kernel: "dense_rank".into(),
-        shape: format!("{batch} x {width}, {name}, {}", if is_bf16 { "bf16" } else { "f32" }),
+        shape: format!("{batch} x {width}, {name}, {of}"),
         seconds,
         bytes: bytes as u64,
         of_copy: bytes as f64 / (2.0 * copied) / seconds,

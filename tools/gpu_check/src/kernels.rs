@@ -574,7 +574,8 @@ mod tests {
             kernels[3..8],
             ["topk_select", "partition_merge", "merge_candidates", "filter_candidates", "gather_rows"]
         );
-        assert_eq!(kernels[8..], ["dense_rank"; 5]);
+        assert_eq!(kernels[8..], ["dense_rank"; 7]);
+        assert!(times[10].shape.ends_with("bf16, int8 table") && times[10].bytes < times[9].bytes, "{times:?}");
         assert!(times[8..].iter().all(|time| time.flops > 0), "{times:?}");
         assert!(times.iter().all(|time| time.seconds > 0.0 && time.of_copy > 0.0 && time.bytes > 0), "{times:?}");
     }

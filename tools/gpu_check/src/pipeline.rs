@@ -14,7 +14,7 @@ use tastemaker::catalog::generation::Generation;
 use tastemaker::context::Deadline;
 use tastemaker::device::cuda::engine::{CudaDevice, Launches};
 use tastemaker::device::cuda::tensorrt;
-use tastemaker::device::{Accelerator, Device as _, DeviceConfig, IndexChoice, Job, Task, cpu};
+use tastemaker::device::{Accelerator, Device as _, DeviceConfig, IndexChoice, Job, TableStorage, Task, cpu};
 use tastemaker::pipeline::PipelineConfig;
 use tastemaker::ranking::manifest::Engine;
 use tastemaker::ranking::precision::Fidelity;
@@ -75,6 +75,7 @@ struct Trial<'a> {
     network: &'a Network,
     /// Of the ranker that the GPU is given.
     numbers: &'a str,
+    tables: TableStorage,
     /// The folder of TensorRT's libraries where TensorRT is to compute it; empty: where the loader looks.
     tensorrt: Option<&'a Path>,
 }
@@ -94,15 +95,17 @@ impl Trial<'_> {
     }
 }
 
-/// Measures the recommendations of a made-up catalogue, ranked by each network in bf16, the larger one in f32 too. What fails is in the notes.
+/// Measures the recommendations of a made-up catalogue, ranked by each network in bf16, the larger one in f32 and over a table in
+/// int8, too. What fails is in the notes.
 ///
 /// # Errors
 /// The catalogue can't be made.
 pub fn bench(plan: &Plan, progress: &mut dyn FnMut(String)) -> Result<Found> {
     let networks = networks(plan.share);
     let [large, small] = &networks;
-    let trial = |network, numbers| Trial { network, numbers, tensorrt: None };
-    over(plan, &networks, &[trial(large, "bf16"), trial(small, "bf16"), trial(large, "f32")], progress)
+    let trial = |network, numbers| Trial { network, numbers, tables: TableStorage::F32, tensorrt: None };
+    let narrow = Trial { tables: TableStorage::Int8, ..trial(large, "bf16") };
+    over(plan, &networks, &[trial(large, "bf16"), trial(small, "bf16"), trial(large, "f32"), narrow], progress)
 }
 
 /// Whether this program was built with TensorRT, and its libraries are in `folder`, or where the loader looks if that is empty.
@@ -119,7 +122,12 @@ pub fn tensorrt_is_there(folder: &Path) -> Result<(), tensorrt::Unavailable> {
 /// As [`bench`].
 pub fn bench_tensorrt(plan: &Plan, folder: &Path, progress: &mut dyn FnMut(String)) -> Result<Found> {
     let networks = networks(plan.share);
-    let trials = networks.each_ref().map(|network| Trial { network, numbers: "f32", tensorrt: Some(folder) });
+    let trials = networks.each_ref().map(|network| Trial {
+        network,
+        numbers: "f32",
+        tables: TableStorage::F32,
+        tensorrt: Some(folder),
+    });
     over(plan, &networks, &trials, progress)
 }
 
@@ -133,7 +141,7 @@ fn over(plan: &Plan, networks: &[Network], trials: &[Trial<'_>], progress: &mut 
     // The CPU's answers, by ranker.
     let mut references: Vec<(String, Answers)> = Vec::new();
     for trial in trials {
-        let what = format!("{}, {}", trial.network.name(), trial.numbers);
+        let what = format!("{}, {}", trial.network.name(), trial.said(trial.numbers));
         if Instant::now() > plan.until {
             found.notes.push(format!("recommendations, {what}: left out, the time is over"));
             continue;
@@ -296,6 +304,12 @@ impl Trial<'_> {
         if self.tensorrt.is_some() { "TensorRT" } else { "dense" }
     }
 
+    /// What it computes in, and the table if that is in others.
+    fn said(&self, numbers: &str) -> String {
+        let beside = if self.tables == TableStorage::Int8 { ", int8 table" } else { "" };
+        format!("{numbers}{beside}")
+    }
+
     /// Compares and measures on a generation that has the trial's ranker alone.
     fn measure(
         &self,
@@ -310,6 +324,7 @@ impl Trial<'_> {
         let n_workers = plan.workers.iter().copied().max().unwrap_or(1);
         let device = DeviceConfig {
             index: IndexChoice::Exact,
+            tables: self.tables,
             max_batch_size: largest as u32,
             workspace_bytes: ((4 * n * largest) as u64).max(1 << 20),
             ..DeviceConfig::default()
@@ -325,8 +340,9 @@ impl Trial<'_> {
         let report = generation.ranker_report(0).context("no model was loaded")?;
         let numbers = report.precision.name();
         progress(format!(
-            "{name}, {}, {numbers}: {n_workers} workers loaded in {:.1} s",
+            "{name}, {}, {}: {n_workers} workers loaded in {:.1} s",
             self.engine(),
+            self.said(numbers),
             begun.elapsed().as_secs_f64()
         ));
         if numbers != self.numbers {
@@ -363,7 +379,7 @@ impl Trial<'_> {
                     dataset: format!("{n} x {}", plan.shape.dim),
                     network: name.clone(),
                     engine: self.engine().into(),
-                    numbers: numbers.into(),
+                    numbers: self.said(numbers),
                     candidates: plan.sources.iter().sum(),
                     batch,
                     workers: at_once,
@@ -402,7 +418,7 @@ impl Trial<'_> {
             true => Fidelity::of(&scores(wanted), &scores(&got)),
             false => Fidelity { ndcg: 0.0, error: f64::INFINITY },
         };
-        let is_f32 = numbers == "f32" && self.tensorrt.is_none();
+        let is_f32 = numbers == "f32" && self.tables == TableStorage::F32 && self.tensorrt.is_none();
         let floor = FLOORS[usize::from(!is_f32)];
         let n_candidates = wanted.iter().map(Vec::len).sum::<usize>();
         let by_source = asked.iter().map(|job| job.ranked.n_by_source[Source::Ann as usize] as usize).sum::<usize>();
@@ -410,7 +426,7 @@ impl Trial<'_> {
         Ok(SlateCheck {
             network: self.network.name(),
             engine: self.engine().into(),
-            numbers: numbers.into(),
+            numbers: self.said(numbers),
             jobs: wanted.len(),
             same_candidates: n_same,
             candidates: n_candidates as f64 / wanted.len().max(1) as f64,

@@ -259,8 +259,8 @@ impl Report {
         let found = |s: &&SearchSpeed| s.dataset == ITEMS && s.k == 500 && s.batch == 256 && s.recall >= 0.95;
         let got = best(&mut self.searches.iter().filter(found).map(|s| s.queries_per_second));
         bar(format!("retrieval, {ITEMS}, k 500, batch 256, recall 0.95: queries/s"), 100_000.0, got);
-        for check in self.slates.iter().filter(|check| check.numbers == "bf16") {
-            bar(format!("slates, {}, bf16: NDCG@10", check.network), 0.999, Some(check.ndcg));
+        for check in self.slates.iter().filter(|check| check.numbers.starts_with("bf16")) {
+            bar(format!("slates, {}, {}: NDCG@10", check.network, check.numbers), 0.999, Some(check.ndcg));
         }
         for (network, wanted) in [("256-512-256-128-1", 150_000.0), ("128-256-128-1", 1_000_000.0)] {
             let of = |s: &&PipelineSpeed| s.network == network && s.dataset == ITEMS && s.candidates == CANDIDATES;

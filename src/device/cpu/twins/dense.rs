@@ -32,8 +32,8 @@ struct Row<'a> {
     columns: &'a [f32],
 }
 
-/// `weight` times the score of every candidate, added to what is there unless `first`; NaN in holes. `table`: f32 `[n_rows, stride]`, empty
-/// where the program reads none.
+/// `weight` times the score of every candidate, added to what is there unless `first`; NaN in holes. `table`: f32 `[n_rows, stride]`, what its
+/// numbers are worth ([`bf16`]s, and int8 by [`in_int8`]); empty where the program reads none.
 pub fn dense_rank(
     program: &Program,
     (table, stride): (&[f32], usize),
@@ -64,6 +64,21 @@ pub fn dense_rank(
             }
         }
     }
+}
+
+/// What a table in int8 has of a row, of which the pieces begin at `starts`.
+pub fn in_int8(row: &[f32], starts: &[usize]) -> Vec<f32> {
+    let ends = starts.iter().skip(1).copied().chain([row.len()]);
+    let pieces = starts.iter().zip(ends).map(|(&start, end)| &row[start..end]);
+    let of_piece = |piece: &[f32]| {
+        if piece.iter().any(|value| !value.is_finite()) {
+            return vec![f32::NAN; piece.len()];
+        }
+        let scale = piece.iter().fold(0f32, |most, value| most.max(value.abs())) / 127.0;
+        let code = |value: f32| if scale > 0.0 { (value / scale).round_ties_even().clamp(-127.0, 127.0) } else { 0.0 };
+        piece.iter().map(|&value| scale * code(value)).collect()
+    };
+    pieces.flat_map(of_piece).collect()
 }
 
 /// The sum in 32 parts, halves added until one is left.

@@ -955,11 +955,14 @@ impl Pipeline {
         places: &mut [Place],
         counted: &Slates,
     ) -> Result<(), DeviceError> {
+        // All of them, before times are asked for: those of a batch's size are its moments as they came last, which while another of that size is
+        // on its way are none. Then several have the last one's, which ran the same kernels.
+        let mut landed: SmallVec<[_; 2]> = SmallVec::new();
         while let Some(Flying { flight, jobs, m, begun, bucket }) = self.flying.pop_front() {
-            let slot = flight.wait()?;
-            let spent = begun.elapsed();
+            landed.push((flight.wait()?, begun.elapsed(), jobs, m, bucket));
+        }
+        for (slot, spent, jobs, m, bucket) in landed {
             let moments = self.buckets[bucket].moments.as_ref();
-            // Of a later batch of that size, where that is on its way already, or of none.
             let time =
                 |nth: usize| moments.and_then(|moments| moments.between(2 * nth, 2 * nth + 1)).unwrap_or_default();
             let times: SmallVec<[Duration; 4]> = (0..self.tables.rankers.len()).map(time).collect();

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::super::dense::Arithmetic;
+use tastemaker_kernels::dense::TableNumbers;
+
 use super::super::ops::RankBatch;
 use super::super::probe::Gpu;
 use super::super::ranker::{DeviceRanker, RankerOptions, RankerPlan, StreamRanker};
@@ -10,7 +11,7 @@ use super::super::stream::{PartMut, Stream};
 use super::super::tensorrt;
 use super::shape::Sizes;
 use crate::device::cpu::Weighted;
-use crate::device::{DeviceConfig, DeviceError, Storage};
+use crate::device::{DeviceConfig, DeviceError, TableStorage};
 use crate::pipeline::PipelineConfig;
 
 /// Tables and weights of a ranker on one GPU, for all workers.
@@ -97,8 +98,9 @@ pub fn maker(gpu: &Gpu, config: &Arc<PipelineConfig>, device: &DeviceConfig) -> 
             return Ok(Err("no engine for GPUs computes it".to_owned()));
         };
         let table = match device.tables {
-            Storage::F32 => Arithmetic::F32,
-            Storage::Bf16 => Arithmetic::Bf16,
+            TableStorage::F32 => TableNumbers::F32,
+            TableStorage::Bf16 => TableNumbers::Bf16,
+            TableStorage::Int8 => TableNumbers::Int8,
         };
         let options = RankerOptions { table, ..RankerOptions::default() };
         let plan = match RankerPlan::new(model, stream.context().shared_bytes(), options) {

@@ -17,7 +17,7 @@ use crate::catalog::generation::{Generation, Interaction, NO_CODE, RankedList, R
 use crate::catalog::text::TextIndex;
 use crate::context::Deadline;
 use crate::device::cpu::apart_testing;
-use crate::device::{Device, Storage};
+use crate::device::{Device, Storage, TableStorage};
 use crate::ranking::dense::Model;
 use crate::ranking::manifest::{Engine, RankerManifest};
 use crate::ranking::onnx::OnnxRanker;
@@ -307,7 +307,9 @@ impl Churn {
             let vector: Vec<f32> = (0..self.case.dim).map(|_| self.case.value(&mut self.noise)).collect();
             let vector = (what == 4 || what == 7 || what == 0 && self.below(3) > 0).then_some(&vector[..]);
             let available = (what == 5 && self.below(2) == 0).then_some(false);
-            self.catalogue.upsert(&self.generation, &Change { id: &id, available, whole: false, columns, vector });
+            // Which takes away a vector that it had.
+            let whole = what == 6 && self.below(2) == 0;
+            self.catalogue.upsert(&self.generation, &Change { id: &id, available, whole, columns, vector });
         }
         Arc::new(self.catalogue.take_changed().unwrap_or_else(|| LiveItems::new(self.case.n)))
     }
@@ -708,7 +710,7 @@ fn like_the_cpu_s(asked: Engine, maker: Option<Arc<super::ranker::Maker>>) {
 }
 
 #[test]
-fn tables_in_bf16_take_half_and_keep_the_order() {
+fn narrow_tables_take_less_and_keep_the_order() {
     let Some(_emulated) = Emulated::open("seed=13,delay_us=0") else { return };
     let case = Case { n: 700, dim: 12, metric: Metric::InnerProduct, coarse: false, n_rankers: 1, seed: 21 };
     let generation = case.with_demo();
@@ -716,19 +718,41 @@ fn tables_in_bf16_take_half_and_keep_the_order() {
     let cpu = || CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
     let mut other = cpu();
     other.load(&generation).unwrap();
-    let mut churn = Churn::new(case, &generation, 7);
-    let items = churn.next(20);
     let mut memory = Vec::new();
-    for tables in [Storage::F32, Storage::Bf16] {
+    for tables in [TableStorage::F32, TableStorage::Bf16, TableStorage::Int8] {
         let cuda = engine::cuda(&DeviceConfig { tables, live_items: 0, ..DeviceConfig::default() }, 1);
         cuda.device(cpu(), &config).unwrap().load(&generation).unwrap();
         memory.push(cuda.counters.memory_bytes.load(Relaxed));
     }
-    let table = table_bytes(&mut other, &generation);
-    assert_eq!(memory[0] - memory[1], table as u64 / 2, "{memory:?}");
-    let cuda = engine::cuda(&DeviceConfig { tables: Storage::Bf16, live_items: 64, ..DeviceConfig::default() }, 1);
-    let mut device = cuda.device(cpu(), &config).unwrap();
-    device.load(&generation).unwrap();
+    let table = table_bytes(&mut other, &generation) as u64;
+    assert_eq!(memory[0] - memory[1], table / 2, "{memory:?}");
+    // A scale for each item.
+    assert_eq!(memory[0] - memory[2], table * 3 / 4 - 4 * case.n as u64, "{memory:?}");
+    // What came later lies beside them in the same numbers.
+    let beside = |tables| {
+        let cuda = engine::cuda(&DeviceConfig { tables, live_items: 64, ..DeviceConfig::default() }, 1);
+        cuda.device(cpu(), &config).unwrap().load(&generation).unwrap();
+        cuda.counters.memory_bytes.load(Relaxed)
+    };
+    let more = [TableStorage::F32, TableStorage::Int8].map(|tables| beside(tables) as i64);
+    let of_item = table as i64 / case.n as i64;
+    let saved = more[0] - more[1] - (memory[0] - memory[2]) as i64;
+    assert!(saved > 64 * (of_item * 3 / 4 - 4) / 2, "{saved} of {of_item} an item");
+    for tables in [TableStorage::Bf16, TableStorage::Int8] {
+        keep_the_order(&case, &generation, &config, tables);
+    }
+}
+
+/// Items that came and changed among them.
+fn keep_the_order(case: &Case, generation: &Arc<Generation>, config: &Arc<PipelineConfig>, tables: TableStorage) {
+    let cpu = || CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+    let mut other = cpu();
+    other.load(generation).unwrap();
+    let mut churn = Churn::new(*case, generation, 7);
+    let items = churn.next(20);
+    let cuda = engine::cuda(&DeviceConfig { tables, live_items: 64, ..DeviceConfig::default() }, 1);
+    let mut device = cuda.device(cpu(), config).unwrap();
+    device.load(generation).unwrap();
     let (mut want, mut got) = (Vec::new(), Vec::new());
     for round in 0..9 {
         let make = || {
@@ -754,7 +778,35 @@ fn tables_in_bf16_take_half_and_keep_the_order() {
         got.extend(batch.iter().map(|job| scores(job)));
     }
     let fidelity = Fidelity::of(&want, &got);
-    assert!(want.len() > 50 && fidelity.ndcg >= 0.999 && fidelity.error > 0.0, "{} {fidelity:?}", want.len());
+    println!("{tables:?}: {} {fidelity:?}", want.len());
+    assert!(
+        want.len() > 50 && fidelity.ndcg >= 0.999 && fidelity.error > 0.0,
+        "{tables:?}: {} {fidelity:?}",
+        want.len()
+    );
+}
+
+#[test]
+fn every_batch_on_its_way_has_its_ranker_s_time() {
+    let Some(_emulated) = Emulated::open("seed=3,delay_us=200") else { return };
+    let case = Case { n: 300, dim: 8, metric: Metric::InnerProduct, coarse: false, n_rankers: 1, seed: 9 };
+    let (generation, config) = (case.with_demo(), Arc::new(config(50)));
+    let cpu = CpuDevice::new(config.clone(), Arc::new(ThreadPool::with_num_threads(1)));
+    // Six batches of one size, of which the first are answered while the last are computed.
+    let cuda = engine::cuda(&DeviceConfig { max_batch_size: 4, ..DeviceConfig::default() }, 1);
+    let mut device = cuda.device(cpu, &config).unwrap();
+    device.load(&generation).unwrap();
+    let mut batch = case.jobs(&generation, 40, 1);
+    batch.retain(|job| matches!(job.task, Task::Recommend { explain: false, .. }));
+    batch.iter_mut().for_each(|job| job.user.vector.fill(0.5));
+    batch.truncate(24);
+    batch.iter_mut().for_each(|job| job.user.vector.resize(8, 0.5));
+    device.execute(&mut batch).unwrap();
+    assert!(batch.len() == 24 && cuda.counters.slates.whole.load(Relaxed) >= 20);
+    for job in &batch {
+        assert!(!job.ranked.inference[0].is_zero(), "{:?}", job.ranked.inference);
+        assert!(!job.timings.get(Stage::Rank).is_zero() && !job.timings.get(Stage::Ann).is_zero());
+    }
 }
 
 /// Bytes of the table of the generation's only ranker, f32.
