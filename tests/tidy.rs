@@ -70,6 +70,7 @@ fn unsafe_is_fenced() {
         "src/index/refine.rs",
         "src/index/select.rs",
         "src/index/simd.rs",
+        "src/index/sort.rs",
         "src/index/hnsw/codes.rs",
         "src/index/partitions/searchers.rs",
         "src/memory.rs",
